@@ -1,0 +1,778 @@
+"""
+Flash STU in one file: spectral transform units and sliding-window attention, from the filters to the language model.
+
+    python stu.py          checks the identities below on this machine, and times them against the usual route
+    from stu import STU    one layer, [B, T, d_in] -> [B, T, d_out]; this file needs torch and numpy, nothing else
+
+The idea. A linear dynamical system with state matrix eigenvalue α answers an impulse with the signal 1, α, α², ...
+To learn such systems without learning α, filter the input with the few signals that span all of these decays at once:
+the top eigenvectors of the matrix of their inner products, which is a fixed Hankel matrix. Only linear maps are
+learned; the memory (thousands of steps) is in the fixed filters. Papers: "Spectral State Space Models"
+(arXiv 2312.06837), "Flash STU" (2409.10489), and for the recurrent form "SpectraLDS" (2505.17868).
+
+The letters, everywhere in this file:
+    B batch    T length of this input    L seq_len, the length of the filters    d, d_in, d_out channels
+    K  number of eigenvectors φ_1..φ_K of the Hankel matrix Z (`num_eigh`), each a signal of length L
+    Φ  the filter bank [L, F]: F = 2K filters, φ_k(t) and (-1)^t φ_k(t); F = K for Hankel-L, which has both signs inside
+    A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
+    S  the state of that system, [B, n, d]: everything that a layer remembers of its past
+    w  attention window: a token sees itself and the w tokens before it
+"""
+
+import functools
+import inspect
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+try:  # optional, CUDA only; every use below has a plain PyTorch form that gives the same result
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+try:
+    from flashfftconv import FlashFFTConv
+except ImportError:
+    FlashFFTConv = None
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. The filters: eigenvectors of a Hankel matrix that is never built
+#
+# Z_ij = 2 / ((i+j)^3 - (i+j)) = ∫_0^1 (1-α)^2 α^(i+j-2) dα is a sum over decays α of rank-one terms. Substitute
+# α = exp(-e^x) and the trapezoid rule over x converges exponentially: Z = G Gᵀ, one column of G for each decay,
+# G[t, m] = √w_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z. This matters: at short L the
+# eigenvalues of Z fall below 1e-16 of the largest after about 18 filters, where `eigh(Z)` returns noise; the singular
+# values of G are their square roots and still stand far above rounding.
+
+
+def get_hankel(seq_len: int, use_hankel_L: bool = False) -> torch.Tensor:
+    """The matrix Z itself, [L, L] float64, for looking at and for checks (eq. 3 of 2312.06837; Hankel-L: its appendix)."""
+    i_plus_j = torch.arange(1, seq_len + 1, dtype=torch.float64)[:, None] + torch.arange(1, seq_len + 1)
+    if use_hankel_L:  # ∫_-1^1 (1-α²)² α^(i+j-2) dα: decays of both signs
+        return ((-1) ** i_plus_j + 1) * 8 / ((i_plus_j + 3) * (i_plus_j - 1) * (i_plus_j + 1))
+    return 2 / (i_plus_j**3 - i_plus_j)
+
+
+@functools.lru_cache(maxsize=32)
+def _hankel_eigenvectors(seq_len: int, K: int, use_hankel_L: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues [K], descending, and unit eigenvectors [L, K] of Z, float64, from the factor G. O(L) memory."""
+    rate = np.exp(np.arange(3.8, -7 - math.log(seq_len), -0.1))  # e^x = -ln α, from 45 to 1 / (1000 L): [m]
+    w = 0.1 * rate * np.exp(-rate)  # dα = e^x α dx
+    if use_hankel_L:  # entries of odd i+j vanish: eigenvectors live on the even lags or on the odd lags
+        lattices, weight = [np.arange(0, seq_len, 2), np.arange(1, seq_len, 2)], -np.sqrt(2 * w) * np.expm1(-2 * rate)
+    else:
+        lattices, weight = [np.arange(seq_len)], -np.sqrt(w) * np.expm1(-rate)  # √w (1-α)
+    values, vectors = [], []
+    for lags in filter(len, lattices):
+        # SVD of G by QR in blocks of rows: at L = 2^20 only Q (2 GB) is ever held
+        blocks = np.array_split(lags, max(1, len(lags) // 65536))
+        Q, R = zip(*(np.linalg.qr(np.exp(-t[:, None] * rate) * weight) for t in blocks))
+        Q2, R = np.linalg.qr(np.concatenate(R))
+        U, sigma, _ = np.linalg.svd(R)
+        U = np.split(Q2 @ U[:, :K], np.cumsum([q.shape[1] for q in Q])[:-1])
+        on_all_lags = np.zeros((seq_len, U[0].shape[1]))
+        on_all_lags[lags] = np.concatenate([q @ u for q, u in zip(Q, U)])
+        on_all_lags *= np.where(on_all_lags[lags[0]] < 0, -1.0, 1.0)  # sign: positive at the first lag
+        values.append(sigma[: on_all_lags.shape[1]] ** 2)
+        vectors.append(on_all_lags)
+    values, vectors = np.concatenate(values), np.concatenate(vectors, axis=1)
+    order = np.argsort(-values, kind="stable")[:K]
+    return values[order], vectors[:, order]
+
+
+def get_spectral_filters(
+    seq_len: int, K: int, use_hankel_L: bool = False, device=None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The top K eigenvectors of Z, each scaled by (its eigenvalue)^(1/4), leading filter first: [seq_len, K]."""
+    if seq_len < 1 or not 1 <= K <= seq_len:
+        raise ValueError(f"need 1 <= K <= seq_len, got K = {K} filters for seq_len = {seq_len}")
+    values, vectors = _hankel_eigenvectors(seq_len, K, use_hankel_L)
+    return torch.from_numpy(vectors * values**0.25).to(device=device, dtype=dtype)
+
+
+def get_tensorized_spectral_filters(
+    n: int, k: int, use_hankel_L: bool = False, device=None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Kronecker products φ_i ⊗ φ_j of the filters of length s = ⌈√(n-2)⌉, k' = min(k, s) of each: [n, k'^2]."""
+    s = max(1, math.ceil(math.sqrt(max(n - 2, 0))))
+    small = get_spectral_filters(s, min(k, s), use_hankel_L, dtype=torch.float64)
+    bank = torch.kron(small, small)[:n]  # [min(s², n), k'²]
+    return F.pad(bank, (0, 0, 0, n - len(bank))).to(device=device, dtype=dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. The same filters as a linear dynamical system
+#
+# Every filter is a mixture of decays, so a bank of them is the impulse response of one system with poles ±α:
+#     S_t = A S_{t-1} + b u_t,   y_t = C S_t,   that is   Φ[t] = C A^t b.
+# The diagonal A of the textbooks needs coefficients C of 1e5 that cancel, hence float64. We use the same poles in
+# orthonormal coordinates (the Takenaka-Malmquist basis): a cascade of all-pass sections
+#     s' = p s + √(1-p²) v,   v_next = √(1-p²) s - p v,     one for each pole p,
+# whose states answer an impulse with orthonormal signals ψ(t) = A^t b on t = 0..∞. |C| is then below 1 and a float32
+# state reproduces the convolution to 1e-6. Orthonormality also gives the energy beyond lag L in closed form:
+# Σ_{t>=L} ψ(t) ψ(t)ᵀ = A^L A^Lᵀ. So the least-squares fit of the filters on t < L, with a penalty ε² on what the system
+# does past L (where the filters are undefined, and their natural continuation explodes), is one small linear solve.
+
+
+class SpectralLDS(NamedTuple):
+    powers: torch.Tensor  # A^0 .. A^block: [block + 1, n, n]
+    b: torch.Tensor  # [n]
+    C: torch.Tensor  # [F, n]
+    error: float  # max |Φ[t, f] - C_f A^t b| over t < L
+
+
+def spectral_lds(filters: torch.Tensor, n_pairs: int = 56, block: int = 64, fade: float = 1e-5) -> SpectralLDS:
+    """The system (A, b, C), n = 2 n_pairs states, whose impulse response is `filters` [L, F] and fades out past L.
+
+    Fits spectral filters of any L and up to about 60 of them to 1e-7; returned in float64. Poles: the diagonal of A."""
+    L = len(filters)
+    alpha = np.exp(-np.exp(np.linspace(-math.log(L), math.log(8), n_pairs)))  # memories from L steps to 1/8 step
+    poles = np.stack([alpha, -alpha], axis=1).ravel()
+    n = len(poles)
+    A, b = np.zeros((n, n)), np.zeros(n)
+    v_state, v_input = np.zeros(n), 1.0  # the signal entering section i, as a function of the state and of the input
+    for i, p in enumerate(poles):
+        gain = math.sqrt((1 - p) * (1 + p))
+        A[i], b[i] = gain * v_state, gain * v_input
+        A[i, i] = p
+        v_state, v_input = -p * v_state, -p * v_input
+        v_state[i] = gain
+    psi, power = b[:, None], A
+    while psi.shape[1] < L:  # ψ(t + s) = A^s ψ(t), doubling s
+        psi, power = np.concatenate([psi, power @ psi], axis=1), power @ power
+    psi, A_L = psi[:, :L], np.linalg.matrix_power(A, L)
+    filters = filters.double().cpu().numpy()
+    C = np.linalg.solve(np.eye(n) - (1 - fade**2) * A_L @ A_L.T, psi @ filters).T
+    powers = np.stack([np.linalg.matrix_power(A, i) for i in range(block + 1)])
+    error = np.abs(psi.T @ C.T - filters).max().item()
+    return SpectralLDS(*(torch.from_numpy(a) for a in (powers, b, C)), error)
+
+
+def lds_scan(u, S, lds: SpectralLDS, M):
+    """The convolution as a recurrence over blocks, from state S: what a layer does when its input arrives in pieces.
+
+    u [B, T, d], S [B, n, d] -> y [B, T, d_out], S after the last input. With M [F, d] (STU-T) channel c is filtered by
+    Σ_f M[f, c] Φ_f and d_out = d; with M [F, d, d_out] (full STU) every filter output has its own matrix."""
+    powers, b, C, _ = lds
+    T, block = u.shape[1], min(u.shape[1], len(powers) - 1)
+    psi = powers[:block] @ b  # [block, n], ψ(t) = A^t b
+    starts = []  # the state before each block
+    for piece in u.split(block, dim=1):
+        starts.append(S)
+        r = piece.shape[1]
+        S = powers[r] @ S + psi[:r].flip(0).T @ piece  # A^r S + Σ_i A^(r-1-i) b u_i
+    starts = torch.stack(starts, dim=1)  # [B, J, n, d]
+    pieces = F.pad(u, (0, 0, 0, -T % block)).unflatten(1, (-1, block))  # [B, J, block, d]
+    # Within a block y_t = Σ_{s<=t} C A^(t-s) b u_s + C A^(t+1) S: a Toeplitz matrix, and a readout of the state
+    lag = torch.arange(block, device=u.device)[:, None] - torch.arange(block, device=u.device)
+    toeplitz = (psi @ C.T)[lag.clamp(min=0)] * (lag >= 0)[..., None]  # [t, s, F]
+    readout = C @ powers[1 : block + 1]  # [t, F, n]
+    if M.ndim == 2:
+        y = torch.einsum("tsd,bjsd->bjtd", toeplitz @ M, pieces)
+        y = y + torch.einsum("tnd,bjnd->bjtd", torch.einsum("tfn,fd->tnd", readout, M), starts)
+    else:
+        y = torch.stack([  # block by block: the filter outputs [B, block, F, d] never exist for the whole sequence
+            torch.einsum("btfd,fde->bte", torch.einsum("tsf,bsd->btfd", toeplitz, piece)
+                         + torch.einsum("tfn,bnd->btfd", readout, start), M)
+            for piece, start in zip(pieces.unbind(1), starts.unbind(1))
+        ], dim=1)  # fmt: skip
+    return y.flatten(1, 2)[:, :T], S
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The same filters as a convolution: FFT over the whole sequence, for training
+#
+# y_t = Σ_{s<=t} h_{t-s} u_s for t < T needs an FFT of at least 2T - 1 points, or its end wraps around into its start.
+
+
+def fft_size(n: int) -> int:
+    """The smallest 2^a, 3·2^a, 5·2^a, 9·2^a or 15·2^a that is >= n: the lengths on which FFTs are fast."""
+    return min(m << max(0, math.ceil(math.log2(n / m))) for m in (1, 3, 5, 9, 15))
+
+
+class _FFTConv(torch.autograd.Function):
+    """Causal convolution of each channel, u [B, d, T] with h [d, T]. The backward is one more rfft and two irffts
+    (PyTorch's own derivative of rfft runs a full complex FFT of twice the work)."""
+
+    @staticmethod
+    def forward(ctx, u, h):
+        n = fft_size(u.shape[-1] + h.shape[-1] - 1)
+        u_f, h_f = torch.fft.rfft(u, n=n), torch.fft.rfft(h, n=n)
+        ctx.save_for_backward(u_f, h_f)
+        ctx.n, ctx.lengths = n, (u.shape[-1], h.shape[-1])
+        return torch.fft.irfft(u_f * h_f, n=n)[..., : u.shape[-1]]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (u_f, h_f), (T, T_h) = ctx.saved_tensors, ctx.lengths
+        g_f = torch.fft.rfft(grad, n=ctx.n)
+        grad_u = torch.fft.irfft(g_f * h_f.conj(), n=ctx.n)[..., :T]
+        grad_h = torch.fft.irfft((g_f * u_f.conj()).sum(0), n=ctx.n)[..., :T_h]
+        return grad_u, grad_h
+
+
+def full_conv(x, filters, M):
+    """Σ_f (Φ_f * x) M_f for x [B, T, d_in], filters [T, F], M [F, d_in, d_out] -> [B, T, d_out].
+
+    At each frequency ω the whole layer is one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are
+    never formed. The matrices are made for 64 frequencies at a time, and made again for the backward pass."""
+
+    def mix(x_f, filters_f):  # [64, B, d_in], [64, F] -> [64, B, d_out]
+        matrices = torch.complex(filters_f.real @ M.flatten(1), filters_f.imag @ M.flatten(1))
+        return x_f @ matrices.unflatten(1, M.shape[1:])
+
+    n = fft_size(x.shape[1] + len(filters) - 1)
+    x_f = torch.fft.rfft(x, n=n, dim=1).transpose(0, 1)  # [n/2 + 1, B, d_in]
+    filters_f = torch.fft.rfft(filters, n=n, dim=0)  # [n/2 + 1, F]
+    chunks = zip(x_f.split(64), filters_f.split(64))
+    y_f = torch.cat([checkpoint(mix, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.fft.irfft(y_f.transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The STU layer
+#
+# STU:    y = Σ_k (φ_k * x) M⁺_k + Σ_k s·(φ_k * (s·x)) M⁻_k with s_t = (-1)^t   (eq. 5 of 2312.06837)
+# Since s·(φ * (s·x)) = (s·φ) * x exactly, the second branch is a convolution with the alternating filter s·φ, and
+# both are one sum over the bank Φ = [φ, s·φ].
+# STU-T:  M_f ≈ M_inputs ∘ M_filters[f], hence y = (x M_inputs) * (Φ M_filters): one filter per channel. Each branch
+# has its own rows of M_filters; with shared rows the kernel would be ∝ 1 + (-1)^t, blind to every odd lag.
+
+
+@functools.lru_cache(maxsize=32)
+def _standard_filters(seq_len, K, use_hankel_L, use_tensorized):
+    make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
+    return make_bank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
+
+
+def make_bank(phi: torch.Tensor, use_hankel_L: bool = False) -> tuple[torch.Tensor, SpectralLDS | None]:
+    """Base filters φ [L, K] -> the bank Φ [L, F] and its recurrent form, None where none fits (Kronecker filters)."""
+    bank = phi.detach().double().cpu()
+    if not use_hankel_L:
+        alternating = bank.clone()
+        alternating[1::2] *= -1
+        bank = torch.cat([bank, alternating], dim=1)
+    lds = spectral_lds(bank)
+    return bank, lds if lds.error < 1e-6 else None
+
+
+class STU(nn.Module):
+    """Spectral transform unit: [B, T, d_in] -> [B, T, d_out], causal, any T >= 1 (seq_len is the filters' length).
+
+    use_approx=True is STU-T (one filter per channel), False the full STU. `use_tensorized` takes Kronecker filters,
+    `precomputed_filters` [seq_len, K] base filters of your own. d_in_tile / d_out_tile work on so many channels at a
+    time, for less memory and the same result. `backend` ("fft" or "lds") is the route of a call without a state.
+
+    stu(x) -> y;  stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, state=None
+    first. The state is S [B, n, channels], or the last seq_len - 1 inputs where the bank has no recurrent form."""
+
+    def __init__(
+        self, d_in: int, d_out: int, seq_len: int, num_eigh: int = 24, use_hankel_L: bool = False,
+        use_approx: bool = True, use_tensorized: bool = False, precomputed_filters: torch.Tensor | None = None,
+        d_in_tile: int | None = None, d_out_tile: int | None = None, use_flash_fft: bool = True, backend: str = "fft",
+    ):  # fmt: skip
+        super().__init__()
+        if backend not in ("fft", "lds"):
+            raise ValueError(f'backend must be "fft" or "lds", got {backend!r}')
+        if any(tile is not None and tile < 1 for tile in (d_in_tile, d_out_tile)):
+            raise ValueError(f"d_in_tile and d_out_tile must be at least 1, got {d_in_tile} and {d_out_tile}")
+        self.d_in, self.d_out, self.seq_len, self.use_approx = d_in, d_out, seq_len, use_approx
+        self.d_in_tile, self.d_out_tile, self.use_flash_fft, self.backend = d_in_tile, d_out_tile, use_flash_fft, backend
+        if precomputed_filters is None:
+            self._bank = _standard_filters(seq_len, num_eigh, use_hankel_L, use_tensorized)
+        elif precomputed_filters.ndim == 2 and len(precomputed_filters) == seq_len:
+            self._bank = make_bank(precomputed_filters, use_hankel_L)
+        else:
+            shape = list(precomputed_filters.shape)
+            raise ValueError(f"precomputed_filters must be [seq_len, K] with seq_len = {seq_len}, got {shape}")
+        n_filters = self._bank[0].shape[1]
+        if use_approx:
+            self.M_inputs = nn.Parameter(torch.empty(d_in, d_out))
+            self.M_filters = nn.Parameter(torch.empty(n_filters, d_out))
+        else:
+            self.M = nn.Parameter(torch.empty(n_filters, d_in, d_out))
+        self.reset_parameters()
+        self._apply(lambda t: t)
+
+    def reset_parameters(self):
+        """White input of unit variance gives output of unit variance, whatever the filters' scales."""
+        energy = self._bank[0].square().sum().item()  # Σ_f |Φ_f|²
+        if self.use_approx:
+            nn.init.normal_(self.M_inputs, std=self.d_in**-0.5)
+            nn.init.normal_(self.M_filters, std=energy**-0.5)
+        else:
+            nn.init.normal_(self.M, std=(self.d_in * energy) ** -0.5)
+
+    def _apply(self, fn, recurse=True):
+        """.to(device) takes the filters along; .to(bfloat16) leaves them in float32, where poles near 1 stay apart."""
+        super()._apply(fn, recurse)
+        weight = next(self.parameters())
+        to = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        filters, lds = self._bank
+        self.filters = filters.to(**to)
+        self.lds = lds and SpectralLDS(*(t.to(**to) for t in lds[:3]), lds.error)
+        return self
+
+    def forward(self, x, state=None, use_cache=False):
+        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_in:
+            raise ValueError(f"input must be [batch, length >= 1, {self.d_in} channels], got {list(x.shape)}")
+        ins, outs = _tiles(self.d_in, self.d_in_tile), _tiles(self.d_out, self.d_out_tile)
+        run = self._filter
+        if torch.is_grad_enabled() and len(ins) + len(outs) > 2:  # tiles bound the memory of training too
+            run = functools.partial(checkpoint, self._filter, use_reentrant=False)
+        if self.use_approx:  # the state lives on x M_inputs
+            parts = []
+            for o in outs:
+                u = sum(x[..., i] @ self.M_inputs[i, o] for i in ins)
+                parts.append(run(u, self.M_filters[:, o], None if state is None else state[..., o], use_cache))
+            y, states = torch.cat([y for y, _ in parts], dim=-1), [s for _, s in parts]
+        else:  # the state lives on x
+            y, states = 0, []
+            for i in ins:
+                s = None if state is None else state[..., i]
+                parts = [run(x[..., i], self.M[:, i, o], s, use_cache) for o in outs]
+                y = y + torch.cat([y for y, _ in parts], dim=-1)
+                states.append(parts[0][1])
+        return (y, torch.cat(states, dim=-1)) if use_cache else y
+
+    def _filter(self, u, M, state, use_cache):
+        """Σ_f (Φ_f * u) M_f from a state, by the route that this call allows -> y, state. Never below float32."""
+        dtype, (B, T, d) = u.dtype, u.shape
+        u, M = u.to(self.filters.dtype), M.to(self.filters.dtype)
+        with torch.autocast(u.device.type, enabled=False):
+            if self.lds is None:
+                past = u if state is None else torch.cat([state, u], dim=1)
+                y, state = self._convolve(past, M)[:, -T:], past[:, max(0, past.shape[1] - self.seq_len + 1) :]
+            elif state is None and not use_cache and self.backend == "fft" and T <= self.seq_len:
+                y = self._convolve(u, M)
+            else:
+                state = u.new_zeros(B, len(self.lds.b), d) if state is None else state
+                y, state = lds_scan(u, state, self.lds, M)
+        return y.to(dtype), state
+
+    def _convolve(self, u, M):
+        filters = self.filters[: u.shape[1]]  # [T, F]
+        if M.ndim == 3:
+            return full_conv(u, filters, M)
+        u, h = u.transpose(1, 2).contiguous(), M.T @ filters.T  # [B, d, T], [d, T]
+        if self.use_flash_fft and FlashFFTConv is not None and u.is_cuda:
+            y = self._flash_fft_conv(u, h)
+        else:
+            y = _FFTConv.apply(u, h)
+        return y.transpose(1, 2)
+
+    def _flash_fft_conv(self, u, h):
+        T = u.shape[-1]
+        half = 1 << max(7, (T - 1).bit_length())  # it takes powers of two from 256; its FFT must be at least 2T
+        if getattr(self, "_flash_fft", None) is None or self._flash_fft.seqlen != 2 * half:
+            self._flash_fft = FlashFFTConv(2 * half, dtype=torch.bfloat16).to(u.device)
+        pad = (0, half - T)
+        return self._flash_fft(F.pad(u.bfloat16(), pad), F.pad(h, pad))[..., :T].to(h.dtype)
+
+
+def _tiles(d, size):
+    return [slice(i, i + size) for i in range(0, d, size)] if size else [slice(None)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Sliding-window attention
+#
+# Query i sees keys i-w..i. Three routes, one result: flash-attn where installed (16-bit on CUDA), flex_attention for
+# whole sequences on CUDA, else query blocks that look only at the keys they can see: O(T·w), never O(T²).
+
+
+def rotary(x, start: int):
+    """Rotate pairs of channels of x [B, H, T, hd] by angles proportional to the position start + t."""
+    half = x.shape[-1] // 2
+    inv_freq = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * inv_freq  # [T, hd/2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2 = x[..., :half], x[..., half:]
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+def windowed_attention(q, k, v, window: int, softcap: float = 0.0, block: int = 128):
+    """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i stands at key past + i, sees it and the `window` before it.
+    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. Plain PyTorch."""
+    past, outs = k.shape[2] - q.shape[2], []
+    for start in range(0, q.shape[2], block):
+        q_i = q[:, :, start : start + block]
+        first, end = max(0, past + start - window), past + start + q_i.shape[2]
+        k_i, v_i = k[:, :, first:end], v[:, :, first:end]
+        distance = torch.arange(past + start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+        visible = (distance >= 0) & (distance <= window)
+        if softcap:
+            logits = softcap * torch.tanh(q_i @ k_i.transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap))
+            out = logits.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v_i
+        else:
+            out = F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible)
+        outs.append(out)
+    return torch.cat(outs, dim=2)
+
+
+@functools.lru_cache(maxsize=None)
+def _flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=16)
+def _flex_options(T, window, softcap, device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, T, T, device=device)
+    return {"block_mask": mask, "score_mod": (lambda s, b, h, i, j: softcap * torch.tanh(s / softcap)) if softcap else None}
+
+
+class SlidingWindowAttention(nn.Module):
+    """Causal multi-head attention over the last `window_size` tokens and oneself, [B, T, d] -> [B, T, d].
+
+    Rotary positions, RMS-normalised q and k. attn(x, state, use_cache=True) -> (y, state); the state is
+    (k, v) [B, H, <= w, hd] of the last w tokens and the number of tokens seen."""
+
+    def __init__(
+        self, d_model: int, n_heads: int, window_size: int | tuple[int, int] = 1024, softcap: float = 50.0,
+        bias: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        if d_model % n_heads or (d_model // n_heads) % 2:
+            raise ValueError(f"n_heads = {n_heads} must divide the width {d_model} into heads of even size")
+        self.n_heads, self.window, self.softcap = n_heads, parse_window(window_size), softcap
+        self.c_attn = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.c_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.q_norm, self.k_norm = nn.RMSNorm(d_model // n_heads, eps=1e-6), nn.RMSNorm(d_model // n_heads, eps=1e-6)
+
+    def forward(self, x, state=None, use_cache=False):
+        T, w = x.shape[1], self.window
+        past_k, past_v, seen = state or (None, None, 0)
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
+        q, k = rotary(self.q_norm(q).to(v.dtype), seen), rotary(self.k_norm(k).to(v.dtype), seen)  # [B, H, T, hd]
+        if state:
+            k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+        if flash_attn_func is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
+            y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=self.softcap).transpose(1, 2)
+        elif q.is_cuda and not state and not use_cache:
+            y = _flex_attention()(q, k, v, **_flex_options(T, w, self.softcap, q.device))
+        else:
+            y = windowed_attention(q, k, v, w, self.softcap)
+        y = self.c_proj(y.transpose(1, 2).flatten(2))
+        keep = max(0, k.shape[2] - w)
+        return (y, (k[:, :, keep:], v[:, :, keep:], seen + T)) if use_cache else y
+
+
+def parse_window(window_size) -> int:
+    """An int w, or flash-attn's (w, 0), -> w."""
+    left, right = window_size if isinstance(window_size, (tuple, list)) else (window_size, 0)
+    if left < 0 or right != 0:
+        raise ValueError(f"window_size must be w >= 0 or (w, 0): w tokens before, none after; got {window_size}")
+    return left
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Block and model
+
+
+@dataclass
+class FlashSTUConfig:
+    n_embd: int = 1536
+    n_layers: int = 26  # even layers STU, odd layers attention
+    n_heads: int = 8
+    seq_len: int = 8192  # length of the filters; longer inputs are legal, the filters fade out past it
+    window_size: int | tuple[int, int] = 1024
+    num_eigh: int = 24  # K
+    vocab_size: int = 200064
+    mlp_scale: float = 4  # SwiGLU's hidden width over n_embd
+    bias: bool = False
+    dropout: float = 0.0
+    use_hankel_L: bool = False
+    use_approx: bool = True  # STU-T; False: the full STU
+    use_tensorized: bool = False  # Kronecker filters
+    use_flash_fft: bool = True  # FlashFFTConv where installed
+    use_attn: bool = True  # False: STU in every layer
+    softcap: float = 50.0  # of attention logits; 0 turns it off
+    stu_enable_mlp_sandwich: bool = False  # up-project, SiLU, STU at that width, down-project
+    stu_mlp_hidden_size: int | None = None  # the sandwich's width; None: n_embd · mlp_scale
+    d_in_tile: int | None = None
+    d_out_tile: int | None = None
+    use_gradient_checkpointing: bool = False
+    torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters
+
+    def __post_init__(self):
+        def require(condition, message):
+            if not condition:
+                raise ValueError(f"FlashSTUConfig: {message}")
+
+        if isinstance(self.torch_dtype, str):
+            self.torch_dtype = getattr(torch, self.torch_dtype.removeprefix("torch."), self.torch_dtype)
+        if isinstance(self.window_size, list):  # JSON has no tuples
+            self.window_size = tuple(self.window_size)
+        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        require(self.torch_dtype in floats, f"torch_dtype must be a float type, got {self.torch_dtype!r}")
+        for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, f"{name} must be a positive integer, got {value!r}")
+        n, h = self.n_embd, self.n_heads
+        if self.use_attn:
+            require(n % h == 0, f"n_heads = {h} does not divide n_embd = {n}; {math.gcd(n, h)} would")
+            require((n // h) % 2 == 0, f"heads must have an even size for rotary positions, got {n}/{h} = {n // h}")
+        require(
+            self.num_eigh <= self.seq_len or self.use_tensorized,
+            f"num_eigh = {self.num_eigh} filters need seq_len >= {self.num_eigh}, got {self.seq_len}",
+        )
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        require(self.softcap >= 0, f"softcap must be >= 0 (0 turns it off), got {self.softcap}")
+        require(self.mlp_scale > 0, f"mlp_scale must be positive, got {self.mlp_scale}")
+        parse_window(self.window_size)
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"torch_dtype": str(self.torch_dtype).removeprefix("torch.")}
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, d_model: int, d_hidden: int, bias: bool = False):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_hidden, bias=bias)
+        self.up_proj = nn.Linear(d_model, d_hidden, bias=bias)
+        self.down_proj = nn.Linear(d_hidden, d_model, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FlashSTUBlock(nn.Module):
+    """x + mixer(norm(x)), then x + SwiGLU(norm(x)); the mixer is an STU or attention. [B, T, d_model] -> the same.
+
+    Stands alone: FlashSTUBlock(d_model=512, sequence_length=2048); further keywords are fields of FlashSTUConfig."""
+
+    def __init__(
+        self, d_model: int, sequence_length: int, num_filters: int = 24, use_attention: bool = False, **options
+    ):  # fmt: skip
+        super().__init__()
+        c = FlashSTUConfig(n_embd=d_model, seq_len=sequence_length, num_eigh=num_filters, **options)
+        d, bias = d_model, c.bias
+        d_hidden = int(d * c.mlp_scale)
+        self.sandwich = None
+        if use_attention:
+            self.mixer = SlidingWindowAttention(d, c.n_heads, c.window_size, c.softcap, bias)
+        else:
+            if c.stu_enable_mlp_sandwich:
+                d = c.stu_mlp_hidden_size or d_hidden
+                self.sandwich = nn.ModuleList([nn.Linear(d_model, d, bias=bias), nn.Linear(d, d_model, bias=bias)])
+            self.mixer = STU(
+                d, d, c.seq_len, c.num_eigh, c.use_hankel_L, c.use_approx, c.use_tensorized,
+                d_in_tile=c.d_in_tile, d_out_tile=c.d_out_tile, use_flash_fft=c.use_flash_fft,
+            )  # fmt: skip
+        self.mixer_norm, self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6), nn.RMSNorm(d_model, eps=1e-6)
+        self.mlp = SwiGLU(d_model, d_hidden, bias)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x, state=None, use_cache=False):
+        h = self.mixer_norm(x)
+        if self.sandwich:
+            h = F.silu(self.sandwich[0](h))
+        h = self.mixer(h, state, use_cache)
+        h, state = h if use_cache else (h, None)
+        if self.sandwich:
+            h = self.sandwich[1](h)
+        x = x + self.dropout(h)
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return (x, state) if use_cache else x
+
+
+class Output(NamedTuple):
+    """outputs.loss, outputs["loss"] and loss, logits, state = outputs all work."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None  # [B, T, vocab_size]; None when labels are given
+    state: list | None = None  # one entry a layer; None unless use_cache
+
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+
+
+class FlashSTU(nn.Module):
+    """The language model: embedding, n_layers blocks, norm, and the embedding again as output matrix."""
+
+    def __init__(self, config: FlashSTUConfig):
+        super().__init__()
+        self.config = config
+        options = config.to_dict()
+        d, L, K = (options.pop(name) for name in ("n_embd", "seq_len", "num_eigh"))
+        self.tok_emb = nn.Embedding(config.vocab_size, d)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            FlashSTUBlock(d, L, K, use_attention=config.use_attn and i % 2 == 1, **options) for i in range(config.n_layers)
+        )
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        nn.init.normal_(self.tok_emb.weight, std=0.02)
+        for name, p in self.named_parameters():  # each layer adds two branches to the residual stream: keep its scale
+            if name.endswith(("c_proj.weight", "down_proj.weight", "sandwich.1.weight", "M_filters", "mixer.M")):
+                with torch.no_grad():
+                    p.mul_((2 * config.n_layers) ** -0.5)
+        self.to(config.torch_dtype)
+
+    def hidden(self, input_ids, state=None, use_cache=False):
+        """Token ids [B, T] -> normalised final states [B, T, d] and, with use_cache, the state to go on from."""
+        if input_ids.ndim != 2 or input_ids.shape[1] < 1:
+            raise ValueError(f"input_ids must be [batch, length >= 1], got {list(input_ids.shape)}")
+        x = self.dropout(self.tok_emb(input_ids))
+        new_state = []
+        for layer, s in zip(self.layers, state or [None] * len(self.layers)):
+            if use_cache:
+                x, s = layer(x, s, use_cache=True)
+                new_state.append(s)
+            elif self.config.use_gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, s, use_reentrant=False)
+            else:
+                x = layer(x, s)
+        return self.norm(x), new_state if use_cache else None
+
+    def head(self, x):
+        return F.linear(x, self.tok_emb.weight)
+
+    def forward(self, input_ids, labels=None, state=None, use_cache=False) -> Output:
+        """input_ids [B, T] -> logits [B, T, vocab_size]. With labels [B, T] -> instead, the mean cross-entropy (nats)
+        of predicting labels[:, t+1] at t: pass labels = input_ids, the shift is made here; -100 is ignored."""
+        x, state = self.hidden(input_ids, state, use_cache)
+        if labels is None:
+            return Output(logits=self.head(x), state=state)
+        if labels.shape != input_ids.shape or labels.shape[1] < 2:
+            shapes = f"{list(labels.shape)} and {list(input_ids.shape)}"
+            raise ValueError(f"labels must have the shape of input_ids and at least 2 tokens, got {shapes}")
+        return Output(loss=self.loss(x[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), state=state)
+
+    def loss(self, x, targets):
+        """Cross-entropy of x [N, d] against targets [N], over chunks of tokens: N x vocab_size logits never exist in
+        one piece; a chunk's are made again in the backward pass."""
+
+        def chunk_loss(x, targets):
+            return F.cross_entropy(self.head(x).float(), targets, ignore_index=-100, reduction="sum")
+
+        size = max(1, 2**26 // self.config.vocab_size)  # at most 2^26 logits at a time, 256 MB
+        if len(x) <= size:
+            total = chunk_loss(x, targets)
+        else:
+            chunks = zip(x.split(size), targets.split(size))
+            total = torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+        return total / (targets != -100).sum().clamp(min=1)
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(
+        self, input_ids, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, stop_token: int | None = None, use_cache: bool = True, generator=None,
+    ) -> Iterator[torch.Tensor]:  # fmt: skip
+        """Yield the next token of every row, [B], one after another; temperature 0 is greedy. With use_cache each
+        token costs the same however long the context; without, the whole sequence is computed again. Ends early when
+        every row has produced stop_token (rows that have, repeat it)."""
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(
+                f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, top_k={top_k}, top_p={top_p}"
+            )
+        was_training = self.training
+        self.eval()
+        try:
+            state, done = None, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            unread = input_ids
+            for _ in range(max_new_tokens):
+                if use_cache:  # long prompts in pieces of seq_len: memory does not grow with the prompt
+                    for piece in unread.split(self.config.seq_len, dim=1):
+                        x, state = self.hidden(piece, state, use_cache=True)
+                else:
+                    x, _ = self.hidden(input_ids)
+                token = sample(self.head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # [B]
+                if stop_token is not None:
+                    token = token.masked_fill(done, stop_token)
+                    done |= token == stop_token
+                yield token
+                if done.all():
+                    return
+                unread = token[:, None]
+                if not use_cache:
+                    input_ids = torch.cat([input_ids, unread], dim=1)
+        finally:
+            self.train(was_training)
+
+    def generate(self, input_ids, max_length: int | None = None, max_new_tokens: int | None = None, **options):
+        """Prompt [B, T] -> prompt and continuation, at most max_length tokens in all or max_new_tokens new ones.
+        Options: see `stream`."""
+        if (max_length is None) == (max_new_tokens is None):
+            raise ValueError("give max_length (prompt included) or max_new_tokens, one of the two")
+        n = max_new_tokens if max_length is None else max_length - input_ids.shape[1]
+        if n < 0:
+            raise ValueError(f"max_length = {max_length} is below the prompt's {input_ids.shape[1]} tokens")
+        return torch.cat([input_ids] + [t[:, None] for t in self.stream(input_ids, n, **options)], dim=1)
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors; each replaces its predecessor only when it is whole."""
+        save_file = _safetensors().save_file
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        weights, config = folder / "model.safetensors", folder / "config.json"
+        save_file(tensors, str(weights) + ".tmp", metadata={"format": "pt"})
+        Path(str(config) + ".tmp").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        os.replace(str(weights) + ".tmp", weights)
+        os.replace(str(config) + ".tmp", config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, device="cpu") -> "FlashSTU":
+        """Read what save_pretrained wrote. Runs no code from the folder."""
+        load_file = _safetensors().load_file
+        weights, config = Path(folder) / "model.safetensors", Path(folder) / "config.json"
+        for path in (weights, config):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist: {folder} is not a folder made by save_pretrained")
+        try:
+            values = json.loads(config.read_text())
+        except ValueError as e:
+            raise ValueError(f"{config} is not valid JSON ({e}): restore it from another copy of the model") from None
+        unknown = set(values) - {f.name for f in fields(FlashSTUConfig)}
+        if unknown:
+            raise ValueError(f"{config} has unknown fields: {', '.join(sorted(unknown))}")
+        model = cls(FlashSTUConfig(**values))
+        try:
+            tensors = load_file(weights)
+        except Exception as e:
+            raise ValueError(f"{weights} is damaged or truncated ({e}): restore it from another copy") from None
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as e:
+            raise ValueError(f"{weights} does not fit {config}: {e}") from None
+        return model.to(device)
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("saving and loading models needs safetensors: pip install safetensors") from None
+    return safetensors.torch
+
+
+def sample(logits, temperature, top_k=None, top_p=None, generator=None):
+    """Logits [B, V] -> one token a row, [B]. top_p keeps the smallest set of tokens of probability >= top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        beyond = probs.cumsum(-1) - probs >= top_p  # the likelier tokens already hold top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
