@@ -485,7 +485,7 @@ def parse_window(window_size) -> int:
 @dataclass
 class FlashSTUConfig:
     n_embd: int = 1536
-    n_layers: int = 26  # even layers STU, odd layers attention
+    n_layers: int = 26  # even layers are STU, odd layers attention
     n_heads: int = 8
     seq_len: int = 8192  # length of the filters; longer inputs are legal, the filters fade out past it
     window_size: int | tuple[int, int] = 1024
@@ -498,6 +498,7 @@ class FlashSTUConfig:
     use_approx: bool = True  # STU-T; False: the full STU
     use_tensorized: bool = False  # Kronecker filters
     use_flash_fft: bool = True  # FlashFFTConv where installed
+    use_stu: bool = True  # False: attention in every layer
     use_attn: bool = True  # False: STU in every layer
     softcap: float = 50.0  # of attention logits; 0 turns it off
     stu_enable_mlp_sandwich: bool = False  # up-project, SiLU, STU at that width, down-project
@@ -521,6 +522,7 @@ class FlashSTUConfig:
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, f"{name} must be a positive integer, got {value!r}")
+        require(self.use_stu or self.use_attn, "use_stu and use_attn are both off: no layer is left")
         n, h = self.n_embd, self.n_heads
         if self.use_attn:
             require(n % h == 0, f"n_heads = {h} does not divide n_embd = {n}; {math.gcd(n, h)} would")
@@ -611,7 +613,8 @@ class FlashSTU(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, d)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
-            FlashSTUBlock(d, L, K, use_attention=config.use_attn and i % 2 == 1, **options) for i in range(config.n_layers)
+            FlashSTUBlock(d, L, K, config.use_attn and (i % 2 == 1 or not config.use_stu), **options)
+            for i in range(config.n_layers)
         )
         self.norm = nn.RMSNorm(d, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
