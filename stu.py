@@ -646,13 +646,15 @@ class FlashSTU(nn.Module):
     def forward(self, input_ids, labels=None, state=None, use_cache=False) -> Output:
         """input_ids [B, T] -> logits [B, T, vocab_size]. With labels [B, T] -> instead, the mean cross-entropy (nats)
         of predicting labels[:, t+1] at t: pass labels = input_ids, the shift is made here; -100 is ignored."""
-        x, state = self.hidden(input_ids, state, use_cache)
         if labels is None:
+            x, state = self.hidden(input_ids, state, use_cache)
             return Output(logits=self.head(x), state=state)
         if labels.shape != input_ids.shape or labels.shape[1] < 2:
             shapes = f"{list(labels.shape)} and {list(input_ids.shape)}"
             raise ValueError(f"labels must have the shape of input_ids and at least 2 tokens, got {shapes}")
-        return Output(loss=self.loss(x[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), state=state)
+        # the last token has no label: leave it out, so that seq_len + 1 tokens train seq_len positions
+        x, state = self.hidden(input_ids if use_cache else input_ids[:, :-1], state, use_cache)
+        return Output(loss=self.loss(x[:, : labels.shape[1] - 1].flatten(0, 1), labels[:, 1:].flatten()), state=state)
 
     def loss(self, x, targets):
         """Cross-entropy of x [N, d] against targets [N], over chunks of tokens: N x vocab_size logits never exist in
