@@ -43,6 +43,12 @@ try:
 except ImportError:
     FlashFFTConv = None
 
+
+def on_cuda(t: torch.Tensor) -> bool:
+    return t.is_cuda
+
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The filters: eigenvectors of a Hankel matrix that is never built
 #
@@ -64,7 +70,7 @@ def get_hankel(seq_len: int, use_hankel_L: bool = False) -> torch.Tensor:
 @functools.lru_cache(maxsize=32)
 def _hankel_eigenvectors(seq_len: int, K: int, use_hankel_L: bool) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues [K], descending, and unit eigenvectors [L, K] of Z, float64, from the factor G. O(L) memory."""
-    rate = np.exp(np.arange(3.8, -7 - math.log(seq_len), -0.1))  # e^x = -ln α, from 45 to 1 / (1000 L): [m]
+    rate = np.exp(np.arange(3.8, -12 - math.log(seq_len), -0.1))  # e^x = -ln α, from 45 to 6e-6 / L: [m]
     w = 0.1 * rate * np.exp(-rate)  # dα = e^x α dx
     if use_hankel_L:  # entries of odd i+j vanish: eigenvectors live on the even lags or on the odd lags
         lattices, weight = [np.arange(0, seq_len, 2), np.arange(1, seq_len, 2)], -np.sqrt(2 * w) * np.expm1(-2 * rate)
@@ -363,7 +369,7 @@ class STU(nn.Module):
         if M.ndim == 3:
             return full_conv(u, filters, M)
         u, h = u.transpose(1, 2).contiguous(), M.T @ filters.T  # [B, d, T], [d, T]
-        if self.use_flash_fft and FlashFFTConv is not None and u.is_cuda:
+        if self.use_flash_fft and FlashFFTConv is not None and on_cuda(u):
             y = self._flash_fft_conv(u, h)
         else:
             y = _FFTConv.apply(u, h)
@@ -458,10 +464,10 @@ class SlidingWindowAttention(nn.Module):
         q, k = rotary(self.q_norm(q).to(v.dtype), seen), rotary(self.k_norm(k).to(v.dtype), seen)  # [B, H, T, hd]
         if state:
             k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-        if flash_attn_func is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        if flash_attn_func is not None and on_cuda(q) and q.dtype in (torch.float16, torch.bfloat16):
             q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
             y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=self.softcap).transpose(1, 2)
-        elif q.is_cuda and not state and not use_cache:
+        elif on_cuda(q) and not state and not use_cache:
             y = _flex_attention()(q, k, v, **_flex_options(T, w, self.softcap, q.device))
         else:
             y = windowed_attention(q, k, v, w, self.softcap)

@@ -1,0 +1,696 @@
+"""What holds, by name. Each test states an identity of stu.py, train.py, lds.py or prepare_data.py and checks it."""
+
+import gzip
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stu
+from stu import (
+    STU,
+    FlashSTU,
+    FlashSTUBlock,
+    FlashSTUConfig,
+    SlidingWindowAttention,
+    get_hankel,
+    get_spectral_filters,
+    get_tensorized_spectral_filters,
+    spectral_lds,
+    windowed_attention,
+)
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns while this is active."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() > 0:
+                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+# -- filters -----------------------------------------------------------------------------------------------------------
+
+
+def reference_filters(L, K, hankel_L):
+    """Eigenvectors of Z to 60 digits, scaled by λ^(1/4), positive at their first lag."""
+    import mpmath as mp
+
+    mp.mp.dps = 60
+    lattices = [range(0, L, 2), range(1, L, 2)] if hankel_L else [range(L)]  # Hankel-L couples lags of one parity only
+    found = []
+    for lags in lattices:
+        Z = mp.matrix(len(lags), len(lags))
+        for a, i in enumerate(lags):
+            for b, j in enumerate(lags):
+                n = mp.mpf(i + j + 2)
+                Z[a, b] = 16 / ((n + 3) * (n - 1) * (n + 1)) if hankel_L else 2 / (n**3 - n)
+        values, vectors = mp.eigsy(Z)
+        for k in range(len(lags)):
+            phi = np.zeros(L)
+            sign = 1 if vectors[0, k] > 0 else -1
+            phi[list(lags)] = [float(sign * vectors[a, k] * abs(values[k]) ** 0.25) for a in range(len(lags))]
+            found.append((float(values[k]), phi))
+    found.sort(key=lambda pair: -pair[0])
+    return torch.from_numpy(np.stack([phi for _, phi in found[:K]], axis=1))
+
+
+@pytest.mark.parametrize("hankel_L", [False, True])
+@pytest.mark.parametrize("L", [40, 96])
+def test_filters_equal_their_60_digit_reference(L, hankel_L):
+    phi = get_spectral_filters(L, 24, hankel_L, dtype=torch.float64)
+    reference = reference_filters(L, 24, hankel_L)
+    assert (phi - reference).abs().max() < 1e-6
+    norms = reference.norm(dim=0)  # also each by its own size: no filter is noise
+    assert ((phi - reference) / norms).abs().max() < (1e-4 if L == 40 else 1e-6)
+
+
+@pytest.mark.parametrize("hankel_L", [False, True])
+@pytest.mark.parametrize("L", [1, 2, 7, 100, 777])
+def test_filters_are_eigenvectors_of_the_hankel_matrix(L, hankel_L):
+    K = min(L, 12)
+    phi, Z = get_spectral_filters(L, K, hankel_L, dtype=torch.float64), get_hankel(L, hankel_L)
+    values = phi.norm(dim=0) ** 4
+    assert (Z @ phi - phi * values).abs().max() < 1e-14
+    assert (values[:-1] >= values[1:]).all()
+    unit = phi / phi.norm(dim=0)
+    assert (unit.T @ unit - torch.eye(K, dtype=torch.float64)).abs().max() < 1e-12
+    first = torch.stack([column[column.abs() > 0][0] for column in phi.T])
+    assert (first > 0).all()
+
+
+def test_tensorized_filters_are_kronecker_products():
+    n, k = 150, 5
+    s = math.ceil(math.sqrt(n - 2))
+    small, bank = get_spectral_filters(s, k), get_tensorized_spectral_filters(n, k)
+    assert bank.shape == (n, k * k)
+    padded = torch.cat([torch.outer(small[:, 1], small[:, 3]).flatten(), torch.zeros(n)])[:n]
+    assert torch.allclose(bank[:, 1 * k + 3], padded, atol=1e-7)
+    for n in (1, 2, 3, 12):  # shorter than their square, cut; longer, padded with zeros
+        assert get_tensorized_spectral_filters(n, 24).shape[0] == n
+
+
+@pytest.mark.parametrize("L, K, hankel_L", [(1, 1, False), (5, 3, True), (40, 24, False), (64, 24, False), (96, 24, True),
+                                            (1000, 24, False), (2048, 32, True), (8192, 48, False)])  # fmt: skip
+def test_lds_impulse_response_equals_the_filters(L, K, hankel_L):
+    bank, lds = stu.make_bank(get_spectral_filters(L, K, hankel_L, dtype=torch.float64), hankel_L)
+    A = lds.powers[1]
+    n = len(lds.b)
+    # orthonormal coordinates: what float32 states rely on
+    assert (A @ A.T + torch.outer(lds.b, lds.b) - torch.eye(n).double()).abs().max() < 1e-13
+    assert lds.C.abs().max() < 1.5
+    s, worst = lds.b, 0.0
+    for t in range(L):
+        worst = max(worst, (lds.C @ s - bank[t]).abs().max().item())
+        s = A @ s
+    assert worst < 1e-7
+    # past L the filters fade: the energy left in the tail, Σ_{t>=L} (C A^t b)² = |C A^L|², is small
+    assert (lds.C @ torch.linalg.matrix_power(A, L)).norm(dim=1).max() < 0.05
+
+
+def test_without_the_penalty_the_filters_grow_past_their_length():
+    bank, _ = stu.make_bank(get_spectral_filters(128, 24, dtype=torch.float64))
+    tails = []
+    for fade in (1e-5, 1e-8):
+        lds = spectral_lds(bank, fade=fade)
+        tails.append((lds.C @ torch.linalg.matrix_power(lds.powers[1], 128)).norm(dim=1).max())
+    assert tails[1] > 5 * tails[0]
+
+
+# -- the STU layer -----------------------------------------------------------------------------------------------------
+
+
+def direct_stu(layer, x):
+    """The layer's formula with explicit sums in float64, both branches written out as in the paper."""
+    L, T = layer.seq_len, x.shape[1]
+    x = x.double()
+    Phi = layer._bank[0]
+    hankel_L = Phi.shape[1] == layer.num_eigh_for_test
+    phi = Phi if hankel_L else Phi[:, : Phi.shape[1] // 2]
+    sign = (-1.0) ** torch.arange(T, dtype=torch.float64)
+
+    def filtered(x):  # [B, T, K, d]
+        out = torch.zeros(x.shape[0], T, phi.shape[1], x.shape[2], dtype=torch.float64)
+        for lag in range(min(T, L)):
+            out[:, lag:] += phi[lag][:, None] * x[:, : T - lag, None]
+        return out
+
+    if layer.use_approx:
+        u, M = x @ layer.M_inputs.double(), layer.M_filters.double()
+        combine = lambda features, M: torch.einsum("btkd,kd->btd", features, M)  # noqa: E731
+    else:
+        u, M = x, layer.M.double()
+        combine = lambda features, M: torch.einsum("btki,kio->bto", features, M)  # noqa: E731
+    y = combine(filtered(u), M[: phi.shape[1]])
+    if not hankel_L:
+        s = sign[None, :, None]
+        y = y + s * combine(filtered(s * u), M[phi.shape[1] :]) if layer.use_approx else y + s * combine(
+            filtered(s * u), M[phi.shape[1] :]
+        )
+    return y
+
+
+def make_stu(L, d_in=6, d_out=6, K=24, **options):
+    K = min(K, L) if not options.get("use_tensorized") else 4
+    layer = STU(d_in, d_out, L, K, **options)
+    layer.num_eigh_for_test = layer._bank[0].shape[1] if options.get("use_hankel_L") else -1
+    return layer
+
+
+KINDS = [
+    dict(),
+    dict(use_hankel_L=True),
+    dict(use_approx=False),
+    dict(use_approx=False, use_hankel_L=True),
+    dict(use_tensorized=True),
+    dict(use_tensorized=True, use_approx=False),
+]
+kinds = pytest.mark.parametrize("options", KINDS, ids=lambda o: "+".join(o) or "default")
+
+
+@kinds
+def test_stu_equals_its_formula(options):
+    for L, T, B in ((1, 1, 1), (33, 33, 2), (50, 20, 1), (64, 64, 3)):
+        layer = make_stu(L, 5, 7, **options)
+        x = torch.randn(B, T, 5)
+        assert relative_error(layer(x).double(), direct_stu(layer, x)) < 2e-6
+
+
+@kinds
+def test_pieces_and_single_steps_equal_the_whole_sequence(options):
+    """... within seq_len and past it, for sequences cut at random places."""
+    for L, T, B in ((1, 3, 1), (40, 40, 2), (100, 100, 1), (64, 200, 2)):
+        layer = make_stu(L, **options)
+        x = torch.randn(B, T, 6)
+        whole = layer(x)
+        cuts = [0, *sorted(random.sample(range(1, T), 2)), T]
+        for bounds in (cuts, list(range(T + 1)), [0, T]):
+            state, out = None, []
+            for a, b in zip(bounds, bounds[1:]):
+                y, state = layer(x[:, a:b], state, use_cache=True)
+                out.append(y)
+            assert relative_error(torch.cat(out, 1), whole) < 1e-6
+
+
+@pytest.mark.parametrize("L, K", [(128, 24), (2000, 24), (8192, 48)])
+def test_a_float32_state_streams_long_sequences(L, K):
+    layer, x = STU(4, 4, L, K), torch.randn(1, L, 4)
+    whole, state, out = layer(x), None, []
+    for piece in x.split(301, dim=1):
+        y, state = layer(piece, state, use_cache=True)
+        out.append(y)
+    assert relative_error(torch.cat(out, 1), whole) < 1e-5
+    assert state.dtype == torch.float32 and state.shape == (1, len(layer.lds.b), 4)
+
+
+def test_the_state_does_not_grow_and_outputs_stay_sane_past_seq_len():
+    layer, state = STU(4, 4, 64), None
+    x = torch.randn(1, 64 * 50, 4)
+    y, state = layer(x, state, use_cache=True)
+    first, last = y[:, :64].std(), y[:, -640:].std()
+    assert last < 2 * first
+    assert state.shape == (1, 112, 4)
+    y, state = layer(torch.zeros(1, 64 * 50, 4), state, use_cache=True)  # and what was long ago is forgotten
+    assert y[:, -64:].abs().max() < 1e-3 * first
+
+
+@kinds
+def test_stu_is_causal_and_sees_odd_lags(options):
+    layer = make_stu(40, **options).double()
+    x = torch.randn(1, 40, 6).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x)[0, 20].sum(), x)
+    reach = gradient[0].abs().amax(-1)
+    assert reach[21:].max() < 1e-12
+    assert (reach[:21] > 1e-9).all()
+
+
+@pytest.mark.parametrize("L", [64, 2048])
+def test_stu_t_represents_a_delay_by_one(L):
+    layer = STU(3, 3, L)
+    delay = torch.zeros(L, 1).double()
+    delay[1] = 1
+    weights = torch.linalg.lstsq(layer._bank[0], delay, driver="gelsd").solution
+    with torch.no_grad():
+        layer.M_inputs.copy_(torch.eye(3))
+        layer.M_filters.copy_(weights.expand(-1, 3))
+    x = torch.randn(2, L, 3)
+    assert (layer(x)[:, 1:] - x[:, :-1]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("options", [dict(), dict(use_approx=False), dict(use_tensorized=True)])
+def test_tiled_equals_untiled(options):
+    layer = make_stu(30, 7, 5, **options)
+    x = torch.randn(2, 30, 7)
+    weight = torch.randn(2, 30, 5)
+    results = []
+    for tiles in ((None, None), (3, None), (None, 2), (3, 2), (100, 100)):
+        layer.d_in_tile, layer.d_out_tile = tiles
+        y = layer(x)
+        grads = torch.autograd.grad((y * weight).sum(), list(layer.parameters()))
+        streamed, state = layer(x[:, :11], use_cache=True)
+        rest, _ = layer(x[:, 11:], state, use_cache=True)
+        results.append([y, *grads, torch.cat([streamed, rest], 1)])
+    for result in results[1:]:
+        for a, b in zip(result, results[0]):
+            assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("options", [dict(), dict(use_approx=False), dict(backend="lds"), dict(use_approx=False, backend="lds")])
+def test_gradients_equal_finite_differences(options):
+    layer = make_stu(9, 2, 3, K=4, **options).double()
+    x = torch.randn(2, 7, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *p: layer(x), (x, *layer.parameters()), atol=1e-5)
+
+
+@pytest.mark.parametrize("approx", [True, False])
+def test_both_backends_agree_in_value_and_gradient(approx):
+    fft = STU(8, 8, 300, use_approx=approx)
+    lds = STU(8, 8, 300, use_approx=approx, backend="lds")
+    lds.load_state_dict(fft.state_dict())
+    x, weight = torch.randn(2, 300, 8), torch.randn(2, 300, 8)
+    for a, b in zip(*[[y := layer(x), *torch.autograd.grad((y * weight).sum(), list(layer.parameters()))] for layer in (fft, lds)]):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_full_stu_never_holds_all_filter_outputs():
+    layer, x = STU(32, 32, 512, use_approx=False), torch.randn(2, 512, 32)
+    with LargestTensor() as largest:
+        layer(x).sum().backward()
+    assert largest.numel < 2 * 512 * 48 * 32 / 4
+
+
+def test_casting_to_bfloat16_leaves_the_filters_exact():
+    layer = STU(8, 8, 100)
+    exact = layer.filters.clone()
+    layer.to(torch.bfloat16)
+    assert layer.M_inputs.dtype == torch.bfloat16 and torch.equal(layer.filters, exact)
+    x = torch.randn(2, 100, 8, dtype=torch.bfloat16)
+    y, state = layer(x[:, :50], use_cache=True)
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    y2, _ = layer(x[:, 50:], state, use_cache=True)
+    assert relative_error(torch.cat([y, y2], 1).float(), layer(x).float()) < 1e-2
+    assert layer.double().filters.dtype == torch.float64
+
+
+def test_a_model_made_on_the_meta_device_gets_its_filters_when_it_gets_memory():
+    with torch.device("meta"):
+        layer = STU(4, 4, 50)
+    assert layer.filters.is_meta
+    layer = layer.to_empty(device="cpu")
+    assert torch.equal(layer.filters, STU(4, 4, 50).filters)
+
+
+def test_precomputed_filters_are_used():
+    phi = get_spectral_filters(60, 10)
+    torch.manual_seed(1)
+    a = STU(4, 4, 60, 10)
+    torch.manual_seed(1)
+    b = STU(4, 4, 60, precomputed_filters=phi)
+    x = torch.randn(1, 60, 4)
+    assert relative_error(a(x), b(x)) < 1e-5
+
+
+class FakeFlashFFTConv(torch.nn.Module):
+    """FlashFFTConv's contract: u [B, H, L] 16-bit contiguous, k [H, L] float32, L at most half of its FFT size."""
+
+    def __init__(self, seqlen, dtype):
+        super().__init__()
+        assert seqlen in {2**i for i in range(8, 23)} and dtype in (torch.bfloat16, torch.float16)
+        self.seqlen, self.dtype = seqlen, dtype
+
+    def forward(self, u, k):
+        assert u.dtype == self.dtype and k.dtype == torch.float32 and u.is_contiguous() and k.is_contiguous()
+        assert u.ndim == 3 and k.shape == u.shape[1:] and 2 * u.shape[2] <= self.seqlen
+        n = self.seqlen  # a circular convolution of exactly this size
+        return torch.fft.irfft(torch.fft.rfft(u.float(), n) * torch.fft.rfft(k, n), n)[..., : u.shape[2]].to(u.dtype)
+
+
+@pytest.mark.parametrize("L, T", [(100, 100), (128, 128), (300, 257), (64, 1)])
+def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
+    layer, x = STU(4, 4, L), torch.randn(2, T, 4)
+    expected = layer(x)
+    monkeypatch.setattr(stu, "FlashFFTConv", FakeFlashFFTConv)
+    monkeypatch.setattr(stu, "on_cuda", lambda t: True)
+    assert relative_error(layer(x), expected) < 1e-2
+    layer.use_flash_fft = False
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: STU(4, 4, 8, num_eigh=9), "K = 9"),
+    (lambda: STU(4, 4, 8, num_eigh=0), "K = 0"),
+    (lambda: STU(4, 4, 8, 4, backend="scan"), "backend"),
+    (lambda: STU(4, 4, 8, 4, d_in_tile=0), "d_in_tile"),
+    (lambda: STU(4, 4, 8, precomputed_filters=torch.ones(7, 3)), "seq_len = 8"),
+    (lambda: STU(4, 4, 8, 4)(torch.ones(1, 8, 5)), "4 channels"),
+    (lambda: STU(4, 4, 8, 4)(torch.ones(8, 4)), "batch"),
+    (lambda: STU(4, 4, 8, 4)(torch.ones(1, 0, 4)), "length"),
+])  # fmt: skip
+def test_stu_says_what_is_wrong_with_its_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def dense_attention(q, k, v, window, softcap):
+    past = k.shape[2] - q.shape[2]
+    i, j = torch.arange(q.shape[2])[:, None] + past, torch.arange(k.shape[2])
+    logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.masked_fill((j > i) | (i - j > window), -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("T, past, window", [(1, 0, 0), (1, 9, 4), (7, 0, 100), (300, 0, 0), (300, 0, 37), (200, 50, 64)])
+def test_windowed_attention_equals_dense_masked_attention(T, past, window, softcap):
+    q, k, v = 3 * torch.randn(2, 3, T, 8), 3 * torch.randn(2, 3, past + T, 8), torch.randn(2, 3, past + T, 8)
+    assert relative_error(windowed_attention(q, k, v, window, softcap), dense_attention(q, k, v, window, softcap)) < 1e-5
+
+
+def test_windowed_attention_costs_length_times_window():
+    attention = SlidingWindowAttention(16, 2, 32)
+    with LargestTensor() as largest:
+        attention(torch.randn(1, 4096, 16)).sum().backward()
+    assert largest.numel <= 4096 * 16 * 3  # the projection to q, k, v; never 4096 x 4096
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("T, window", [(128, 17), (200, 64)])
+def test_flex_attention_equals_dense_masked_attention(monkeypatch, T, window, softcap):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attention, x = SlidingWindowAttention(32, 2, window, softcap), torch.randn(2, T, 32)
+    with torch.no_grad():
+        expected = attention(x)
+        monkeypatch.setattr(stu, "on_cuda", lambda t: True)
+        monkeypatch.setattr(stu, "_flex_attention", lambda: flex_attention)
+        assert relative_error(attention(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_flash_attn_is_called_by_its_contract(monkeypatch, softcap):
+    def fake(q, k, v, *, causal, window_size, softcap):
+        assert causal and window_size[1] == 0 and q.dtype == torch.bfloat16
+        q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))  # its layout is [B, T, H, hd]
+        assert q.shape[1] == 2 and q.shape[3] == 16
+        return dense_attention(q, k, v, window_size[0], softcap).transpose(1, 2).bfloat16()
+
+    attention = SlidingWindowAttention(32, 2, (20, 0), softcap).bfloat16()
+    x = torch.randn(2, 90, 32).bfloat16()
+    expected = attention(x)
+    monkeypatch.setattr(stu, "on_cuda", lambda t: True)
+    monkeypatch.setattr(stu, "flash_attn_func", fake)
+    assert relative_error(attention(x).float(), expected.float()) < 2e-2
+    y, state = attention(x[:, :50], use_cache=True)  # its causal mask aligns the last query with the last key
+    y2, _ = attention(x[:, 50:], state, use_cache=True)
+    assert relative_error(torch.cat([y, y2], 1).float(), expected.float()) < 2e-2
+
+
+def test_attention_in_pieces_equals_the_whole_sequence():
+    for window, T, B in ((0, 5, 1), (16, 100, 2), (200, 100, 1)):
+        attention, x = SlidingWindowAttention(32, 4, window), torch.randn(B, T, 32)
+        whole = attention(x)
+        for bounds in ([0, *sorted(random.sample(range(1, T), 3)), T], list(range(T + 1))):
+            state, out = None, []
+            for a, b in zip(bounds, bounds[1:]):
+                y, state = attention(x[:, a:b], state, use_cache=True)
+                out.append(y)
+            assert relative_error(torch.cat(out, 1), whole) < 1e-5
+            assert state[0].shape[2] <= window
+
+
+def test_attention_depends_on_distance_not_on_position():
+    attention, x = SlidingWindowAttention(32, 4, 8).double(), torch.randn(1, 40, 32).double()
+    assert relative_error(attention(x[:, 10:])[:, 8:], attention(x)[:, 18:]) < 1e-5
+
+
+@pytest.mark.parametrize("window", [-1, (4, 1), (-1, -1)])
+def test_attention_refuses_windows_that_see_the_future_or_nothing(window):
+    with pytest.raises(ValueError, match="window_size"):
+        SlidingWindowAttention(32, 4, window)
+
+
+# -- block and model ---------------------------------------------------------------------------------------------------
+
+
+def small_config(**changes):
+    defaults = dict(n_embd=32, n_layers=4, n_heads=4, seq_len=48, window_size=12, vocab_size=61, torch_dtype="float32")
+    return FlashSTUConfig(**(defaults | changes))
+
+
+def small_model(**changes):
+    return FlashSTU(small_config(**changes)).eval()
+
+
+MODELS = [
+    dict(),
+    dict(use_attn=False),
+    dict(use_stu=False),
+    dict(use_approx=False, use_hankel_L=True, softcap=0.0),
+    dict(stu_enable_mlp_sandwich=True, stu_mlp_hidden_size=24, bias=True),
+    dict(use_tensorized=True, num_eigh=3),
+    dict(d_in_tile=10, d_out_tile=7, window_size=(5, 0)),
+]
+models = pytest.mark.parametrize("options", MODELS, ids=lambda o: "+".join(o) or "default")
+
+
+def test_the_documented_lines_run_as_they_stand(tmp_path):
+    config = FlashSTUConfig(n_embd=512, n_layers=12, n_heads=8, seq_len=2048, vocab_size=50257)
+    model = FlashSTU(config)
+    input_ids = torch.randint(0, config.vocab_size, (2, 128))
+    outputs = model(input_ids=input_ids)
+    assert outputs.logits.shape == (2, 128, 50257) and outputs["logits"] is outputs.logits
+    generated = model.generate(input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40)
+    assert generated.shape == (2, 14) and torch.equal(generated[:, :10], input_ids[:, :10])
+    outputs = model(input_ids=input_ids, labels=input_ids.clone())
+    loss = outputs["loss"]
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    block = FlashSTUBlock(d_model=512, sequence_length=2048, num_filters=24, use_attention=False)
+    y = block(torch.randn(2, 2048, 512))
+    y = block(y, use_cache=False)
+    assert y.shape == (2, 2048, 512)
+    model.save_pretrained(tmp_path / "my_flash_stu_model")
+    assert torch.equal(FlashSTU.from_pretrained(tmp_path / "my_flash_stu_model")(input_ids).logits, model(input_ids).logits)
+
+
+@models
+def test_model_in_pieces_and_token_by_token_equals_the_whole(options):
+    model, ids = small_model(**options), torch.randint(61, (2, 120))  # 2.5 times seq_len
+    with torch.no_grad():
+        for length in (48, 120):
+            whole = model(ids[:, :length]).logits
+            for bounds in ([0, 1, *sorted(random.sample(range(2, length), 2)), length], list(range(length + 1))):
+                state, out = None, []
+                for a, b in zip(bounds, bounds[1:]):
+                    _, logits, state = model(ids[:, a:b], state=state, use_cache=True)
+                    out.append(logits)
+                assert relative_error(torch.cat(out, 1), whole) < 1e-5
+
+
+@models
+def test_cached_generation_equals_recomputation(options):
+    model = small_model(**options)
+    for prompt in (torch.randint(61, (1, 1)), torch.randint(61, (3, 30)), torch.randint(61, (1, 110))):
+        a = model.generate(prompt, max_new_tokens=25, temperature=0)
+        b = model.generate(prompt, max_new_tokens=25, temperature=0, use_cache=False)
+        assert torch.equal(a, b) and torch.equal(a[:, : prompt.shape[1]], prompt)
+
+
+def test_blocks_stand_alone_and_in_a_module_list():
+    blocks = torch.nn.ModuleList(
+        FlashSTUBlock(d_model=16, sequence_length=30, num_filters=8, use_attention=i % 2 == 1, n_heads=2, window_size=5)
+        for i in range(4)
+    )
+    x = y = torch.randn(2, 30, 16)
+    for block in blocks:
+        y = block(y)
+    z, states = [], [None] * 4
+    for t in range(30):
+        h = x[:, t : t + 1]
+        for i, block in enumerate(blocks):
+            h, states[i] = block(h, states[i], use_cache=True)
+        z.append(h)
+    assert relative_error(torch.cat(z, 1), y) < 1e-5
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_next_token():
+    model, ids = small_model(), torch.randint(61, (3, 40))
+    logits = model(ids).logits
+    labels = ids.clone()
+    assert torch.allclose(model(ids, labels=labels).loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    labels[0, :20] = -100
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    assert torch.allclose(model(ids, labels=labels).loss, expected)
+    labels[:] = -100
+    assert model(ids, labels=labels).loss == 0
+
+
+def test_chunked_loss_has_the_gradients_of_the_whole_and_never_holds_all_logits():
+    model, ids = small_model(vocab_size=200064, n_layers=1), torch.randint(200064, (2, 2048))
+    with LargestTensor() as largest:
+        model(ids, labels=ids).loss.backward()
+    assert largest.numel <= 2**26 < 2 * 2047 * 200064 / 10
+    model, ids = small_model(vocab_size=200064, n_layers=1), torch.randint(200064, (2, 300))
+    model(ids, labels=ids).loss.backward()
+    gradient = model.tok_emb.weight.grad.clone()
+    model.zero_grad()
+    F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    assert relative_error(gradient, model.tok_emb.weight.grad) < 1e-5
+
+
+@models
+def test_gradient_checkpointing_changes_no_gradient(options):
+    model, ids = small_model(**options).train(), torch.randint(61, (2, 48))
+    gradients = []
+    for model.config.use_gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
+
+
+def test_every_row_of_a_batch_is_on_its_own():
+    model, ids = small_model(), torch.randint(61, (4, 30))
+    assert relative_error(model(ids).logits[2:3], model(ids[2:3]).logits) < 1e-5
+
+
+def test_generation_options():
+    model, prompt = small_model(), torch.randint(61, (2, 10))
+    greedy = model.generate(prompt, max_new_tokens=8, temperature=0)
+    assert torch.equal(greedy, model.generate(prompt, max_new_tokens=8, top_k=1))
+    assert torch.equal(greedy, model.generate(prompt, max_new_tokens=8, top_p=1e-9))
+    assert torch.equal(greedy, model.generate(prompt, max_length=18, temperature=0))
+    assert torch.equal(greedy[:, 10:], torch.stack(list(model.stream(prompt, 8, temperature=0)), 1))
+    assert torch.equal(model.generate(prompt, max_length=10), prompt)
+    stopped = model.generate(prompt[:1], max_new_tokens=8, temperature=0, stop_token=int(greedy[0, 12]))
+    assert stopped.shape[1] <= 13 and stopped[0, -1] == greedy[0, 12]
+    draws = [model.generate(prompt, max_new_tokens=8, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draws)
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    seen = {int(stu.sample(logits, 1.0, top_p=0.6)) for _ in range(200)}
+    assert seen == {0, 1}
+    seen = {int(stu.sample(logits, 1.0, top_k=3)) for _ in range(300)}
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(max_length=5, max_new_tokens=5), dict(max_length=3), dict(max_new_tokens=3, temperature=-1),
+    dict(max_new_tokens=3, top_k=0), dict(max_new_tokens=3, top_p=0.0),
+])  # fmt: skip
+def test_generation_says_what_is_wrong(options):
+    with pytest.raises(ValueError):
+        small_model().generate(torch.randint(61, (1, 4)), **options)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(n_heads=5), "n_heads = 5 does not divide"), (dict(num_eigh=49), "num_eigh = 49"), (dict(dropout=1.0), "dropout"),
+    (dict(softcap=-1.0), "softcap"), (dict(window_size=(4, 4)), "window_size"), (dict(n_layers=0), "n_layers"),
+    (dict(torch_dtype="int8"), "torch_dtype"), (dict(use_attn=False, use_stu=False), "no layer"), (dict(seq_len=4.5), "seq_len"),
+])  # fmt: skip
+def test_config_says_what_is_inconsistent(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_config(**changes)
+
+
+def test_config_refuses_unknown_fields():
+    with pytest.raises(TypeError, match="n_embed"):
+        FlashSTUConfig(n_embed=3)
+
+
+@models
+def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
+    model, ids = small_model(**options, dropout=0.1), torch.randint(61, (2, 20))
+    model.save_pretrained(tmp_path)
+    again = FlashSTU.from_pretrained(tmp_path).eval()
+    assert again.config == model.config and torch.equal(again(ids).logits, model(ids).logits)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_damaged_model_folders_are_named(tmp_path):
+    model = small_model()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        FlashSTU.from_pretrained(tmp_path / "nowhere")
+    model.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        FlashSTU.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    text = config.read_text()
+    config.write_text(text.replace('"n_embd": 32', '"n_embd": 64'))
+    with pytest.raises(ValueError, match="does not fit"):
+        FlashSTU.from_pretrained(tmp_path)
+    config.write_text(text.replace('"n_embd"', '"n_embed"'))
+    with pytest.raises(ValueError, match="n_embed"):
+        FlashSTU.from_pretrained(tmp_path)
+    config.write_text(text[:20])
+    with pytest.raises(ValueError, match="not valid JSON"):
+        FlashSTU.from_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_model_whole(tmp_path, monkeypatch):
+    model, ids = small_model(), torch.randint(61, (2, 20))
+    model.save_pretrained(tmp_path)
+    expected = model(ids).logits
+    import safetensors.torch
+
+    def half(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    with torch.no_grad():
+        model.tok_emb.weight.add_(1)
+    with pytest.raises(OSError):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, expected)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_block_compiles_without_graph_breaks(attention):
+    block = FlashSTUBlock(d_model=16, sequence_length=32, num_filters=8, use_attention=attention, n_heads=2)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 32, 16)
+    y, z = block(x), compiled(x)
+    assert relative_error(z, y) < 1e-5
+    for a, b in zip(torch.autograd.grad(z.sum(), list(block.parameters())), torch.autograd.grad(y.sum(), list(block.parameters()))):
+        assert relative_error(a, b) < 1e-4
+
+
+def test_import_needs_only_torch_and_numpy():
+    code = "import sys; sys.modules.update(dict.fromkeys(['safetensors', 'tiktoken', 'transformers', 'datasets', 'matplotlib'])); import stu"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
