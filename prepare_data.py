@@ -169,9 +169,9 @@ def write_atomically(path: Path, write) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         tmp.unlink(missing_ok=True)
-        raise SystemExit(f"cannot write {path}: {e.strerror}. What was written before is intact.") from None
+        raise SystemExit(f"cannot write {path}: {e}. What was written before is intact.") from None
 
 
 def prepare(

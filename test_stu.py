@@ -694,3 +694,285 @@ def test_a_block_compiles_without_graph_breaks(attention):
 def test_import_needs_only_torch_and_numpy():
     code = "import sys; sys.modules.update(dict.fromkeys(['safetensors', 'tiktoken', 'transformers', 'datasets', 'matplotlib'])); import stu"
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+
+
+# -- prepare_data.py ---------------------------------------------------------------------------------------------------
+
+import prepare_data  # noqa: E402
+
+
+def read_split(folder, split):
+    meta = json.loads((Path(folder) / "meta.json").read_text())
+    shards = [np.load(Path(folder) / shard["file"]) for shard in meta[split]["shards"]]
+    assert [len(a) for a in shards] == [shard["tokens"] for shard in meta[split]["shards"]]
+    assert sum(map(len, shards)) == meta[split]["tokens"]
+    return np.concatenate(shards)
+
+
+def write_documents(folder, n=60, words=80):
+    rng = random.Random(1)
+    folder.mkdir()
+    texts = [" ".join(rng.choice(["alpha", "beta", "γ", "def f(x):", "\n", "1234"]) for _ in range(words)) + f" {i}" for i in range(n)]
+    for i, text in enumerate(texts):
+        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
+    return texts
+
+
+def documents_in(tokens, decode, eot):
+    ends = np.flatnonzero(tokens == eot)
+    assert ends[-1] == len(tokens) - 1
+    return [decode(part.tolist()) for part in np.split(tokens, ends[:-1] + 1)]
+
+
+def test_the_default_data_is_the_standard_library(tmp_path):
+    meta = prepare_data.prepare(out=str(tmp_path))
+    assert meta["vocab_size"] == 256 and meta["train"]["tokens"] > 3e6
+    assert b"def " in read_split(tmp_path, "val")[:100000].astype(np.uint8).tobytes()
+
+
+def test_shards_hold_every_document_once_and_the_splits_share_none(tmp_path):
+    texts = write_documents(tmp_path / "docs", n=600, words=10)
+    (tmp_path / "docs" / "copy.txt").write_text(texts[0], encoding="utf-8")  # a duplicate falls on its twin's side
+    (tmp_path / "docs" / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    prepare_data.prepare([str(tmp_path / "docs")], str(tmp_path / "out"), val_fraction=0.3, shard_tokens=5000)
+    decode = lambda tokens: bytes(t for t in tokens if t).decode()  # noqa: E731
+    train, val = (documents_in(read_split(tmp_path / "out", split), decode, 0) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts + texts[:1]) and not set(train) & set(val) and val
+    assert len(json.loads((tmp_path / "out" / "meta.json").read_text())["train"]["shards"]) > 1
+
+
+def test_one_long_text_is_cut_at_nine_tenths(tmp_path):
+    (tmp_path / "book.txt").write_text("abcdefghij" * 1000)
+    prepare_data.prepare([str(tmp_path / "book.txt")], str(tmp_path / "out"))
+    assert len(read_split(tmp_path / "out", "train")) == 9001 and len(read_split(tmp_path / "out", "val")) == 1001
+
+
+def test_jsonl_gzip_and_parquet_give_the_same_shards_as_each_other(tmp_path):
+    texts = [f"document {i}\n" * 5 for i in range(50)]
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
+        f.write(lines)
+    names = ["a.jsonl", "b.jsonl.gz"]
+    try:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "c.parquet")
+        names.append("c.parquet")
+    except ImportError:
+        pass
+    for name in names:
+        prepare_data.prepare([str(tmp_path / name)], str(tmp_path / name[0]), val_fraction=0.3)
+    for name in names[1:]:
+        for split in ("train", "val"):
+            assert np.array_equal(read_split(tmp_path / name[0], split), read_split(tmp_path / "a", split))
+
+
+def test_an_interrupted_preparation_continues_to_the_same_shards(tmp_path, monkeypatch):
+    write_documents(tmp_path / "docs", n=700, words=20)
+    args = dict(sources=[str(tmp_path / "docs")], val_fraction=0.3, shard_tokens=10000)
+    prepare_data.prepare(out=str(tmp_path / "whole"), **args)
+    real, written = prepare_data.write_atomically, []
+
+    def die_at_the_third_shard(path, write):
+        if path.suffix == ".npy":
+            written.append(path)
+            if len(written) == 3:
+                path.with_name(path.name + ".tmp").write_bytes(b"half a shard")
+                raise KeyboardInterrupt
+        real(path, write)
+
+    monkeypatch.setattr(prepare_data, "write_atomically", die_at_the_third_shard)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data.prepare(out=str(tmp_path / "broken"), **args)
+    meta = json.loads((tmp_path / "broken" / "meta.json").read_text())
+    assert not meta["complete"] and 0 < meta["documents"] < 700
+    monkeypatch.setattr(prepare_data, "write_atomically", real)
+    prepare_data.prepare(out=str(tmp_path / "broken"), **args)
+    for split in ("train", "val"):
+        assert np.array_equal(read_split(tmp_path / "broken", split), read_split(tmp_path / "whole", split))
+
+
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
+    text = "".join(random.choice(["word ", "x\n", "\n\n  y", "if a:\n", "\ndef", ";\n//c", "é\r\n", " 12"]) for _ in range(20000))
+    cut = list(prepare_data.pieces(text, size=500))
+    assert len(cut) > 20 and "".join(p for p, _ in cut) == text and [end for _, end in cut] == [False] * (len(cut) - 1) + [True]
+    try:
+        tokenizer = prepare_data.get_tokenizer("o200k_base")
+    except SystemExit:
+        pytest.skip("the o200k_base ranks are not on this machine (no network, no TIKTOKEN_CACHE_DIR)")
+    assert np.array_equal(np.concatenate([tokenizer.encode(p) for p, _ in cut]), tokenizer.encode(text))
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+
+def test_a_folder_with_other_data_is_left_alone(tmp_path):
+    (tmp_path / "a.txt").write_text("hello world " * 100)
+    out = str(tmp_path / "out")
+    prepare_data.prepare([str(tmp_path / "a.txt")], out)
+    before = read_split(out, "train")
+    with pytest.raises(SystemExit, match="choose another --out"):
+        prepare_data.prepare([str(tmp_path / "a.txt")], out, val_fraction=0.5)
+    assert np.array_equal(read_split(out, "train"), before)
+
+
+@pytest.mark.parametrize("content, name, message", [
+    (b"\xff\xfe\x00bad", "a.txt", "UTF-8"), (b"", "a.txt", "not enough text"), (b'{"text": "x"}\n{"text": ', "a.jsonl", "line 2"),
+    (b'{"txt": "x"}', "a.jsonl", "field 'text'"), (b"not gzip", "a.jsonl.gz", "a.jsonl.gz"), (None, "missing.txt", "no file or folder"),
+])  # fmt: skip
+def test_preparation_says_what_is_wrong_and_writes_nothing(tmp_path, content, name, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        prepare_data.prepare([str(tmp_path / name)], str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_unknown_tokenizers_are_refused():
+    with pytest.raises(SystemExit, match="bytes, gpt2 or o200k_base"):
+        prepare_data.get_tokenizer("bpe")
+
+
+# -- train.py ----------------------------------------------------------------------------------------------------------
+
+TINY = "--n_embd 32 --n_layers 2 --n_heads 2 --seq_len 32 --window_size 16 --num_eigh 8 --batch_size 8 --eval_sequences 8 --log_interval 1"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("".join(f"line {i}: the quick brown fox\n" for i in range(3000)))
+    prepare_data.prepare([str(folder / "text.txt")], str(folder / "tokens"))
+    return folder / "tokens"
+
+
+def train(data, out, flags, processes=1, start_only=False, **popen):
+    command = [sys.executable, "train.py"]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"]
+    command += f"--data {data} --out_dir {out} {TINY} {flags}".split()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=HERE, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
+    if start_only:
+        return process
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def losses(out):
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in records if "loss" in r]
+
+
+def final_weights(out, step):
+    return torch.load(Path(out) / f"checkpoint_{step}.pt", weights_only=True)["model"]
+
+
+def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
+    flags = "--steps 6 --eval_interval 6 --checkpoint_interval 6 --optimizer adamw"
+    runs = [("one", flags, 1), ("accumulated", flags + " --micro_batch_size 2", 1), ("ddp", flags + " --micro_batch_size 2", 2),
+            ("fsdp", flags + " --engine fsdp --micro_batch_size 2", 2), ("compute again", flags + " --use_gradient_checkpointing", 1)]  # fmt: skip
+    curves = {}
+    for name, flags, processes in runs:
+        code, output = train(data, tmp_path / name.replace(" ", "_"), flags, processes)
+        assert code == 0, output
+        curves[name] = losses(tmp_path / name.replace(" ", "_"))
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["one"], rel=1e-5), name
+    assert curves["one"][-1] < curves["one"][0]
+
+
+def test_muon_gives_the_same_curve_sharded_and_a_checkpoint_of_two_processes_resumes_on_one(data, tmp_path):
+    flags = "--eval_interval 50 --checkpoint_interval 4 --decay none"
+    assert train(data, tmp_path / "one", flags + " --steps 8")[0] == 0
+    code, output = train(data, tmp_path / "two", flags + " --steps 4 --engine fsdp", processes=2)
+    assert code == 0, output
+    code, output = train(data, tmp_path / "two", flags + " --steps 8")
+    assert code == 0 and "after step 4" in output, output
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path):
+    flags = "--steps 60 --checkpoint_interval 5 --eval_interval 30 --dropout 0.1"
+    assert train(data, tmp_path / "whole", flags)[0] == 0
+    out = tmp_path / "killed"
+
+    def steps_logged():
+        return len(losses(out)) if (out / "log.jsonl").exists() else 0
+
+    kill_when = [lambda: steps_logged() >= 13, lambda: steps_logged() >= 24 and any(out.glob("*.tmp")), lambda: steps_logged() >= 41]
+    for due in kill_when:
+        process = train(data, out, flags, start_only=True)
+        while process.poll() is None and not due():
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    code, output = train(data, out, flags)
+    assert code == 0 and "continuing" in output, output
+    a, b = final_weights(tmp_path / "whole", 60), final_weights(out, 60)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_a_truncated_checkpoint_falls_back_to_the_one_before(data, tmp_path):
+    flags = "--steps 100000 --checkpoint_interval 20 --eval_interval 100000 --decay none"
+    process = train(data, tmp_path, flags, start_only=True)
+    while not list(tmp_path.glob("checkpoint_*.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "asked to stop: saved" in output, output
+    before, newest = sorted(tmp_path.glob("checkpoint_*.pt"), key=lambda p: int(p.stem[11:]))[-2:] if len(
+        list(tmp_path.glob("checkpoint_*.pt"))) > 1 else (None, *tmp_path.glob("checkpoint_*.pt"))  # fmt: skip
+    steps = int(newest.stem[11:])
+    code, output = train(data, tmp_path, f"--steps {steps + 3} --checkpoint_interval 1 --decay none")
+    assert code == 0 and f"after step {steps}" in output, output
+    newest = tmp_path / f"checkpoint_{steps + 3}.pt"
+    newest.write_bytes(newest.read_bytes()[:2000])
+    code, output = train(data, tmp_path, f"--steps {steps + 4} --checkpoint_interval 1 --decay none")
+    assert code == 0 and "damaged" in output and f"after step {steps + 2}" in output, output
+
+
+def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(data, tmp_path):
+    import resource
+
+    assert train(data, tmp_path, "--steps 2 --checkpoint_interval 2")[0] == 0
+    good = (tmp_path / "checkpoint_2.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))  # noqa: E731  # files may not grow past 50 kB
+    code, output = train(data, tmp_path, "--steps 4 --checkpoint_interval 2", preexec_fn=limit)
+    assert code != 0 and "cannot write" in output and "intact" in output, output
+    assert (tmp_path / "checkpoint_2.pt").read_bytes() == good and not (tmp_path / "checkpoint_4.pt").exists()
+    assert train(data, tmp_path, "--steps 4 --checkpoint_interval 2")[0] == 0
+
+
+def test_resuming_with_another_model_or_other_data_is_refused_and_sampling_works(data, tmp_path):
+    out = tmp_path / "run"
+    assert train(data, out, "--steps 2 --eval_interval 100")[0] == 0
+    code, output = train(data, out, "--steps 4 --n_layers 3")
+    assert code != 0 and "n_layers: 2, now 3" in output, output
+    (tmp_path / "other.txt").write_text("something else\n" * 500)
+    prepare_data.prepare([str(tmp_path / "other.txt")], str(tmp_path / "other"))
+    code, output = train(tmp_path / "other", out, "--steps 4")
+    assert code != 0 and "another data" in output, output
+    code, output = train(data, out, "--sample line")
+    assert code == 0 and "line" in output.splitlines()[1], output
+    code, output = train(data, tmp_path / "none", "--sample line")
+    assert code != 0 and "no checkpoint" in output
+
+
+def test_divergence_skips_steps_then_stops_and_names_the_last_good_checkpoint(data, tmp_path):
+    code, output = train(data, tmp_path, "--steps 50 --lr 1e30 --muon_lr 1e30 --checkpoint_interval 1 --max_skipped 3 --warmup_steps 0")
+    assert code != 0 and output.count("step skipped") == 3 and "Last good checkpoint" in output, output
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--n_embed 32", "did you mean --n_embd"), ("--window_size 33", "window_size 33 is larger than seq_len 32"),
+    ("--n_heads 5", "n_heads = 5 does not divide"), ("--micro_batch_size 3", "2 would"), ("--preset 7B", "350M"),
+    ("--batch_size 1000000000", "--micro_batch_size"), ("--steps many", "takes a value like"), ("--decay step", "cosine"),
+    ("--data nowhere", "prepare_data.py"),
+])  # fmt: skip
+def test_training_says_at_the_start_what_would_work(data, tmp_path, flags, message):
+    code, output = train(data, tmp_path, flags)
+    assert code != 0 and message in output, output

@@ -3,7 +3,7 @@ Train a Flash STU language model: one CPU, one GPU, or many.
 
     python train.py                                   a small hybrid on Python's own source code, a few minutes on a CPU
     torchrun --nproc_per_node=2 train.py              the same on two processes; --engine fsdp shards the model
-    python train.py --preset 125M --data data/fineweb-edu-o200k_base --run runs/125M
+    python train.py --preset 125M --data data/fineweb-edu-o200k_base --out_dir runs/125M
     python train.py --sample "def "                   write from the run's last checkpoint
 
 Every setting below is a flag: --name value. The run folder holds config.json, log.jsonl, checkpoints and loss.png, and
@@ -34,7 +34,7 @@ from stu import FlashSTU, FlashSTUConfig
 
 settings = {
     # run
-    "run": "runs/default",  # its folder
+    "out_dir": "runs/default",  # the run folder
     "data": "data/stdlib",  # a folder made by prepare_data.py; the default is made when it is missing
     "preset": "small",
     "sample": "",  # a prompt: write from the run's last checkpoint instead of training
@@ -50,7 +50,7 @@ settings = {
     "softcap": 0.0,
     "torch_dtype": "float32",  # master weights; what is computed in is `dtype`
     # work
-    "steps": 600,
+    "steps": 400,
     "batch_size": 16,  # sequences a step, over all processes
     "micro_batch_size": 0,  # sequences a process holds at once; 0: its whole share
     "eval_interval": 100,  # steps
@@ -174,7 +174,7 @@ def stop(message):
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: the batch of step i is a pure function of the seed and i, whatever the number of processes
 
-run = Path(s["run"])
+run = Path(s["out_dir"])
 if s["data"] == settings["data"] and main and not s["sample"]:
     prepare(out=s["data"])
 if world > 1:
@@ -276,7 +276,7 @@ else:
 say(f"{n_params / 1e6:.2f}M parameters, {config.n_layers} layers, {flops_per_token() / 1e6:.1f} MFLOP a token, about "
     f"{memory_estimate(micro) / 2**30:.1f} GiB; {world} x {device.type}, {s['dtype']}")  # fmt: skip
 if memory_estimate(micro) > available:
-    fits = [m for m in range(1, micro) if share % m == 0 and memory_estimate(m) <= available]
+    fits = [m for m in range(1, min(micro, 4096)) if share % m == 0 and memory_estimate(m) <= available]
     advice = f"--micro_batch_size {max(fits)} would" if fits else "a smaller model is needed"
     stop(f"{micro} sequences at once do not fit into {available / 2**30:.1f} GiB; {advice}")
 
@@ -367,7 +367,7 @@ if saved:
         for key in now:
             if before.get(key) != now[key] and key not in ("use_gradient_checkpointing", "d_in_tile", "d_out_tile"):
                 stop(f"{run} was trained with another {what} ({key}: {before.get(key)!r}, now {now[key]!r}): "
-                     f"choose another --run, or --fresh to start again")  # fmt: skip
+                     f"choose another --out_dir, or --fresh to start again")  # fmt: skip
     set_state_dict(model, optimizers, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
                    options=StateDictOptions(full_state_dict=True))  # fmt: skip
     scaler.load_state_dict(saved["scaler"])
@@ -431,7 +431,7 @@ def bits_per_byte(loss):
 
 if s["sample"]:
     if not saved:
-        stop(f"{run} holds no checkpoint to write from: train first, or give --run")
+        stop(f"{run} holds no checkpoint to write from: train first, or give --out_dir")
     write(s["sample"])
     sys.exit()
 
@@ -443,7 +443,7 @@ if main:
     write_atomically(run / "config.json", lambda f: f.write(json.dumps({"settings": s, "model": config.to_dict()}, indent=1).encode()))
     if log_path.exists():  # forget what came after the checkpoint, and a line that was cut off
         lines = [line for line in log_path.read_text().splitlines(True) if line.endswith("}\n")]
-        lines = [line for line in lines if json.loads(line)["step"] <= start_step]
+        lines = [line for line in lines if json.loads(line)["step"] <= start_step - ("val_loss" in line)]
         write_atomically(log_path, lambda f: f.write("".join(lines if saved else []).encode()))
 wandb = None
 if s["wandb"] and main:
