@@ -24,6 +24,9 @@ import inspect
 import json
 import math
 import os
+import re
+import sys
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -229,18 +232,20 @@ def full_conv(x, filters, M):
     """Σ_f (Φ_f * x) M_f for x [B, T, d_in], filters [T, F], M [F, d_in, d_out] -> [B, T, d_out].
 
     At each frequency ω the whole layer is one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are
-    never formed. The matrices are made for 64 frequencies at a time, and made again for the backward pass."""
+    never formed. The matrices are made for 64 frequencies at a time, and made again for the backward pass. Real and
+    imaginary parts (index c) are kept apart: M is real, and complex products would cost twice as much."""
 
-    def mix(x_f, filters_f):  # [64, B, d_in], [64, F] -> [64, B, d_out]
-        matrices = torch.complex(filters_f.real @ M.flatten(1), filters_f.imag @ M.flatten(1))
-        return x_f @ matrices.unflatten(1, M.shape[1:])
+    def mix(x_f, filters_f):  # [64, 2, B, d_in], [64, 2, F] -> [64, B, d_out, 2]
+        matrices = torch.einsum("wcf,fio->wcio", filters_f, M)
+        re, im = (x_f.flatten(1, 2)[:, None] @ matrices).unflatten(2, x_f.shape[1:3]).unbind(1)  # [64, 2, B, d_out] each
+        return torch.stack([re[:, 0] - im[:, 1], re[:, 1] + im[:, 0]], dim=-1)
 
     n = fft_size(x.shape[1] + len(filters) - 1)
-    x_f = torch.fft.rfft(x, n=n, dim=1).transpose(0, 1)  # [n/2 + 1, B, d_in]
-    filters_f = torch.fft.rfft(filters, n=n, dim=0)  # [n/2 + 1, F]
+    x_f = torch.view_as_real(torch.fft.rfft(x, n=n, dim=1)).permute(1, 3, 0, 2)  # [n/2 + 1, 2, B, d_in]
+    filters_f = torch.view_as_real(torch.fft.rfft(filters, n=n, dim=0)).transpose(1, 2)  # [n/2 + 1, 2, F]
     chunks = zip(x_f.split(64), filters_f.split(64))
-    y_f = torch.cat([checkpoint(mix, *chunk, use_reentrant=False) for chunk in chunks])
-    return torch.fft.irfft(y_f.transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]
+    y_f = torch.cat([checkpoint(mix, *chunk, use_reentrant=False) for chunk in chunks])  # [n/2 + 1, B, d_out, 2]
+    return torch.fft.irfft(torch.view_as_complex(y_f).transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -787,3 +792,126 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
         beyond = probs.cumsum(-1) - probs >= top_p  # the likelier tokens already hold top_p
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. python stu.py: this file against the usual route, on this machine
+
+
+def usual_filters(L, K):
+    """Eigenvectors of Z itself, scaled: [L, K]."""
+    values, vectors = torch.linalg.eigh(get_hankel(L))
+    return vectors[:, -K:].flip(1) * values[-K:].flip(0).clamp(min=0) ** 0.25
+
+
+def usual_stu(x, phi, M):
+    """The paper's formula: two branches stacked, channels last, torch FFT. phi [T, K]; M [2K, d] or [2K, d, d_out]."""
+    T, K = phi.shape
+    n = 1 << (2 * T - 1).bit_length()
+    sign = (-1.0) ** torch.arange(T, device=x.device)[:, None]
+    x_f = torch.fft.rfft(torch.stack([x, x * sign], dim=-1), n=n, dim=1)  # [B, n/2 + 1, d, 2]
+    if M.ndim == 2:
+        h_f = torch.fft.rfft(torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1), n=n, dim=0)  # [n/2 + 1, d, 2]
+        plus, minus = torch.fft.irfft(x_f * h_f, n=n, dim=1)[:, :T].unbind(-1)
+        return plus + sign * minus
+    phi_f = torch.fft.rfft(phi, n=n, dim=0)  # [n/2 + 1, K]
+    u = torch.fft.irfft(x_f[:, :, None] * phi_f[None, :, :, None, None], n=n, dim=1)[:, :T]  # [B, T, K, d, 2]
+    plus, minus = (torch.tensordot(u[..., i], M[i * K : (i + 1) * K], dims=([2, 3], [0, 1])) for i in (0, 1))
+    return plus + sign * minus
+
+
+def timed(run, repeats=5):
+    """Median seconds of run(), after one warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def peak_bytes(run):
+    """The most memory that run() holds at once, beyond what was held before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():  # not Linux
+        return math.nan
+    clear.write_text("5")  # the high-water mark starts again from here
+    before = int(re.search(r"VmRSS:\s*(\d+)", status.read_text())[1])
+    run()
+    return 1024 * (int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) - before)
+
+
+def benchmark(full: bool) -> None:
+    """Print the table. CPU: under 90 s; --full adds eigh at L = 8192, which takes a minute by itself."""
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    print(f"{torch.cuda.get_device_name() if cuda else f'CPU, {torch.get_num_threads()} threads'}, torch {torch.__version__}")
+    print(f"\n{'':<44} {'this file':>12} {'usual route':>12} {'ratio':>7}   error: ours, usual")
+
+    def row(what, ours, usual, *notes):
+        print(f"{what:<44} {ours * 1e3:>9.1f} ms {usual * 1e3:>9.1f} ms {usual / ours:>6.1f}x   {', '.join(notes)}", flush=True)
+
+    # 1. filters against `eigh` of the Hankel matrix; the error is that of the worst unit filter
+    for L in (64, 2048, 8192) if full else (64, 2048):
+        unit = [phi / phi.norm(dim=0) for phi in (get_spectral_filters(L, 24, dtype=torch.float64), usual_filters(L, 24))]
+        unit = [phi * phi[0].sign() for phi in unit]
+        notes = [f"differ by {(unit[0] - unit[1]).abs().max():.0e}"]
+        if L == 64:
+            import mpmath  # comes with torch
+
+            with mpmath.workdps(50):
+                entries = [[mpmath.mpf(2) / ((i + j) ** 3 - (i + j)) for j in range(1, L + 1)] for i in range(1, L + 1)]
+                vectors = np.array(mpmath.eigsy(mpmath.matrix(entries))[1].tolist(), dtype=float)[:, ::-1][:, :24]
+            exact = torch.from_numpy(vectors * np.sign(vectors[0]))
+            notes = [f"{(phi - exact).abs().max():.0e}" for phi in unit]
+        ours = timed(lambda: _hankel_eigenvectors.__wrapped__(L, 24, False), 3)
+        row(f"24 filters, L = {L}", ours, timed(lambda: usual_filters(L, 24), 1), *notes)
+
+    # 2. and 3. forward and backward of a layer's filtering, on the same weights; the error is relative to float64
+    shapes = [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)] if cuda else [(2, 4096, 512), (8, 512, 256)]
+    for B, T, d, approx in [(*shape, True) for shape in shapes] + [(8, 1024, 128, False)]:
+        layer = STU(d, d, T, use_approx=approx).to(device)
+        x, grad = torch.randn(2, B, T, d, device=device)
+        x.requires_grad_()
+        M, phi = (layer.M_filters if approx else layer.M), layer.filters[:, :24]
+        exact = usual_stu(x[:1].detach().double(), phi.double(), M.detach().double())
+        routes = (lambda: layer._filter(x, M, None, False)[0]), (lambda: usual_stu(x, phi, M))
+        notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
+        steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
+        notes.append("peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps)))
+        row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", *map(timed, steps), *notes)
+
+    # 4. a training step: the hybrid, and attention in every layer at the same width and about the same size
+    B, T, seconds = (16 if cuda else 2), 1024, []
+    for options in (dict(), dict(use_stu=False, mlp_scale=3.5)):
+        config = dict(n_embd=384, n_layers=12, n_heads=6, seq_len=T, window_size=T // 4, vocab_size=8192, softcap=0.0)
+        model = FlashSTU(FlashSTUConfig(**(config | options), torch_dtype=dtype)).to(device)
+        ids = torch.randint(8192, (B, T + 1), device=device)
+        seconds.append(timed(lambda: model(ids, labels=ids).loss.backward(), 3))
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"   {'hybrid' if not options else 'attention only'}: {size:.1f}M parameters, {B * T / seconds[-1]:,.0f} tokens/s")
+    row(f"training step, T = {T}, against attention only", *seconds)
+
+    # 5. generation: one token from the state, against computing the sequence again
+    model = FlashSTU(FlashSTUConfig(n_embd=256, n_layers=4, n_heads=4, seq_len=2048, window_size=256, vocab_size=256,
+                                    torch_dtype=dtype)).to(device).eval()  # fmt: skip
+    state, seen = None, 0
+    with torch.no_grad():
+        for context in (512, 4096, 32768, 131072):
+            start = time.perf_counter()
+            for piece in torch.randint(256, (1, context - seen), device=device).split(2048, dim=1):
+                _, state = model.hidden(piece, state, use_cache=True)
+            prefill, seen = (time.perf_counter() - start) * context / (context - seen), context
+            token = torch.randint(256, (1, 1), device=device)
+            row(f"next token at context {context}", timed(lambda: model.hidden(token, state, use_cache=True), 31), prefill)
+
+
+if __name__ == "__main__":
+    benchmark(full="--full" in sys.argv)
