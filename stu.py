@@ -27,6 +27,7 @@ import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -361,7 +362,7 @@ class STU(nn.Module):
         """Σ_f (Φ_f * u) M_f from a state, by the route that this call allows -> y, state. Never below float32."""
         dtype, (B, T, d) = u.dtype, u.shape
         u, M = u.to(self.filters.dtype), M.to(self.filters.dtype)
-        with torch.autocast(u.device.type, enabled=False):
+        with nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False):
             if self.lds is None:
                 past = u if state is None else torch.cat([state, u], dim=1)
                 y, state = self._convolve(past, M)[:, -T:], past[:, max(0, past.shape[1] - self.seq_len + 1) :]

@@ -816,6 +816,18 @@ def test_a_folder_with_other_data_is_left_alone(tmp_path):
     assert np.array_equal(read_split(out, "train"), before)
 
 
+def test_hub_corpora_are_streamed_through_datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    texts = [f"story {i}\n" * 9 for i in range(300)]
+    datasets.Dataset.from_dict({"text": texts, "id": range(300)}).to_parquet(tmp_path / "stories.parquet")  # as the hub has it
+    local = dict(path="parquet", data_files=str(tmp_path / "stories.parquet"), split="train", cache_dir=str(tmp_path))
+    monkeypatch.setitem(prepare_data.HUB, "tinystories", (local, 0.2))
+    prepare_data.prepare(["tinystories"], str(tmp_path / "out"), shard_tokens=4000)
+    decode = lambda tokens: bytes(t for t in tokens if t).decode()  # noqa: E731
+    train, val = (documents_in(read_split(tmp_path / "out", split), decode, 0) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts) and 20 < len(val) < 100
+
+
 @pytest.mark.parametrize("content, name, message", [
     (b"\xff\xfe\x00bad", "a.txt", "UTF-8"), (b"", "a.txt", "not enough text"), (b'{"text": "x"}\n{"text": ', "a.jsonl", "line 2"),
     (b'{"txt": "x"}', "a.jsonl", "field 'text'"), (b"not gzip", "a.jsonl.gz", "a.jsonl.gz"), (None, "missing.txt", "no file or folder"),
@@ -846,17 +858,23 @@ def data(tmp_path_factory):
     return folder / "tokens"
 
 
-def train(data, out, flags, processes=1, start_only=False, **popen):
+def start(data, out, flags, processes=1, **popen):
     command = [sys.executable, "train.py"]
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"]
     command += f"--data {data} --out_dir {out} {TINY} {flags}".split()
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=HERE, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
-    if start_only:
-        return process
-    output, _ = process.communicate(timeout=120)
+    return subprocess.Popen(command, cwd=HERE, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=180)
     return process.returncode, output
+
+
+def train(*args, **kwargs):
+    """Run train.py to its end: exit code, everything it printed."""
+    return finish(start(*args, **kwargs))
 
 
 def losses(out):
@@ -871,12 +889,13 @@ def final_weights(out, step):
 def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
     flags = "--steps 6 --eval_interval 6 --checkpoint_interval 6 --optimizer adamw"
     runs = [("one", flags, 1), ("accumulated", flags + " --micro_batch_size 2", 1), ("ddp", flags + " --micro_batch_size 2", 2),
-            ("fsdp", flags + " --engine fsdp --micro_batch_size 2", 2), ("compute again", flags + " --use_gradient_checkpointing", 1)]  # fmt: skip
+            ("fsdp", flags + " --engine fsdp --micro_batch_size 2", 2), ("recomputed", flags + " --use_gradient_checkpointing", 1)]  # fmt: skip
+    running = {name: start(data, tmp_path / name, flags, processes) for name, flags, processes in runs}
     curves = {}
-    for name, flags, processes in runs:
-        code, output = train(data, tmp_path / name.replace(" ", "_"), flags, processes)
+    for name, process in running.items():
+        code, output = finish(process)
         assert code == 0, output
-        curves[name] = losses(tmp_path / name.replace(" ", "_"))
+        curves[name] = losses(tmp_path / name)
     for name, curve in curves.items():
         assert curve == pytest.approx(curves["one"], rel=1e-5), name
     assert curves["one"][-1] < curves["one"][0]
@@ -884,9 +903,9 @@ def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
 
 def test_muon_gives_the_same_curve_sharded_and_a_checkpoint_of_two_processes_resumes_on_one(data, tmp_path):
     flags = "--eval_interval 50 --checkpoint_interval 4 --decay none"
-    assert train(data, tmp_path / "one", flags + " --steps 8")[0] == 0
+    one = start(data, tmp_path / "one", flags + " --steps 8")
     code, output = train(data, tmp_path / "two", flags + " --steps 4 --engine fsdp", processes=2)
-    assert code == 0, output
+    assert code == 0 and finish(one)[0] == 0, output
     code, output = train(data, tmp_path / "two", flags + " --steps 8")
     assert code == 0 and "after step 4" in output, output
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -894,22 +913,21 @@ def test_muon_gives_the_same_curve_sharded_and_a_checkpoint_of_two_processes_res
 
 def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path):
     flags = "--steps 60 --checkpoint_interval 5 --eval_interval 30 --dropout 0.1"
-    assert train(data, tmp_path / "whole", flags)[0] == 0
-    out = tmp_path / "killed"
+    whole, out = start(data, tmp_path / "whole", flags), tmp_path / "killed"
 
     def steps_logged():
         return len(losses(out)) if (out / "log.jsonl").exists() else 0
 
     kill_when = [lambda: steps_logged() >= 13, lambda: steps_logged() >= 24 and any(out.glob("*.tmp")), lambda: steps_logged() >= 41]
     for due in kill_when:
-        process = train(data, out, flags, start_only=True)
+        process = start(data, out, flags)
         while process.poll() is None and not due():
             time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     code, output = train(data, out, flags)
-    assert code == 0 and "continuing" in output, output
+    assert code == 0 and "continuing" in output and finish(whole)[0] == 0, output
     a, b = final_weights(tmp_path / "whole", 60), final_weights(out, 60)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert losses(out) == losses(tmp_path / "whole")
@@ -917,7 +935,7 @@ def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path
 
 def test_sigterm_saves_and_a_truncated_checkpoint_falls_back_to_the_one_before(data, tmp_path):
     flags = "--steps 100000 --checkpoint_interval 20 --eval_interval 100000 --decay none"
-    process = train(data, tmp_path, flags, start_only=True)
+    process = start(data, tmp_path, flags)
     while not list(tmp_path.glob("checkpoint_*.pt")):
         assert process.poll() is None
         time.sleep(0.01)
@@ -950,16 +968,15 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(data, tmp_path):
 def test_resuming_with_another_model_or_other_data_is_refused_and_sampling_works(data, tmp_path):
     out = tmp_path / "run"
     assert train(data, out, "--steps 2 --eval_interval 100")[0] == 0
-    code, output = train(data, out, "--steps 4 --n_layers 3")
-    assert code != 0 and "n_layers: 2, now 3" in output, output
     (tmp_path / "other.txt").write_text("something else\n" * 500)
     prepare_data.prepare([str(tmp_path / "other.txt")], str(tmp_path / "other"))
-    code, output = train(tmp_path / "other", out, "--steps 4")
-    assert code != 0 and "another data" in output, output
-    code, output = train(data, out, "--sample line")
-    assert code == 0 and "line" in output.splitlines()[1], output
-    code, output = train(data, tmp_path / "none", "--sample line")
-    assert code != 0 and "no checkpoint" in output
+    runs = [(start(data, out, "--steps 4 --n_layers 3"), 1, "n_layers: 2, now 3"),
+            (start(tmp_path / "other", out, "--steps 4"), 1, "another data"),
+            (start(data, tmp_path / "none", "--sample line"), 1, "no checkpoint"),
+            (start(data, out, "--sample line"), 0, "\nline")]  # fmt: skip
+    for process, expected, message in runs:
+        code, output = finish(process)
+        assert code == expected and message in output, output
 
 
 def test_divergence_skips_steps_then_stops_and_names_the_last_good_checkpoint(data, tmp_path):
@@ -967,12 +984,43 @@ def test_divergence_skips_steps_then_stops_and_names_the_last_good_checkpoint(da
     assert code != 0 and output.count("step skipped") == 3 and "Last good checkpoint" in output, output
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--n_embed 32", "did you mean --n_embd"), ("--window_size 33", "window_size 33 is larger than seq_len 32"),
-    ("--n_heads 5", "n_heads = 5 does not divide"), ("--micro_batch_size 3", "2 would"), ("--preset 7B", "350M"),
-    ("--batch_size 1000000000", "--micro_batch_size"), ("--steps many", "takes a value like"), ("--decay step", "cosine"),
-    ("--data nowhere", "prepare_data.py"),
-])  # fmt: skip
-def test_training_says_at_the_start_what_would_work(data, tmp_path, flags, message):
-    code, output = train(data, tmp_path, flags)
-    assert code != 0 and message in output, output
+def test_training_says_at_the_start_what_would_work(data, tmp_path):
+    mistakes = [("--n_embed 32", "did you mean --n_embd"), ("--window_size 33", "window_size 33 is larger than seq_len 32"),
+                ("--n_heads 5", "n_heads = 5 does not divide"), ("--micro_batch_size 3", "2 would"), ("--preset 7B", "350M"),
+                ("--batch_size 1000000000", "--micro_batch_size"), ("--steps many", "takes a value like"),
+                ("--decay step", "cosine"), ("--data nowhere", "prepare_data.py")]  # fmt: skip
+    running = [(start(data, tmp_path, flags), message) for flags, message in mistakes]
+    for process, message in running:
+        code, output = finish(process)
+        assert code != 0 and message in output, output
+
+
+def test_presets_say_their_size_and_run_one_step_on_the_meta_device(data, tmp_path):
+    sizes = {"125M": 125, "350M": 350, "1B": 1000}
+    command = [sys.executable, "train.py", "--data", data, "--out_dir", tmp_path, "--device=meta", "--batch_size=1", "--micro_batch_size=1"]
+    running = [subprocess.Popen(command + ["--preset", preset], cwd=HERE, text=True, stdout=subprocess.PIPE) for preset in sizes]
+    for process, millions in zip(running, sizes.values()):
+        code, output = finish(process)
+        assert code == 0 and "MFLOP a token" in output and "GiB" in output, output
+        assert 0.7 * millions < float(output.split("M parameters")[0]) < 1.5 * millions
+
+
+def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
+    flags = "--steps 5 --eval_interval 100 --optimizer adamw --dtype "
+    running = {dtype: start(data, tmp_path / dtype, flags + dtype) for dtype in ("float32", "bfloat16", "float16")}
+    for dtype, process in running.items():
+        code, output = finish(process)
+        assert code == 0, output
+        assert losses(tmp_path / dtype) == pytest.approx(losses(tmp_path / "float32"), rel=1e-2)
+
+
+def test_weights_and_biases_is_told_what_the_log_is_told(data, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(
+        "import json\ndef init(**k): print('wandb init', k['project'])\n"
+        "def log(values, step): print('wandb log', step, json.dumps(values))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code, output = train(data, tmp_path / "run", "--steps 2 --eval_interval 2 --wandb mine")
+    assert code == 0 and "wandb init mine" in output and output.count("wandb log") == 4, output
+    code, output = train(data, tmp_path / "run", "--draw")
+    assert code == 0 and (tmp_path / "run" / "loss.png").stat().st_size > 5000, output

@@ -38,6 +38,7 @@ settings = {
     "data": "data/stdlib",  # a folder made by prepare_data.py; the default is made when it is missing
     "preset": "small",
     "sample": "",  # a prompt: write from the run's last checkpoint instead of training
+    "draw": False,  # draw the run's loss.png instead of training
     "seed": 1,
     "fresh": False,  # start again even where the run folder has a checkpoint
     # model: any field of FlashSTUConfig; these differ from its defaults
@@ -56,6 +57,7 @@ settings = {
     "eval_interval": 100,  # steps
     "eval_sequences": 64,
     "log_interval": 10,
+    "prompt": "def ",  # of the samples written at each evaluation
     "checkpoint_interval": 100,
     # optimizer
     "optimizer": "muon",  # muon: for the matrices, AdamW for the rest; adamw: for all
@@ -68,7 +70,7 @@ settings = {
     "grad_clip": 1.0,
     "max_skipped": 5,  # so many steps in a row with a loss or gradient that is not finite end the run
     # machine
-    "device": "auto",
+    "device": "auto",  # cuda, mps or cpu; meta: run one step without memory, to try a preset's shapes
     "dtype": "auto",  # autocast: bfloat16 on CUDA (float16 with a scaler on old GPUs), float32 elsewhere
     "compile": "auto",  # on CUDA
     "engine": "ddp",  # or fsdp, with more than one process
@@ -242,7 +244,8 @@ try:
 except ValueError as e:
     stop(str(e))
 torch.manual_seed(s["seed"])
-model = FlashSTU(config).to(device)
+with torch.device(device if device.type == "meta" else "cpu"):  # the same weights whatever the device
+    model = FlashSTU(config).to(device)
 n_params = sum(p.numel() for p in model.parameters())
 
 
@@ -269,7 +272,9 @@ def memory_estimate(micro):
 
 if device.type == "cuda":
     available = torch.cuda.mem_get_info(device)[0]
-elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+elif device.type == "meta":
+    available = math.inf
+elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 else:
     available = math.inf
@@ -280,6 +285,10 @@ if memory_estimate(micro) > available:
     advice = f"--micro_batch_size {max(fits)} would" if fits else "a smaller model is needed"
     stop(f"{micro} sequences at once do not fit into {available / 2**30:.1f} GiB; {advice}")
 
+if device.type == "meta":
+    tokens = torch.zeros(micro, T + 1, dtype=torch.long, device=device)
+    model(tokens, labels=tokens).loss.backward()
+    sys.exit()
 engine = model
 if world > 1 and s["engine"] == "fsdp":
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -380,7 +389,7 @@ if saved:
 # Sampling and evaluation
 
 
-def write(prompt, max_new_tokens=300, temperature=0.8, top_k=50):
+def write(prompt, max_new_tokens, temperature=0.8, top_k=50):
     """Print the prompt and its continuation as it is generated. The sharded engine samples from a gathered copy."""
     writer = model
     if engine is model and world > 1:
@@ -429,10 +438,30 @@ def bits_per_byte(loss):
     return loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
 
 
+def draw_losses():
+    """Training and validation loss by step, from log.jsonl to loss.png."""
+    try:
+        import matplotlib
+    except ImportError:
+        return say("no loss.png: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.figure()
+    records = [json.loads(line) for line in log_path.read_text().splitlines()]
+    for key, label in (("loss", "training"), ("val_loss", "validation")):
+        plt.plot(*zip(*[(r["step"], r[key]) for r in records if key in r]), label=label)
+    plt.xlabel("step"), plt.ylabel("loss (nats per token)"), plt.legend(), plt.grid(alpha=0.3)
+    plt.savefig(run / "loss.png", dpi=120), plt.close()
+
+
+if s["draw"]:
+    draw_losses()
+    sys.exit()
 if s["sample"]:
     if not saved:
         stop(f"{run} holds no checkpoint to write from: train first, or give --out_dir")
-    write(s["sample"])
+    write(s["sample"], 500)
     sys.exit()
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -466,6 +495,7 @@ for step in range(start_step, s["steps"] + 1):
         loss = evaluate()
         say(f"step {step}: validation loss {loss:.4f}, {bits_per_byte(loss):.4f} bits per byte")
         log(step=step, val_loss=loss, val_bits_per_byte=bits_per_byte(loss))
+        write(s["prompt"], 400 if last else 80)
         if wandb:
             wandb.log({"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss)}, step=step)
         t_log, tokens_log = time.time(), 0
@@ -527,28 +557,7 @@ for step in range(start_step, s["steps"] + 1):
         say(f"asked to stop: saved after step {step + 1}; the same command continues")
         break
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What came of it
-
-
-def draw_losses():
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = [json.loads(line) for line in log_path.read_text().splitlines()]
-    for key, label in (("loss", "training"), ("val_loss", "validation")):
-        plt.plot(*zip(*[(r["step"], r[key]) for r in records if key in r]), label=label)
-    plt.xlabel("step"), plt.ylabel("loss (nats per token)"), plt.legend(), plt.grid(alpha=0.3)
-    plt.savefig(run / "loss.png", dpi=120)
-
-
 if main:
     draw_losses()
-if not asked_to_stop:
-    write("def ")
 if world > 1:
     dist.destroy_process_group()
