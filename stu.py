@@ -433,19 +433,27 @@ def windowed_attention(q, k, v, window: int, softcap: float = 0.0, block: int = 
     return torch.cat(outs, dim=2)
 
 
-@functools.lru_cache(maxsize=None)
-def _flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
+def windowed_flex_attention(q, k, v, window: int, softcap: float):
+    """The same for whole sequences on CUDA, where flex_attention compiles window and softcap into one kernel."""
+    from torch.nn.attention.flex_attention import flex_attention  # here, because it takes seconds to import
 
-    return torch.compile(flex_attention)
+    def cap(logit, b, h, i, j):
+        return softcap * torch.tanh(logit / softcap)
+
+    compiling = torch.compiler.is_compiling()  # then both calls become part of the graph that is being compiled
+    mask = (_block_mask if compiling else _cached_block_mask)(q.shape[2], window, q.device)
+    attend = flex_attention if compiling else _compiled(flex_attention)
+    return attend(q, k, v, block_mask=mask, score_mod=cap if softcap else None)
 
 
-@functools.lru_cache(maxsize=16)
-def _flex_options(T, window, softcap, device):
+def _block_mask(T, window, device):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, T, T, device=device)
-    return {"block_mask": mask, "score_mod": (lambda s, b, h, i, j: softcap * torch.tanh(s / softcap)) if softcap else None}
+    return create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, T, T, device=device)
+
+
+_cached_block_mask = functools.lru_cache(maxsize=16)(_block_mask)
+_compiled = functools.lru_cache(maxsize=None)(torch.compile)
 
 
 class SlidingWindowAttention(nn.Module):
@@ -477,7 +485,7 @@ class SlidingWindowAttention(nn.Module):
             q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
             y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=self.softcap).transpose(1, 2)
         elif on_cuda(q) and not state and not use_cache:
-            y = _flex_attention()(q, k, v, **_flex_options(T, w, self.softcap, q.device))
+            y = windowed_flex_attention(q, k, v, w, self.softcap)
         else:
             y = windowed_attention(q, k, v, w, self.softcap)
         y = self.c_proj(y.transpose(1, 2).flatten(2))

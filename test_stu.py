@@ -405,17 +405,19 @@ def test_windowed_attention_costs_length_times_window():
     assert largest.numel <= 4096 * 16 * 3  # the projection to q, k, v; never 4096 x 4096
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("T, window", [(128, 17), (200, 64)])
 def test_flex_attention_equals_dense_masked_attention(monkeypatch, T, window, softcap):
-    from torch.nn.attention.flex_attention import flex_attention
-
     attention, x = SlidingWindowAttention(32, 2, window, softcap), torch.randn(2, T, 32)
     with torch.no_grad():
         expected = attention(x)
         monkeypatch.setattr(stu, "on_cuda", lambda t: True)
-        monkeypatch.setattr(stu, "_flex_attention", lambda: flex_attention)
+        monkeypatch.setattr(stu, "_compiled", lambda flex_attention: flex_attention)
         assert relative_error(attention(x), expected) < 1e-5
+        torch._dynamo.reset()
+        compiled = torch.compile(attention, fullgraph=True, backend="eager")
+        assert relative_error(compiled(x), expected) < 1e-5
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -1002,7 +1004,7 @@ def test_presets_say_their_size_and_run_one_step_on_the_meta_device(data, tmp_pa
     for process, millions in zip(running, sizes.values()):
         code, output = finish(process)
         assert code == 0 and "MFLOP a token" in output and "GiB" in output, output
-        assert 0.7 * millions < float(output.split("M parameters")[0]) < 1.5 * millions
+        assert 0.6 * millions < float(output.split("M parameters")[0]) < 1.5 * millions
 
 
 def test_autocast_trains_to_about_the_same_losses(data, tmp_path):

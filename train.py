@@ -78,11 +78,11 @@ settings = {
 }
 presets = {
     "small": {},
-    "125M": dict(n_embd=768, n_layers=12, n_heads=12, seq_len=2048, window_size=1024, num_eigh=24, batch_size=256,
+    "125M": dict(n_embd=768, n_layers=12, n_heads=12, seq_len=2048, window_size=1024, num_eigh=24, mlp_scale=3.0, batch_size=256,
                  micro_batch_size=16, steps=20000, warmup_steps=500, eval_interval=500, checkpoint_interval=500),
-    "350M": dict(n_embd=1024, n_layers=24, n_heads=16, seq_len=4096, window_size=1024, num_eigh=32, batch_size=128,
+    "350M": dict(n_embd=1024, n_layers=24, n_heads=16, seq_len=4096, window_size=1024, num_eigh=32, mlp_scale=3.0, batch_size=128,
                  micro_batch_size=4, steps=30000, warmup_steps=1000, eval_interval=500, checkpoint_interval=500),
-    "1B": dict(n_embd=2048, n_layers=32, n_heads=32, seq_len=8192, window_size=1024, num_eigh=48, batch_size=128,
+    "1B": dict(n_embd=2048, n_layers=32, n_heads=32, seq_len=8192, window_size=1024, num_eigh=48, mlp_scale=2.0, batch_size=128,
                micro_batch_size=1, steps=50000, warmup_steps=2000, eval_interval=500, checkpoint_interval=500,
                use_gradient_checkpointing=True, engine="fsdp"),
 }  # fmt: skip
@@ -126,8 +126,6 @@ given = parse_flags(sys.argv[1:])
 preset = given.get("preset", settings["preset"])
 if preset not in presets:
     sys.exit(f"--preset is one of {', '.join(presets)}, got {preset!r}")
-if preset != "small":  # the other presets start from FlashSTUConfig's defaults
-    settings |= {k: known[k] for k in ("mlp_scale",)}
 s = {**settings, **presets[preset], **given}
 model_settings = {k: v for k, v in s.items() if k in model_fields}
 for name, choices in (("optimizer", ("muon", "adamw")), ("decay", ("cosine", "linear", "none")), ("engine", ("ddp", "fsdp"))):
