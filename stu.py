@@ -20,7 +20,6 @@ The letters, everywhere in this file:
 """
 
 import functools
-import inspect
 import json
 import math
 import os
@@ -50,7 +49,6 @@ except ImportError:
 
 def on_cuda(t: torch.Tensor) -> bool:
     return t.is_cuda
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -532,32 +530,29 @@ class FlashSTUConfig:
     torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters
 
     def __post_init__(self):
-        def require(condition, message):
-            if not condition:
-                raise ValueError(f"FlashSTUConfig: {message}")
-
         if isinstance(self.torch_dtype, str):
             self.torch_dtype = getattr(torch, self.torch_dtype.removeprefix("torch."), self.torch_dtype)
         if isinstance(self.window_size, list):  # JSON has no tuples
             self.window_size = tuple(self.window_size)
-        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        require(self.torch_dtype in floats, f"torch_dtype must be a float type, got {self.torch_dtype!r}")
+        parse_window(self.window_size)
+        n, h, dtype = self.n_embd, self.n_heads, self.torch_dtype
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, f"{name} must be a positive integer, got {value!r}")
-        require(self.use_stu or self.use_attn, "use_stu and use_attn are both off: no layer is left")
-        n, h = self.n_embd, self.n_heads
-        if self.use_attn:
-            require(n % h == 0, f"n_heads = {h} does not divide n_embd = {n}; {math.gcd(n, h)} would")
-            require((n // h) % 2 == 0, f"heads must have an even size for rotary positions, got {n}/{h} = {n // h}")
-        require(
-            self.num_eigh <= self.seq_len or self.use_tensorized,
-            f"num_eigh = {self.num_eigh} filters need seq_len >= {self.num_eigh}, got {self.seq_len}",
-        )
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
-        require(self.softcap >= 0, f"softcap must be >= 0 (0 turns it off), got {self.softcap}")
-        require(self.mlp_scale > 0, f"mlp_scale must be positive, got {self.mlp_scale}")
-        parse_window(self.window_size)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"FlashSTUConfig: {name} must be a positive integer, got {value!r}")
+        for right, message in (
+            (dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64), f"torch_dtype is no float: {dtype!r}"),
+            (self.use_stu or self.use_attn, "use_stu and use_attn are both off: no layer is left"),
+            (not self.use_attn or n % h == 0, f"n_heads = {h} does not divide n_embd = {n}; {math.gcd(n, h)} would"),
+            (not self.use_attn or n // h % 2 == 0, f"rotary positions need heads of even size, got {n}/{h} = {n // h}"),
+            (self.num_eigh <= self.seq_len or self.use_tensorized, f"num_eigh = {self.num_eigh} filters need seq_len >= "
+                                                                   f"{self.num_eigh}, got {self.seq_len}"),
+            (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
+            (self.softcap >= 0, f"softcap must be >= 0 (0 turns it off), got {self.softcap}"),
+            (self.mlp_scale > 0, f"mlp_scale must be positive, got {self.mlp_scale}"),
+        ):  # fmt: skip
+            if not right:
+                raise ValueError(f"FlashSTUConfig: {message}")
 
     def to_dict(self) -> dict:
         return asdict(self) | {"torch_dtype": str(self.torch_dtype).removeprefix("torch.")}
