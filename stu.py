@@ -214,16 +214,17 @@ class _FFTConv(torch.autograd.Function):
     def forward(ctx, u, h):
         n = fft_size(u.shape[-1] + h.shape[-1] - 1)
         u_f, h_f = torch.fft.rfft(u, n=n), torch.fft.rfft(h, n=n)
-        ctx.save_for_backward(u_f, h_f)
+        y = torch.fft.irfft(u_f * h_f, n=n)[..., : u.shape[-1]]
+        ctx.save_for_backward(u_f.conj_physical_(), h_f.conj_physical_())  # in place: all that the backward needs
         ctx.n, ctx.lengths = n, (u.shape[-1], h.shape[-1])
-        return torch.fft.irfft(u_f * h_f, n=n)[..., : u.shape[-1]]
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        (u_f, h_f), (T, T_h) = ctx.saved_tensors, ctx.lengths
+        (u_conj, h_conj), (T, T_h) = ctx.saved_tensors, ctx.lengths
         g_f = torch.fft.rfft(grad, n=ctx.n)
-        grad_u = torch.fft.irfft(g_f * h_f.conj(), n=ctx.n)[..., :T]
-        grad_h = torch.fft.irfft((g_f * u_f.conj()).sum(0), n=ctx.n)[..., :T_h]
+        grad_u = torch.fft.irfft(g_f * h_conj, n=ctx.n)[..., :T]
+        grad_h = torch.fft.irfft(g_f.mul_(u_conj).sum(0), n=ctx.n)[..., :T_h]
         return grad_u, grad_h
 
 
