@@ -274,15 +274,16 @@ class STU(nn.Module):
     """Spectral transform unit: [B, T, d_in] -> [B, T, d_out], causal, any T >= 1 (seq_len is the filters' length).
 
     use_approx=True is STU-T (one filter per channel), False the full STU. `use_tensorized` takes Kronecker filters,
-    `precomputed_filters` [seq_len, K] base filters of your own. d_in_tile / d_out_tile work on so many channels at a
-    time, for less memory and the same result. `backend` ("fft" or "lds") is the route of a call without a state.
+    `precomputed_filters` base filters of your own, [seq_len, K], or a whole bank with its recurrent form, a pair as
+    `make_bank` gives it. d_in_tile / d_out_tile work on so many channels at a time, for less memory and the same
+    result. `backend` ("fft" or "lds") is the route of a call without a state.
 
     stu(x) -> y;  stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, state=None
     first. The state is S [B, n, channels], or the last seq_len - 1 inputs where the bank has no recurrent form."""
 
     def __init__(
         self, d_in: int, d_out: int, seq_len: int, num_eigh: int = 24, use_hankel_L: bool = False,
-        use_approx: bool = True, use_tensorized: bool = False, precomputed_filters: torch.Tensor | None = None,
+        use_approx: bool = True, use_tensorized: bool = False, precomputed_filters: torch.Tensor | tuple | None = None,
         d_in_tile: int | None = None, d_out_tile: int | None = None, use_flash_fft: bool = True, backend: str = "fft",
     ):  # fmt: skip
         super().__init__()
@@ -294,6 +295,8 @@ class STU(nn.Module):
         self.d_in_tile, self.d_out_tile, self.use_flash_fft, self.backend = d_in_tile, d_out_tile, use_flash_fft, backend
         if precomputed_filters is None:
             self._bank = _standard_filters(seq_len, num_eigh, use_hankel_L, use_tensorized)
+        elif isinstance(precomputed_filters, tuple):
+            self._bank = precomputed_filters
         elif precomputed_filters.ndim == 2 and len(precomputed_filters) == seq_len:
             self._bank = make_bank(precomputed_filters, use_hankel_L)
         else:
