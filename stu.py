@@ -238,8 +238,8 @@ def full_conv(x, filters, M):
     n = fft_size(x.shape[1] + len(filters) - 1)
     x_f = torch.fft.rfft(x, n=n, dim=1).transpose(0, 1)  # [n/2 + 1, B, d_in]
     filters_f = torch.fft.rfft(filters, n=n, dim=0)  # [n/2 + 1, F]
-    chunks = zip(x_f.split(64), filters_f.split(64))
-    y_f = torch.cat([checkpoint(mix, *chunk, use_reentrant=False) for chunk in chunks])
+    run = functools.partial(checkpoint, mix, use_reentrant=False) if torch.is_grad_enabled() else mix
+    y_f = torch.cat([run(*chunk) for chunk in zip(x_f.split(64), filters_f.split(64))])
     return torch.fft.irfft(y_f.transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]
 
 
