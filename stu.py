@@ -185,11 +185,11 @@ def lds_scan(u, S, lds: SpectralLDS, M):
         y = torch.einsum("tsd,bjsd->bjtd", toeplitz @ M, pieces)
         y = y + torch.einsum("tnd,bjnd->bjtd", torch.einsum("tfn,fd->tnd", readout, M), starts)
     else:
-        y = torch.stack([  # block by block: the filter outputs [B, block, F, d] never exist for the whole sequence
-            torch.einsum("btfd,fde->bte", torch.einsum("tsf,bsd->btfd", toeplitz, piece)
-                         + torch.einsum("tfn,bnd->btfd", readout, start), M)
-            for piece, start in zip(pieces.unbind(1), starts.unbind(1))
-        ], dim=1)  # fmt: skip
+        # Two products a block; the filter outputs [B, block, F, d] never exist for the whole sequence
+        to_filters = torch.cat([toeplitz.transpose(1, 2), readout], dim=2).flatten(0, 1)  # [block · F, block + n]
+        u_and_S = torch.cat([pieces, starts], dim=2)  # [B, J, block + n, d]
+        filtered = ((to_filters @ v).unflatten(1, (block, -1)).flatten(2) for v in u_and_S.unbind(1))
+        y = torch.stack([f @ M.flatten(0, 1) for f in filtered], dim=1)  # [B, block, F · d] @ [F · d, d_out]
     return y.flatten(1, 2)[:, :T], S
 
 
