@@ -101,14 +101,14 @@ def random_LDS(
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. The learner: an STU in white coordinates
 #
-# What limits gradient descent here is scale. get_spectral_filters scales φ_k by λ_k^(1/4), from 1 down to 1e-6, and φ_k
-# overlaps with the alternating filters: the curvatures of the loss span twelve orders of magnitude, and no number of
-# steps reaches the flat ones. But the span of the filters is all that the model is. So choose coordinates in which
-# white input gives uncorrelated features of equal size. At time t a filter has seen lags 0..t only; averaged over the
-# sequence, lag s counts with weight w_s = (L - s)/L, and the features of white input have covariance Φᵀ diag(w) Φ.
-# Gram-Schmidt under that product turns Φ into white filters: the curvature becomes ~1 in every direction.
-# Directions 1e-5 below the first are dropped: they could change the outputs of a stable system by a 1e-8th of their
-# size, and they are where float32 and the recurrent form would lose their digits.
+# What limits gradient descent here is scale. get_spectral_filters scales φ_k by λ_k^(1/4), and φ_k overlaps with the
+# alternating filters: the curvature of the loss differs between directions by more than 1e12, and no number of steps
+# reaches the flat ones. But only the span of the filters matters, so choose coordinates in which white input gives
+# uncorrelated features of equal size. At time t a filter has seen lags 0..t only; averaged over the sequence, lag s
+# counts with weight w_s = (L - s)/L, and the features of white input have covariance Φᵀ diag(w) Φ. Gram-Schmidt under
+# that product turns Φ into white filters: the curvature is about 1 in every direction, and plain Adam converges.
+# Directions 1e-5 below the first are dropped: they carry 1e-13 of the variance of a stable system's outputs, and in
+# them float32 and the recurrent form would lose their digits.
 
 
 def white_filters(phi, use_hankel_L: bool = False) -> torch.Tensor:
@@ -116,11 +116,10 @@ def white_filters(phi, use_hankel_L: bool = False) -> torch.Tensor:
     bank, _ = make_bank(phi, use_hankel_L)
     if not use_hankel_L:
         bank = bank.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)  # φ_1, ±φ_1, φ_2, ±φ_2, ...: strongest first
-    w = 1 - torch.arange(len(bank), dtype=torch.float64)[:, None] / len(bank)
-    r = torch.linalg.qr(w.sqrt() * bank).R.diagonal().abs()  # what each filter adds to those before it
-    bank = bank[:, : len(r)][:, r > 1e-5 * r[0]]
-    R = torch.linalg.qr(w.sqrt() * bank).R
-    return torch.linalg.solve_triangular(R * R.diagonal().sign()[:, None], bank, upper=True, left=False)
+    root_w = (1 - torch.arange(len(bank), dtype=torch.float64)[:, None] / len(bank)).sqrt()
+    added = torch.linalg.qr(root_w * bank).R.diagonal().abs()  # what each filter adds to those before it
+    Q, R = torch.linalg.qr(root_w * bank[:, : len(added)][:, added > 1e-5 * added[0]])
+    return Q * R.diagonal().sign() / root_w
 
 
 class MiniSTU(nn.Module):
@@ -285,7 +284,7 @@ def train_stu_on_lds(
 
 
 @torch.no_grad()
-def test_error(model, lds, seq_len) -> tuple[float, float]:
+def unseen_error(model, lds, seq_len) -> tuple[float, float]:
     """Mean squared error on 64 unseen sequences, and the same over the variance of their outputs."""
     x, y = sample(lds, 64, seq_len)
     mse = F.mse_loss(model(x), y).item()
@@ -318,6 +317,17 @@ class S4D(nn.Module):
         return self.decode(convolve(u, kernel) + self.D * u)
 
 
+def prefix_scan(a, x):
+    """h_t = a_t h_{t-1} + x_t along dim 1: two steps at a time are a step of a sequence of half the length."""
+    half = x.shape[1] // 2
+    if half == 0:
+        return x
+    first, second = slice(0, 2 * half, 2), slice(1, None, 2)
+    odd = prefix_scan(a[:, second] * a[:, first], x[:, second] + a[:, second] * x[:, first])  # h_1, h_3, ...
+    even = torch.cat([x[:, :1], x[:, 2::2] + a[:, 2::2] * odd[:, : (x.shape[1] - 1) // 2]], dim=1)  # h_0, h_2, ...
+    return torch.cat([torch.stack([even[:, :half], odd], dim=2).flatten(1, 2), even[:, half:]], dim=1)
+
+
 class SelectiveSSM(nn.Module):
     """Mamba's layer: short convolution, then h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t h_t + D u_t, gated; Δ, B, C
     are functions of the input."""
@@ -339,13 +349,7 @@ class SelectiveSSM(nn.Module):
         B, C, dt = self.select(u).split([self.log_A.shape[1]] * 2 + [1], dim=-1)
         dt = F.softplus(dt * self.dt_scale + self.dt_bias)  # [B, T, d]
         a = torch.exp(-dt[..., None] * self.log_A.exp())  # [B, T, d, N]
-        h = (dt * u)[..., None] * B[:, :, None]
-        step = 1
-        while step < x.shape[1]:  # prefix scan by doubling: (a, h) after (a', h') is (a a', a h' + h)
-            pad = (0, 0, 0, 0, step, 0)
-            h = h + a * F.pad(h[:, :-step], pad)
-            a = a * F.pad(a[:, :-step], pad)
-            step *= 2
+        h = prefix_scan(a, (dt * u)[..., None] * B[:, :, None])
         y = (h * C[:, :, None]).sum(-1) + self.D * u
         return self.decode(y * F.silu(gate))
 
@@ -396,7 +400,7 @@ def compare(lds, args):
 
     def report(name, model, rate, seconds):
         torch.manual_seed(args.seed + 2)
-        table.append(f"{name:<20} {count(model):>6} {rate:>6} {seconds:>7.1f} s {test_error(model, lds, L)[1]:>10.1e}")
+        table.append(f"{name:<20} {count(model):>6} {rate:>6} {seconds:>7.1f} s {unseen_error(model, lds, L)[1]:>10.1e}")
 
     data = sample(lds, 4 * args.batch_size, L)
     start = time.perf_counter()
@@ -410,7 +414,7 @@ def compare(lds, args):
     print(f"\n{'':<20} {'params':>6} {'rate':>6} {'time':>9} {'MSE/var(y)':>10}", *table, sep="\n")
     print(f"{args.steps} steps of {args.batch_size} sequences for each model; {4 * args.batch_size} sequences for least squares")
     print(f"rates tried: {', '.join(f'{r:g}' for r in rates)}; time: the last run, {torch.get_num_threads()} CPU threads")
-    draw_comparison(args.out, curves, test_error(solved, lds, L)[1], lds, L)
+    draw_comparison(args.out, curves, unseen_error(solved, lds, L)[1], lds, L)
 
 
 def count(model):
@@ -437,7 +441,7 @@ def demo(lds, args):
     print(f"\non unseen input, {torch.get_num_threads()} CPU threads:")
     names = ("gradient descent", "  scaled filters", "least squares")
     for name, model, seconds in zip(names, (learned, raw, solved), spent):
-        mse, relative = test_error(model, lds, L)
+        mse, relative = unseen_error(model, lds, L)
         print(f"  {name:<17} MSE {mse:.1e} = {relative:.1e} var(y)   {seconds:5.2f} s")
     (x, y), system = sample(lds, 1, L), solved.to_lds()
     with torch.no_grad():
@@ -451,7 +455,7 @@ def demo(lds, args):
     if losses:
         terminal_plot("loss, log scale", curves, log=True)
     terminal_plot("unseen input, the last steps", {"true": y[0, -72:, 0].tolist(), "STU": stu[0, -72:, 0].tolist()})
-    draw_demo(args.out, solved, curves, test_error(solved, lds, L)[0], y[0, :, 0], stu[0, :, 0])
+    draw_demo(args.out, solved, curves, unseen_error(solved, lds, L)[0], y[0, :, 0], stu[0, :, 0])
 
 
 def terminal_plot(title: str, curves: dict[str, list[float]], log: bool = False, rows: int = 12, columns: int = 72):
