@@ -62,7 +62,9 @@ def test_random_lds_has_the_poles_it_was_asked_for():
 # -- lds.py: the learner -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("L, K, hankel_L", [(1, 1, False), (40, 40, False), (128, 24, False), (128, 24, True), (1024, 64, False)])
+@pytest.mark.parametrize(
+    "L, K, hankel_L", [(1, 1, False), (40, 40, False), (128, 24, False), (128, 24, True), (1024, 64, False)]
+)
 def test_white_filters_are_orthonormal_and_span_the_bank(L, K, hankel_L):
     phi = get_spectral_filters(L, K, hankel_L, dtype=torch.float64)
     white, bank = white_filters(phi, hankel_L), make_bank(phi, hankel_L)[0]
@@ -101,7 +103,8 @@ def test_precomputed_filters_give_the_same_model():
 def test_ministu_with_an_mlp(activation):
     model = MiniSTU(
         seq_len=128, num_filters=24, input_dim=10, output_dim=5, use_hankel_L=False, use_mlp=True, mlp_hidden_dim=20,
-        mlp_num_layers=2, mlp_dropout=0.1, mlp_activation=activation, dtype=torch.float32, device=None, backend="spectral",
+        mlp_num_layers=2, mlp_dropout=0.1, mlp_activation=activation, dtype=torch.float32, device=None,
+        backend="spectral",
     )  # fmt: skip
     assert [tuple(p.shape) for p in model.mlp.parameters()] == [(20, 5), (20,), (5, 20), (5,)]
     x = torch.randn(2, 128, 10)
@@ -111,7 +114,9 @@ def test_ministu_with_an_mlp(activation):
         assert torch.allclose(model(x), model.mlp(model.stu(x)))
 
 
-@pytest.mark.parametrize("L, K, hankel_L", [(1024, 24, False), (128, 24, True), (1024, 64, False), (33, 33, False), (5, 2, False)])
+@pytest.mark.parametrize(
+    "L, K, hankel_L", [(1024, 24, False), (128, 24, True), (1024, 64, False), (33, 33, False), (5, 2, False)]
+)
 def test_the_recurrent_backend_agrees_and_trains(L, K, hankel_L):
     fft = MiniSTU(L, K, 6, 4, hankel_L)
     lds = MiniSTU(seq_len=L, num_filters=K, input_dim=6, output_dim=4, use_hankel_L=hankel_L, backend="lds")
@@ -143,7 +148,9 @@ def test_least_squares_survives_inputs_that_do_not_vary():
 
 def test_gradient_descent_finds_the_system():
     lds = random_LDS(state_dim=20, input_dim=10, output_dim=5)
-    stu, losses = train_stu_on_lds(lds, seq_len=128, num_filters=24, num_steps=400, batch_size=16, learning_rate=2e-3, verbose=False)
+    stu, losses = train_stu_on_lds(
+        lds, seq_len=128, num_filters=24, num_steps=400, batch_size=16, learning_rate=2e-3, verbose=False
+    )
     y = stu(torch.randn(1, 128, 10))
     assert y.shape == (1, 128, 5) and len(losses) == 400 and not stu.training
     assert unseen_error(stu, lds, 128)[0] < 1e-9  # far below 4.5e-4
@@ -195,11 +202,11 @@ def test_baselines_are_causal_and_learn(make):
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
-@pytest.mark.parametrize("flags", [["--steps", "0"], ["--steps", "12"], ["--compare", "--steps", "2", "--batch-size", "2"]], ids=" ".join)
+@pytest.mark.parametrize("flags", ["--steps 0", "--steps 12", "--compare --steps 2 --batch-size 2"])
 def test_the_demo_prints_and_draws(tmp_path, monkeypatch, capsys, flags):
     picture = tmp_path / "picture.png"
     sizes = ["--state-dim", "6", "--input-dim", "3", "--output-dim", "2", "--seq-len", "24", "--num-filters", "6"]
-    monkeypatch.setattr("sys.argv", ["lds.py", *flags, *sizes, "--out", str(picture)])
+    monkeypatch.setattr("sys.argv", ["lds.py", *flags.split(), *sizes, "--out", str(picture)])
     lds_module.main()
     assert picture.read_bytes().startswith(b"\x89PNG") and "STU" in capsys.readouterr().out
 
