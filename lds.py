@@ -54,15 +54,20 @@ def convolve(u, h):
 class LDS(nn.Module):
     """h_t = A h_{t-1} + B u_t, y_t = C h_t from h = 0: u [batch, T, input_dim] -> y [batch, T, output_dim].
 
-    A [n, n], or [n]: the diagonal of a diagonal one; B [n, input_dim], C [output_dim, n]. All three are learnable."""
+    A [n, n], with diagonal=True its diagonal [n]; B [n, input_dim], C [output_dim, n]. All three are learnable."""
 
-    def __init__(self, state_dim: int, input_dim: int, output_dim: int, dtype=torch.float32, device=None):
+    def __init__(
+        self, state_dim: int, input_dim: int, output_dim: int, dtype=torch.float32, device=None, diagonal: bool = False
+    ):  # fmt: skip
         super().__init__()
         if min(state_dim, input_dim, output_dim) < 1:
             raise ValueError(f"dimensions must be at least 1, got {state_dim}, {input_dim}, {output_dim}")
         self.state_dim, self.input_dim, self.output_dim = state_dim, input_dim, output_dim
         to = {"dtype": dtype, "device": device}
-        self.A = nn.Parameter(torch.randn(state_dim, state_dim, **to) * (0.9 / state_dim**0.5))  # spectral radius ~0.9
+        if diagonal:
+            self.A = nn.Parameter(2 * torch.rand(state_dim, **to) - 1)
+        else:
+            self.A = nn.Parameter(torch.randn(state_dim, state_dim, **to) * (0.9 / state_dim**0.5))  # radius about 0.9
         self.B = nn.Parameter(torch.randn(state_dim, input_dim, **to) / input_dim)
         self.C = nn.Parameter(torch.randn(output_dim, state_dim, **to) / state_dim)
 
@@ -91,11 +96,10 @@ def random_LDS(
     if not 0 <= lower_bound <= spectral_radius <= 1:
         bounds = f"lower_bound = {lower_bound}, spectral_radius = {spectral_radius}"
         raise ValueError(f"need 0 <= lower_bound <= spectral_radius <= 1, got {bounds}")
-    lds = LDS(state_dim, input_dim, output_dim, device=device)
-    poles = lower_bound + (spectral_radius - lower_bound) * torch.rand(state_dim, device=device)
-    poles[0] = spectral_radius
-    sign = torch.randint(0, 2, (state_dim,), device=device) * 2 - 1
-    lds.A = nn.Parameter(poles * sign)
+    lds = LDS(state_dim, input_dim, output_dim, device=device, diagonal=True)
+    with torch.no_grad():  # its poles are uniform in [-1, 1]
+        lds.A.copy_(lds.A.sign() * (lower_bound + (spectral_radius - lower_bound) * lds.A.abs()))
+        lds.A[0] = spectral_radius * lds.A[0].sign()
     return lds
 
 
@@ -216,8 +220,8 @@ class MiniSTU(nn.Module):
         scale = powers.norm(dim=0)
         residues = torch.linalg.lstsq(powers / scale, kernel, rcond=1e-14, driver="gelsd").solution / scale[:, None]
         n, d_in, d_out = len(poles), self.input_dim, self.output_dim
-        lds = LDS(n * d_in, d_in, d_out, dtype=torch.float64)
-        lds.A = nn.Parameter(poles.repeat_interleave(d_in))  # state (pole, input)
+        lds = LDS(n * d_in, d_in, d_out, dtype=torch.float64, diagonal=True)
+        lds.A.copy_(poles.repeat_interleave(d_in))  # state (pole, input)
         lds.B.copy_(torch.eye(d_in).repeat(n, 1))
         lds.C.copy_(residues.reshape(n * d_in, d_out).T)
         return lds.to(self.stu.M.device)
@@ -580,7 +584,7 @@ def main():
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} (default: %(default)s)")
     if parser.parse_known_args()[0].compare:
-        parser.set_defaults(state_dim=256, seq_len=256, batch_size=16, out="compare.png")
+        parser.set_defaults(state_dim=256, seq_len=256, batch_size=16, steps=600, out="compare.png")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     if args.backends:
