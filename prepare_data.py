@@ -76,6 +76,36 @@ def get_tokenizer(name: str) -> ByteTokenizer | TiktokenTokenizer:
     return ByteTokenizer() if name == "bytes" else TiktokenTokenizer(name)
 
 
+def save_tokenizer(tokenizer: ByteTokenizer | TiktokenTokenizer, folder: str) -> None:
+    """Write the tokenizer as transformers reads it, same token ids, into the folder of a saved model; its end of text
+    ends the generation too."""
+    try:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import GenerationConfig, PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
+    except ImportError:
+        raise SystemExit("saving a tokenizer for transformers needs it: pip install transformers") from None
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    if isinstance(tokenizer, ByteTokenizer):
+        eot, merges = "<|endoftext|>", []
+        vocab = {character: byte for byte, character in bytes_to_unicode().items() if byte} | {eot: 0}
+    else:
+        encoding = tokenizer.encoding
+        converter = TikTokenConverter(encoding._mergeable_ranks)
+        converter.load_tiktoken_bpe = lambda ranks: ranks  # they are not in a file
+        vocab, merges = converter.extract_vocab_merges_from_model(converter.vocab_file)
+        vocab |= encoding._special_tokens
+        eot = encoding.decode([tokenizer.eot])
+        steps.insert(0, pre_tokenizers.Split(Regex(encoding._pat_str), "isolated"))
+    fast = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, eos_token=eot, pad_token=eot, padding_side="left", clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
+    GenerationConfig(eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot).save_pretrained(folder)
+
+
 # -- documents ---------------------------------------------------------------------------------------------------------
 
 

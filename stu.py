@@ -284,7 +284,8 @@ class STU(nn.Module):
     result. `backend` ("fft" or "lds") is the route of a call without a state.
 
     stu(x) -> y;  stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, state=None
-    first. The state is S [B, n, channels], or the last seq_len - 1 inputs where the bank has no recurrent form."""
+    first. The state is S [B, n, channels], or the last seq_len - 1 inputs where the bank has no recurrent form.
+    attention_mask [B, >= T], aligned at its end: inputs where it is 0 are padding."""
 
     def __init__(
         self, d_in: int, d_out: int, seq_len: int, num_eigh: int = 24, use_hankel_L: bool = False,
@@ -335,9 +336,13 @@ class STU(nn.Module):
         self.lds = lds and SpectralLDS(*(t.to(**to) for t in lds[:3]), lds.error)
         return self
 
-    def forward(self, x, state=None, use_cache=False):
+    def forward(self, x, state=None, use_cache=False, attention_mask=None):
         if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_in:
             raise ValueError(f"input must be [batch, length >= 1, {self.d_in} channels], got {list(x.shape)}")
+        if attention_mask is not None:  # a zero input leaves the zero state as it is: padding before a text vanishes
+            x = x * attention_mask[:, -x.shape[1] :, None]
+        if self.filters.device != x.device:  # the weights were put in place one by one, without a call of .to
+            self._apply(lambda t: t)
         ins, outs = _tiles(self.d_in, self.d_in_tile), _tiles(self.d_out, self.d_out_tile)
         run = self._filter
         if torch.is_grad_enabled() and len(ins) + len(outs) > 2:  # tiles bound the memory of training too
@@ -413,9 +418,12 @@ def rotary(x, start: int):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-def windowed_attention(q, k, v, window: int, softcap: float = 0.0, block: int = 128):
+def windowed_attention(q, k, v, window: int, softcap: float = 0.0, block: int = 128, attention_mask=None):
     """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i stands at key past + i, sees it and the `window` before it.
-    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. Plain PyTorch."""
+    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. Plain PyTorch.
+    attention_mask [B, >= past + T], aligned at its end: only its key's own query sees a key where it is 0."""
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, None, None, -k.shape[2] :].bool()  # [B, 1, 1, past + T]
     past, outs = k.shape[2] - q.shape[2], []
     for start in range(0, q.shape[2], block):
         q_i = q[:, :, start : start + block]
@@ -423,6 +431,8 @@ def windowed_attention(q, k, v, window: int, softcap: float = 0.0, block: int = 
         k_i, v_i = k[:, :, first:end], v[:, :, first:end]
         distance = torch.arange(past + start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
         visible = (distance >= 0) & (distance <= window)
+        if attention_mask is not None:
+            visible = visible & (attention_mask[..., first:end] | (distance == 0))  # [B, 1, rows, keys]
         if softcap:
             logits = softcap * torch.tanh(q_i @ k_i.transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap))
             out = logits.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v_i
@@ -459,7 +469,8 @@ class SlidingWindowAttention(nn.Module):
     """Causal multi-head attention over the last `window_size` tokens and oneself, [B, T, d] -> [B, T, d].
 
     Rotary positions, RMS-normalised q and k. attn(x, state, use_cache=True) -> (y, state); the state is
-    (k, v) [B, H, <= w, hd] of the last w tokens and the number of tokens seen."""
+    (k, v) [B, H, <= w, hd] of the last w tokens and the number of tokens seen. attention_mask [B, >= keys], aligned at
+    its end, is 0 at padding. Positions count padding too: they are relative, so a shift changes nothing."""
 
     def __init__(
         self, d_model: int, n_heads: int, window_size: int | tuple[int, int] = 1024, softcap: float = 50.0,
@@ -473,14 +484,16 @@ class SlidingWindowAttention(nn.Module):
         self.c_proj = nn.Linear(d_model, d_model, bias=bias)
         self.q_norm, self.k_norm = nn.RMSNorm(d_model // n_heads, eps=1e-6), nn.RMSNorm(d_model // n_heads, eps=1e-6)
 
-    def forward(self, x, state=None, use_cache=False):
+    def forward(self, x, state=None, use_cache=False, attention_mask=None):
         T, w = x.shape[1], self.window
         past_k, past_v, seen = state or (None, None, 0)
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
         q, k = rotary(self.q_norm(q).to(v.dtype), seen), rotary(self.k_norm(k).to(v.dtype), seen)  # [B, H, T, hd]
         if state:
             k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-        if flash_attn_func is not None and on_cuda(q) and q.dtype in (torch.float16, torch.bfloat16):
+        if attention_mask is not None:  # padding differs from row to row, which the fast routes do not know
+            y = windowed_attention(q, k, v, w, self.softcap, attention_mask=attention_mask)
+        elif flash_attn_func is not None and on_cuda(q) and q.dtype in (torch.float16, torch.bfloat16):
             q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
             y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=self.softcap).transpose(1, 2)
         elif on_cuda(q) and not state and not use_cache:
@@ -597,11 +610,11 @@ class FlashSTUBlock(nn.Module):
         self.mlp = SwiGLU(d_model, d_hidden, bias)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x, state=None, use_cache=False):
+    def forward(self, x, state=None, use_cache=False, attention_mask=None):
         h = self.mixer_norm(x)
         if self.sandwich:
             h = F.silu(self.sandwich[0](h))
-        h = self.mixer(h, state, use_cache)
+        h = self.mixer(h, state, use_cache, attention_mask)
         h, state = h if use_cache else (h, None)
         if self.sandwich:
             h = self.sandwich[1](h)
@@ -643,20 +656,23 @@ class FlashSTU(nn.Module):
                     p.mul_((2 * config.n_layers) ** -0.5)
         self.to(config.torch_dtype)
 
-    def hidden(self, input_ids, state=None, use_cache=False):
-        """Token ids [B, T] -> normalised final states [B, T, d] and, with use_cache, the state to go on from."""
+    def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None, trace=None):
+        """Token ids [B, T] -> normalised final states [B, T, d] and, with use_cache, the state to go on from.
+        attention_mask [B, past + T] is 0 at padding; a list `trace` receives the input of every layer."""
         if input_ids.ndim != 2 or input_ids.shape[1] < 1:
             raise ValueError(f"input_ids must be [batch, length >= 1], got {list(input_ids.shape)}")
         x = self.dropout(self.tok_emb(input_ids))
         new_state = []
         for layer, s in zip(self.layers, state or [None] * len(self.layers)):
+            if trace is not None:
+                trace.append(x)
             if use_cache:
-                x, s = layer(x, s, use_cache=True)
+                x, s = layer(x, s, True, attention_mask)
                 new_state.append(s)
             elif self.config.use_gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, s, use_reentrant=False)
+                x = checkpoint(layer, x, s, False, attention_mask, use_reentrant=False)
             else:
-                x = layer(x, s)
+                x = layer(x, s, False, attention_mask)
         return self.norm(x), new_state if use_cache else None
 
     def head(self, x):
@@ -741,39 +757,48 @@ class FlashSTU(nn.Module):
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors; each replaces its predecessor only when it is whole."""
+        """Write model.safetensors, config.json and, so that transformers can load it (section 7), generation_config.json
+        and a copy of this file. Each replaces its predecessor only when it is whole."""
         save_file = _safetensors().save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        weights, config = folder / "model.safetensors", folder / "config.json"
-        save_file(tensors, str(weights) + ".tmp", metadata={"format": "pt"})
-        Path(str(config) + ".tmp").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        os.replace(str(weights) + ".tmp", weights)
-        os.replace(str(config) + ".tmp", config)
+        texts = {"config.json": json.dumps(self.config.to_dict() | HF_CONFIG, indent=2) + "\n"}
+        texts["stu.py"] = Path(__file__).read_text(encoding="utf-8")
+        if not (folder / "generation_config.json").exists():  # else it may know the end-of-text token
+            texts["generation_config.json"] = "{}\n"
+        save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+        for name, text in texts.items():
+            (folder / f"{name}.tmp").write_text(text, encoding="utf-8")
+        for name in ("model.safetensors", *texts):
+            os.replace(folder / f"{name}.tmp", folder / name)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, device="cpu") -> "FlashSTU":
-        """Read what save_pretrained wrote. Runs no code from the folder."""
+        """Read what save_pretrained wrote, ours or that of transformers. Runs no code from the folder."""
         load_file = _safetensors().load_file
         weights, config = Path(folder) / "model.safetensors", Path(folder) / "config.json"
-        for path in (weights, config):
+        shards = [weights] if weights.is_file() else sorted(Path(folder).glob("model-*-of-*.safetensors"))
+        for path in (*(shards or [weights]), config):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} does not exist: {folder} is not a folder made by save_pretrained")
         try:
             values = json.loads(config.read_text())
         except ValueError as e:
             raise ValueError(f"{config} is not valid JSON ({e}): restore it from another copy of the model") from None
-        unknown = set(values) - {f.name for f in fields(FlashSTUConfig)}
+        values["torch_dtype"] = values.get("dtype", values.get("torch_dtype", "float32"))
+        ours = {f.name for f in fields(FlashSTUConfig)}
+        unknown = [name for name in values if name not in ours | HF_FIELDS and not name.endswith("_token_id")]
         if unknown:
             raise ValueError(f"{config} has unknown fields: {', '.join(sorted(unknown))}")
-        model = cls(FlashSTUConfig(**values))
+        model, tensors = cls(FlashSTUConfig(**{name: values[name] for name in ours & set(values)})), {}
+        for path in shards:
+            try:
+                tensors |= load_file(path)
+            except Exception as e:
+                raise ValueError(f"{path} is damaged or truncated ({e}): restore it from another copy") from None
         try:
-            tensors = load_file(weights)
-        except Exception as e:
-            raise ValueError(f"{weights} is damaged or truncated ({e}): restore it from another copy") from None
-        try:
-            model.load_state_dict(tensors)
+            model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()})
         except RuntimeError as e:
             raise ValueError(f"{weights} does not fit {config}: {e}") from None
         return model.to(device)
@@ -803,7 +828,103 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. python stu.py: this file against the usual route, on this machine
+# 7. Hugging Face: the same model as transformers wants to see it. Nothing above needs this; skip it freely
+#
+# A saved folder holds a copy of this file, and its config.json says which classes transformers may ask it for. They
+# are made when first asked for, so importing this file does not import transformers. The cache is our state.
+
+HF_CONFIG = {
+    "model_type": "flash_stu",
+    "architectures": ["FlashSTUForCausalLM"],
+    "auto_map": {"AutoConfig": "stu.FlashSTUPretrainedConfig", "AutoModelForCausalLM": "stu.FlashSTUForCausalLM"},
+}
+HF_FIELDS = {*HF_CONFIG, "dtype", "transformers_version", "use_cache", "tie_word_embeddings"}  # what it adds on saving
+
+
+class FlashSTUCache(list):
+    """The state, one entry a layer, with what the generation of transformers asks of a cache."""
+
+    length, is_compileable = 0, False  # tokens seen, padding included
+
+    def get_seq_length(self, layer_idx=0):
+        return self.length
+
+    def reorder_cache(self, rows):  # beam search: row i goes on from row rows[i]
+        pick = lambda t: t.index_select(0, rows.to(t.device)) if torch.is_tensor(t) else t  # noqa: E731
+        self[:] = [pick(s) if torch.is_tensor(s) else tuple(map(pick, s)) for s in self]
+
+
+def __getattr__(name):  # called for names this file lacks
+    if name not in ("FlashSTUForCausalLM", "FlashSTUPretrainedConfig"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+    except ImportError:
+        raise ImportError(f"{name} needs transformers: pip install transformers") from None
+
+    class FlashSTUPretrainedConfig(PretrainedConfig):
+        model_type, _auto_class = HF_CONFIG["model_type"], "AutoConfig"
+        attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+                         "max_position_embeddings": "seq_len"}  # fmt: skip
+
+        def __init__(self, **options):
+            names = {f.name for f in fields(FlashSTUConfig)} - {"torch_dtype"}  # the dtype is left to transformers
+            ours = asdict(FlashSTUConfig(**{name: options.pop(name) for name in names & set(options)}))
+            super().__init__(**{name: ours[name] for name in names}, **options)
+
+    class FlashSTUForCausalLM(PreTrainedModel, GenerationMixin):
+        config_class, base_model_prefix, _auto_class = FlashSTUPretrainedConfig, "model", "AutoModelForCausalLM"
+        _input_embed_layer, _no_split_modules = "tok_emb", ["FlashSTUBlock"]
+        _is_stateful = supports_gradient_checkpointing = True  # stateful: the state cannot go back a token
+        _supports_default_dynamic_cache = classmethod(lambda cls: False)
+
+        def __init__(self, config):
+            super().__init__(config)
+            ours = {f.name: getattr(config, f.name) for f in fields(FlashSTUConfig) if f.name != "torch_dtype"}
+            self.model = FlashSTU(FlashSTUConfig(**ours, torch_dtype=torch.get_default_dtype()))
+            self.gradient_checkpointing = config.use_gradient_checkpointing
+            for module in self.modules():  # FlashSTU has set its own weights, unless they are about to be loaded
+                module._is_hf_initialized = not self.model.tok_emb.weight.is_meta
+            self.post_init()
+
+        def _init_weights(self, module):  # weights that a checkpoint lacks, embeddings that a resize adds
+            module.reset_parameters() if isinstance(module, STU) else super()._init_weights(module)
+
+        def forward(self, input_ids=None, attention_mask=None, past_key_values=None, labels=None, use_cache=None,
+                    output_hidden_states=None, return_dict=None, logits_to_keep=0, num_items_in_batch=None, **_):  # fmt: skip
+            if input_ids is None:
+                raise ValueError("give input_ids: FlashSTU takes no inputs_embeds")
+            past = past_key_values if isinstance(past_key_values, FlashSTUCache) else FlashSTUCache()
+            use_cache = len(past) > 0 if use_cache is None else use_cache
+            length = past.length + input_ids.shape[1]
+            if attention_mask is not None:
+                if attention_mask.shape != (len(input_ids), length):
+                    shapes = f"{[len(input_ids), length]}, got {list(attention_mask.shape)}"
+                    raise ValueError(f"attention_mask must cover the tokens in the cache and the new ones, {shapes}")
+                # nobody sees padding on the right, unless the state goes on from there
+                padding = attention_mask == 0 if use_cache else attention_mask.int().diff(dim=1) > 0
+                attention_mask = attention_mask.bool() if padding.any() else None
+            self.model.config.use_gradient_checkpointing = self.gradient_checkpointing
+            trace = [] if output_hidden_states or self.config.output_hidden_states else None
+            x, state = self.model.hidden(input_ids, past, use_cache, attention_mask, trace)
+            logits, loss, cache = self.model.head(x[:, -logits_to_keep:]), None, None
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+            if use_cache:
+                cache = FlashSTUCache(state)
+                cache.length = length
+            output = CausalLMOutputWithPast(loss, logits, cache, trace and (*trace, x))
+            return output.to_tuple() if return_dict is False else output
+
+    for made in (FlashSTUPretrainedConfig, FlashSTUForCausalLM):
+        made.__qualname__ = made.__name__  # as if it stood at the top of this file: it can be pickled
+        globals()[made.__name__] = made
+    return globals()[name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. python stu.py: this file against the usual route, on this machine
 
 
 def usual_filters(L, K):

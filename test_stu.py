@@ -655,7 +655,7 @@ def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
     model.save_pretrained(tmp_path)
     again = FlashSTU.from_pretrained(tmp_path).eval()
     assert again.config == model.config and torch.equal(again(ids).logits, model(ids).logits)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors", "stu.py"]
 
 
 def test_damaged_model_folders_are_named(tmp_path):
