@@ -82,19 +82,21 @@ def save_tokenizer(tokenizer: ByteTokenizer | TiktokenTokenizer, folder: str) ->
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import GenerationConfig, PreTrainedTokenizerFast
-        from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
     except ImportError:
         raise SystemExit("saving a tokenizer for transformers needs it: pip install transformers") from None
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    characters = bytes_to_unicode()  # its vocabularies write each byte as a printable character
     if isinstance(tokenizer, ByteTokenizer):
         eot, merges = "<|endoftext|>", []
-        vocab = {character: byte for byte, character in bytes_to_unicode().items() if byte} | {eot: 0}
+        vocab = {character: byte for byte, character in characters.items() if byte} | {eot: 0}
     else:
-        encoding = tokenizer.encoding
-        converter = TikTokenConverter(encoding._mergeable_ranks)
-        converter.load_tiktoken_bpe = lambda ranks: ranks  # they are not in a file
-        vocab, merges = converter.extract_vocab_merges_from_model(converter.vocab_file)
-        vocab |= encoding._special_tokens
+        encoding, ranks = tokenizer.encoding, tokenizer.encoding._mergeable_ranks
+        cuts = ((r, ranks.get(p[:i]), ranks.get(p[i:]), p, i) for p, r in ranks.items() for i in range(1, len(p)))
+        cuts = sorted(cut for cut in cuts if None not in cut)  # a token of rank r is made at step r, of two tokens
+        printable = {piece: "".join(characters[byte] for byte in piece) for piece in ranks}
+        merges = [(printable[piece[:i]], printable[piece[i:]]) for *_, piece, i in cuts]
+        vocab = {printable[piece]: rank for piece, rank in ranks.items()} | encoding._special_tokens
         eot = encoding.decode([tokenizer.eot])
         steps.insert(0, pre_tokenizers.Split(Regex(encoding._pat_str), "isolated"))
     fast = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))

@@ -875,9 +875,8 @@ def __getattr__(name):  # called for names this file lacks
 
     class FlashSTUForCausalLM(PreTrainedModel, GenerationMixin):
         config_class, base_model_prefix, _auto_class = FlashSTUPretrainedConfig, "model", "AutoModelForCausalLM"
-        _input_embed_layer, _no_split_modules = "tok_emb", ["FlashSTUBlock"]
-        _is_stateful = supports_gradient_checkpointing = True  # stateful: the state cannot go back a token
-        _supports_default_dynamic_cache = classmethod(lambda cls: False)
+        _no_split_modules, supports_gradient_checkpointing = ["FlashSTUBlock"], True
+        _is_stateful, _supports_default_dynamic_cache = True, lambda self: False  # the state cannot go back a token
 
         def __init__(self, config):
             super().__init__(config)
@@ -887,6 +886,12 @@ def __getattr__(name):  # called for names this file lacks
             for module in self.modules():  # FlashSTU has set its own weights, unless they are about to be loaded
                 module._is_hf_initialized = not self.model.tok_emb.weight.is_meta
             self.post_init()
+
+        def get_input_embeddings(self):
+            return self.model.tok_emb
+
+        def set_input_embeddings(self, embeddings):
+            self.model.tok_emb = embeddings
 
         def _init_weights(self, module):  # weights that a checkpoint lacks, embeddings that a resize adds
             module.reset_parameters() if isinstance(module, STU) else super()._init_weights(module)
@@ -899,9 +904,8 @@ def __getattr__(name):  # called for names this file lacks
             use_cache = len(past) > 0 if use_cache is None else use_cache
             length = past.length + input_ids.shape[1]
             if attention_mask is not None:
-                if attention_mask.shape != (len(input_ids), length):
-                    shapes = f"{[len(input_ids), length]}, got {list(attention_mask.shape)}"
-                    raise ValueError(f"attention_mask must cover the tokens in the cache and the new ones, {shapes}")
+                if attention_mask.shape != (shape := (len(input_ids), length)):  # the cached tokens and the new ones
+                    raise ValueError(f"attention_mask must be {list(shape)}, got {list(attention_mask.shape)}")
                 # nobody sees padding on the right, unless the state goes on from there
                 padding = attention_mask == 0 if use_cache else attention_mask.int().diff(dim=1) > 0
                 attention_mask = attention_mask.bool() if padding.any() else None
@@ -910,7 +914,7 @@ def __getattr__(name):  # called for names this file lacks
             x, state = self.model.hidden(input_ids, past, use_cache, attention_mask, trace)
             logits, loss, cache = self.model.head(x[:, -logits_to_keep:]), None, None
             if labels is not None:
-                loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+                loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch)
             if use_cache:
                 cache = FlashSTUCache(state)
                 cache.length = length

@@ -104,10 +104,16 @@ def test_only_padding_that_is_seen_costs_the_fast_route(hf, saved, monkeypatch):
                         (torch.zeros(*ids.shape, 32), []))  # fmt: skip
     model = stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(**small_config().to_dict()))
     ids, (_, left) = torch.ones(2, 6, dtype=torch.long), padded(torch.ones(2, 6), [6, 3])
-    for mask, use_cache, needed in ((left * 0 + 1, True, False), (left.flip(1), False, False), (left.flip(1), True, True), (left, False, True)):
+    right, none = left.flip(1), torch.ones_like(left)
+    for mask, use_cache, needed in ((none, True, False), (right, False, False), (right, True, True), (left, False, True)):
         model(ids, attention_mask=mask, use_cache=use_cache)
         assert (masks.pop() is not None) == needed
-    with pytest.raises(ValueError, match=r"\[2, 6\], got \[2, 5\]"):
+    attention, x = stu.SlidingWindowAttention(32, 2, 4).bfloat16(), torch.randn(2, 6, 32).bfloat16()
+    expected = attention(x, attention_mask=left)
+    monkeypatch.setattr(stu, "on_cuda", lambda t: True)
+    monkeypatch.setattr(stu, "flash_attn_func", lambda *_, **__: pytest.fail("flash-attn knows no padding"))
+    assert torch.equal(attention(x, attention_mask=left), expected)
+    with pytest.raises(ValueError, match=r"must be \[2, 6\], got \[2, 5\]"):
         model(ids, attention_mask=left[:, 1:])
 
 
