@@ -340,7 +340,7 @@ class STU(nn.Module):
         if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_in:
             raise ValueError(f"input must be [batch, length >= 1, {self.d_in} channels], got {list(x.shape)}")
         if attention_mask is not None:  # a zero input leaves the zero state as it is: padding before a text vanishes
-            x = x * attention_mask[:, -x.shape[1] :, None]
+            x = x * attention_mask[:, -x.shape[1] :, None].to(x.dtype)
         if self.filters.device != x.device:  # the weights were put in place one by one, without a call of .to
             self._apply(lambda t: t)
         ins, outs = _tiles(self.d_in, self.d_in_tile), _tiles(self.d_out, self.d_out_tile)
@@ -757,8 +757,8 @@ class FlashSTU(nn.Module):
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write model.safetensors, config.json and, so that transformers can load it (section 7), generation_config.json
-        and a copy of this file. Each replaces its predecessor only when it is whole."""
+        """Write model.safetensors, config.json and, for transformers (section 7), generation_config.json and a copy of
+        this file. Each replaces its predecessor only when it is whole."""
         save_file = _safetensors().save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -896,8 +896,10 @@ def __getattr__(name):  # called for names this file lacks
         def _init_weights(self, module):  # weights that a checkpoint lacks, embeddings that a resize adds
             module.reset_parameters() if isinstance(module, STU) else super()._init_weights(module)
 
-        def forward(self, input_ids=None, attention_mask=None, past_key_values=None, labels=None, use_cache=None,
-                    output_hidden_states=None, return_dict=None, logits_to_keep=0, num_items_in_batch=None, **_):  # fmt: skip
+        def forward(
+            self, input_ids=None, attention_mask=None, past_key_values=None, labels=None, use_cache=None,
+            output_hidden_states=None, return_dict=None, logits_to_keep=0, num_items_in_batch=None, **_,
+        ):  # fmt: skip
             if input_ids is None:
                 raise ValueError("give input_ids: FlashSTU takes no inputs_embeds")
             past = past_key_values if isinstance(past_key_values, FlashSTUCache) else FlashSTUCache()
