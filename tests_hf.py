@@ -77,9 +77,9 @@ def test_transformers_computes_what_we_compute(hf, options, tmp_path):
 
 
 @models
+@torch.no_grad()
 def test_left_padding_reaches_neither_state_nor_attention(hf, options):
     """... whatever stands there, in one piece and in two, and over the generation that follows."""
-    torch.set_grad_enabled(False)
     model, ids, lengths = lively_model(**options), torch.randint(1, 61, (3, 40)), [40, 7, 25]
     theirs = stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(**model.config.to_dict())).eval()
     theirs.model.load_state_dict(model.state_dict())
@@ -96,7 +96,6 @@ def test_left_padding_reaches_neither_state_nor_attention(hf, options):
         alone = ids[row : row + 1, -n:]
         assert relative_error(logits[row, -n:], model(alone).logits[0]) < 1e-5
         assert torch.equal(text[row, 40 - n :], model.generate(alone, max_new_tokens=15, temperature=0)[0])
-    torch.set_grad_enabled(True)
 
 
 def test_only_padding_that_is_seen_costs_the_fast_route(hf, saved, monkeypatch):
