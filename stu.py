@@ -1,12 +1,12 @@
 """
 Flash STU in one file: spectral transform units and sliding-window attention, from the filters to the language model.
 
-    python stu.py          checks the identities below on this machine, and times them against the usual route
     from stu import STU    one layer, [B, T, d_in] -> [B, T, d_out]; this file needs torch and numpy, nothing else
+    python stu.py          times this file against the usual route on your machine, with the errors of both
 
 The idea. A linear dynamical system with state matrix eigenvalue α answers an impulse with the signal 1, α, α², ...
 To learn such systems without learning α, filter the input with the few signals that span all of these decays at once:
-the top eigenvectors of the matrix of their inner products, which is a fixed Hankel matrix. Only linear maps are
+the top eigenvectors of the sum over α of their outer products, which is a fixed Hankel matrix. Only linear maps are
 learned; the memory (thousands of steps) is in the fixed filters. Papers: "Spectral State Space Models"
 (arXiv 2312.06837), "Flash STU" (2409.10489), and for the recurrent form "SpectraLDS" (2505.17868).
 
@@ -57,7 +57,7 @@ def on_cuda(t: torch.Tensor) -> bool:
 # α = exp(-e^x) and the trapezoid rule over x converges exponentially: Z = G Gᵀ, one column of G for each decay,
 # G[t, m] = √w_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z. This matters: at short L the
 # eigenvalues of Z fall below 1e-16 of the largest after about 18 filters, where `eigh(Z)` returns noise; the singular
-# values of G are their square roots and still stand far above rounding.
+# values of G are their square roots and still stand far above rounding (for K up to about 24 at L = 40, 35 at L = 64).
 
 
 def get_hankel(seq_len: int, use_hankel_L: bool = False) -> torch.Tensor:
@@ -81,7 +81,7 @@ def _hankel_eigenvectors(seq_len: int, K: int, use_hankel_L: bool) -> tuple[np.n
     for lags in filter(len, lattices):
         # SVD of G by QR in blocks of rows: at L = 2^20 only Q (2 GB) is ever held
         blocks = np.array_split(lags, max(1, len(lags) // 65536))
-        Q, R = zip(*(np.linalg.qr(np.exp(-t[:, None] * rate) * weight) for t in blocks))
+        Q, R = zip(*(np.linalg.qr(np.exp(-t[:, None] * rate) * weight) for t in blocks))  # [rows, m], [m, m]
         Q2, R = np.linalg.qr(np.concatenate(R))
         U, sigma, _ = np.linalg.svd(R)
         U = np.split(Q2 @ U[:, :K], np.cumsum([q.shape[1] for q in Q])[:-1])
@@ -139,7 +139,7 @@ class SpectralLDS(NamedTuple):
 def spectral_lds(filters: torch.Tensor, n_pairs: int = 56, block: int = 64, fade: float = 1e-5) -> SpectralLDS:
     """The system (A, b, C), n = 2 n_pairs states, whose impulse response is `filters` [L, F] and fades out past L.
 
-    Fits spectral filters of any L and up to about 60 of them to 1e-7; returned in float64. Poles: the diagonal of A."""
+    Fits spectral filters of any L and K (tried: 2^20, 128) to 1e-7; returned in float64. Poles: the diagonal of A."""
     L = len(filters)
     alpha = np.exp(-np.exp(np.linspace(-math.log(L), math.log(8), n_pairs)))  # memories from L steps to 1/8 step
     poles = np.stack([alpha, -alpha], axis=1).ravel()
@@ -176,7 +176,7 @@ def lds_scan(u, S, lds: SpectralLDS, M):
         starts.append(S)
         r = piece.shape[1]
         S = powers[r] @ S + psi[:r].flip(0).T @ piece  # A^r S + Σ_i A^(r-1-i) b u_i
-    starts = torch.stack(starts, dim=1)  # [B, J, n, d]
+    starts = torch.stack(starts, dim=1)  # [B, J, n, d] for J = ⌈T / block⌉ blocks
     pieces = F.pad(u, (0, 0, 0, -T % block)).unflatten(1, (-1, block))  # [B, J, block, d]
     # Within a block y_t = Σ_{s<=t} C A^(t-s) b u_s + C A^(t+1) S: a Toeplitz matrix, and a readout of the state
     lag = torch.arange(block, device=u.device)[:, None] - torch.arange(block, device=u.device)
@@ -189,7 +189,7 @@ def lds_scan(u, S, lds: SpectralLDS, M):
         # Two products a block; the filter outputs [B, block, F, d] never exist for the whole sequence
         to_filters = torch.cat([toeplitz.transpose(1, 2), readout], dim=2).flatten(0, 1)  # [block · F, block + n]
         u_and_S = torch.cat([pieces, starts], dim=2)  # [B, J, block + n, d]
-        filtered = ((to_filters @ v).unflatten(1, (block, -1)).flatten(2) for v in u_and_S.unbind(1))
+        filtered = ((to_filters @ v).unflatten(1, (block, -1)).flatten(2) for v in u_and_S.unbind(1))  # over J
         y = torch.stack([f @ M.flatten(0, 1) for f in filtered], dim=1)  # [B, block, F · d] @ [F · d, d_out]
     return y.flatten(1, 2)[:, :T], S
 
@@ -213,7 +213,7 @@ class _FFTConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, h):
         n = fft_size(u.shape[-1] + h.shape[-1] - 1)
-        size = max(1, (2**24 if u.is_cuda else 2**20) // (len(u) * n))  # channels
+        size = max(1, (2**24 if u.is_cuda else 2**20) // max(1, len(u) * n))  # channels at a time
         y, spectra = torch.empty_like(u, memory_format=torch.contiguous_format), []
         for u_c, h_c, y_c in zip(u.split(size, dim=1), h.split(size), y.split(size, dim=1)):
             u_f, h_f = torch.fft.rfft(u_c, n=n), torch.fft.rfft(h_c, n=n)
@@ -224,6 +224,7 @@ class _FFTConv(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         spectra, (shape_u, shape_h) = ctx.saved_tensors, ctx.shapes
         grad_u, grad_h = grad.new_empty(shape_u), grad.new_empty(shape_h)
@@ -279,7 +280,7 @@ def make_bank(phi: torch.Tensor, use_hankel_L: bool = False) -> tuple[torch.Tens
         alternating[1::2] *= -1
         bank = torch.cat([bank, alternating], dim=1)
     lds = spectral_lds(bank)
-    return bank, lds if lds.error < 1e-6 else None
+    return bank, lds if lds.error < 1e-6 * bank.abs().max() else None
 
 
 class STU(nn.Module):
@@ -376,32 +377,30 @@ class STU(nn.Module):
         with nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False):
             if self.lds is None:
                 past = u if state is None else torch.cat([state, u], dim=1)
-                y, state = self._convolve(past, M)[:, -T:], past[:, max(0, past.shape[1] - self.seq_len + 1) :]
+                y, state = self._convolve(past, M, dtype)[:, -T:], past[:, max(0, past.shape[1] - self.seq_len + 1) :]
             elif state is None and not use_cache and self.backend == "fft" and T <= self.seq_len:
-                y = self._convolve(u, M)
+                y = self._convolve(u, M, dtype)
             else:
                 state = u.new_zeros(B, len(self.lds.b), d) if state is None else state
                 y, state = lds_scan(u, state, self.lds, M)
         return y.to(dtype), state
 
-    def _convolve(self, u, M):
+    def _convolve(self, u, M, dtype):
         filters = self.filters[: u.shape[1]]  # [T, F]
         if M.ndim == 3:
             return full_conv(u, filters, M)
         u, h = u.transpose(1, 2), M.T @ filters.T  # [B, d, T], [d, T]
-        if self.use_flash_fft and FlashFFTConv is not None and on_cuda(u):
-            y = self._flash_fft_conv(u, h)
-        else:
-            y = _FFTConv.apply(u, h)
-        return y.transpose(1, 2)
+        if self.use_flash_fft and FlashFFTConv is not None and on_cuda(u) and dtype in (torch.float16, torch.bfloat16):
+            T = u.shape[-1]
+            half = 1 << max(7, (T - 1).bit_length())  # it takes powers of two from 256; its FFT must be at least 2T
+            u, h = F.pad(u.to(dtype), (0, half - T)).contiguous(), F.pad(h, (0, half - T)).contiguous()
+            return _flash_fft_conv(2 * half, dtype, u.device)(u, h)[..., :T].transpose(1, 2)
+        return _FFTConv.apply(u, h).transpose(1, 2)
 
-    def _flash_fft_conv(self, u, h):
-        T = u.shape[-1]
-        half = 1 << max(7, (T - 1).bit_length())  # it takes powers of two from 256; its FFT must be at least 2T
-        if getattr(self, "_flash_fft", None) is None or self._flash_fft.seqlen != 2 * half:
-            self._flash_fft = FlashFFTConv(2 * half, dtype=torch.bfloat16).to(u.device)
-        pad = (0, half - T)
-        return self._flash_fft(F.pad(u.bfloat16(), pad).contiguous(), F.pad(h, pad))[..., :T].to(h.dtype)
+
+@functools.lru_cache(maxsize=16)
+def _flash_fft_conv(size, dtype, device):  # not kept in the layer: its buffers would enter the state_dict
+    return FlashFFTConv(size, dtype=dtype).to(device)
 
 
 def _tiles(d, size):
@@ -420,7 +419,7 @@ def rotary(x, start: int):
     half = x.shape[-1] // 2
     inv_freq = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * inv_freq  # [T, hd/2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = angle.cos(), angle.sin()
     x1, x2 = x[..., :half], x[..., half:]
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
@@ -465,7 +464,9 @@ def windowed_flex_attention(q, k, v, window: int, softcap: float):
 def _block_mask(T, window, device):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, T, T, device=device)
+    # compiled, it never holds the T x T mask that it summarises
+    create = create_block_mask if torch.compiler.is_compiling() else _compiled(create_block_mask)
+    return create(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, T, T, device=device)
 
 
 _cached_block_mask = functools.lru_cache(maxsize=16)(_block_mask)
@@ -495,7 +496,7 @@ class SlidingWindowAttention(nn.Module):
         T, w = x.shape[1], self.window
         past_k, past_v, seen = state or (None, None, 0)
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
-        q, k = rotary(self.q_norm(q).to(v.dtype), seen), rotary(self.k_norm(k).to(v.dtype), seen)  # [B, H, T, hd]
+        q, k = rotary(self.q_norm(q), seen).to(v.dtype), rotary(self.k_norm(k), seen).to(v.dtype)  # [B, H, T, hd]
         if state:
             k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
         if attention_mask is not None:  # padding differs from row to row, which the fast routes do not know
@@ -503,7 +504,7 @@ class SlidingWindowAttention(nn.Module):
         elif flash_attn_func is not None and on_cuda(q) and q.dtype in (torch.float16, torch.bfloat16):
             q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
             y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=self.softcap).transpose(1, 2)
-        elif on_cuda(q) and not state and not use_cache:
+        elif on_cuda(q) and not state and not use_cache and q.shape[-1] >= 16:  # flex's smallest head
             y = windowed_flex_attention(q, k, v, w, self.softcap)
         else:
             y = windowed_attention(q, k, v, w, self.softcap)
@@ -514,8 +515,8 @@ class SlidingWindowAttention(nn.Module):
 
 def parse_window(window_size) -> int:
     """An int w, or flash-attn's (w, 0), -> w."""
-    left, right = window_size if isinstance(window_size, (tuple, list)) else (window_size, 0)
-    if left < 0 or right != 0:
+    left, *right = window_size if isinstance(window_size, (tuple, list)) else (window_size, 0)
+    if left < 0 or right != [0]:
         raise ValueError(f"window_size must be w >= 0 or (w, 0): w tokens before, none after; got {window_size}")
     return left
 
@@ -538,7 +539,7 @@ class FlashSTUConfig:
     dropout: float = 0.0
     use_hankel_L: bool = False
     use_approx: bool = True  # STU-T; False: the full STU
-    use_tensorized: bool = False  # Kronecker filters
+    use_tensorized: bool = False  # Kronecker filters, min(K, √seq_len)² of them
     use_flash_fft: bool = True  # FlashFFTConv where installed
     use_stu: bool = True  # False: attention in every layer
     use_attn: bool = True  # False: STU in every layer
@@ -548,7 +549,7 @@ class FlashSTUConfig:
     d_in_tile: int | None = None
     d_out_tile: int | None = None
     use_gradient_checkpointing: bool = False
-    torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters
+    torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters; train with float32 and autocast
 
     def __post_init__(self):
         if isinstance(self.torch_dtype, str):
@@ -599,6 +600,7 @@ class FlashSTUBlock(nn.Module):
         self, d_model: int, sequence_length: int, num_filters: int = 24, use_attention: bool = False, **options
     ):  # fmt: skip
         super().__init__()
+        options |= {"use_attn": use_attention, "use_stu": not use_attention}
         c = FlashSTUConfig(n_embd=d_model, seq_len=sequence_length, num_eigh=num_filters, **options)
         d, bias = d_model, c.bias
         d_hidden = int(d * c.mlp_scale)
@@ -658,7 +660,8 @@ class FlashSTU(nn.Module):
         self.norm = nn.RMSNorm(d, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
         for name, p in self.named_parameters():  # each layer adds two branches to the residual stream: keep its scale
-            if name.endswith(("c_proj.weight", "down_proj.weight", "sandwich.1.weight", "M_filters", "mixer.M")):
+            last = ("sandwich.1.weight",) if config.stu_enable_mlp_sandwich else ("M_filters", "mixer.M")
+            if name.endswith(("c_proj.weight", "down_proj.weight", *last)):
                 with torch.no_grad():
                     p.mul_((2 * config.n_layers) ** -0.5)
         self.to(config.torch_dtype)
@@ -666,8 +669,10 @@ class FlashSTU(nn.Module):
     def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None, trace=None):
         """Token ids [B, T] -> normalised final states [B, T, d] and, with use_cache, the state to go on from.
         attention_mask [B, past + T] is 0 at padding; a list `trace` receives the input of every layer."""
-        if input_ids.ndim != 2 or input_ids.shape[1] < 1:
-            raise ValueError(f"input_ids must be [batch, length >= 1], got {list(input_ids.shape)}")
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids must be [batch >= 1, length >= 1], got {list(input_ids.shape)}")
+        if attention_mask is not None and (len(attention_mask), True) != (len(input_ids), attention_mask.shape[1] >= input_ids.shape[1]):
+            raise ValueError(f"attention_mask must cover input_ids {list(input_ids.shape)}, got {list(attention_mask.shape)}")
         x = self.dropout(self.tok_emb(input_ids))
         new_state = []
         for layer, s in zip(self.layers, state or [None] * len(self.layers)):
@@ -1052,6 +1057,8 @@ def benchmark(full: bool) -> None:
             start = time.perf_counter()
             for piece in torch.randint(256, (1, context - seen), device=device).split(2048, dim=1):
                 _, state = model.hidden(piece, state, use_cache=True)
+            if cuda:
+                torch.cuda.synchronize()
             prefill, seen = (time.perf_counter() - start) * context / (context - seen), context
             token = torch.randint(256, (1, 1), device=device)
             row(f"next token at context {context}", timed(lambda: model.hidden(token, state, use_cache=True), 31), prefill)
