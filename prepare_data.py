@@ -117,8 +117,9 @@ def read_documents(path: Path, field: str) -> Iterator[tuple[str, int]]:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 try:
-                    yield json.loads(line)[field], len(line)
-                except (ValueError, KeyError, TypeError) as e:
+                    text = json.loads(line)[field]
+                    yield text.encode("utf-8", "replace").decode(), len(line)  # without lone surrogates
+                except (ValueError, KeyError, TypeError, AttributeError) as e:
                     raise ValueError(f"line {number} is not a JSON object with a field {field!r} ({e!r})") from None
     elif path.suffix == ".parquet":
         try:
@@ -126,7 +127,7 @@ def read_documents(path: Path, field: str) -> Iterator[tuple[str, int]]:
         except ImportError:
             raise SystemExit("reading .parquet needs pyarrow: pip install pyarrow") from None
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000, columns=[field]):
-            yield from ((text, len(text)) for text in batch.column(0).to_pylist())
+            yield from ((text, len(text)) for text in batch.column(0).to_pylist() if text)
     else:
         text = path.read_bytes().decode("utf-8")
         if "\0" in text:
@@ -173,7 +174,8 @@ def hub_documents(load_args: dict, field: str) -> Iterator[tuple[str, int]]:
     except ImportError:
         raise SystemExit("this corpus needs the datasets package: pip install datasets") from None
     for row in load_dataset(streaming=True, **load_args):
-        yield row[field], len(row[field])
+        if row[field]:
+            yield row[field], len(row[field])
 
 
 def pieces(text: str, size: int = 1 << 20) -> Iterator[tuple[str, bool]]:

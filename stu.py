@@ -671,8 +671,9 @@ class FlashSTU(nn.Module):
         attention_mask [B, past + T] is 0 at padding; a list `trace` receives the input of every layer."""
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids must be [batch >= 1, length >= 1], got {list(input_ids.shape)}")
-        if attention_mask is not None and (len(attention_mask), True) != (len(input_ids), attention_mask.shape[1] >= input_ids.shape[1]):
-            raise ValueError(f"attention_mask must cover input_ids {list(input_ids.shape)}, got {list(attention_mask.shape)}")
+        mask, ids = attention_mask, list(input_ids.shape)
+        if mask is not None and (len(mask) != ids[0] or mask.shape[1] < ids[1]):
+            raise ValueError(f"attention_mask must cover input_ids {ids}, got {list(mask.shape)}")
         x = self.dropout(self.tok_emb(input_ids))
         new_state = []
         for layer, s in zip(self.layers, state or [None] * len(self.layers)):

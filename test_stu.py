@@ -1554,10 +1554,15 @@ def test_resuming_with_another_model_or_other_data_is_refused_and_sampling_works
     runs = [(start(data, out, "--steps 4 --n_layers 3"), 1, "n_layers: 2, now 3"),
             (start(tmp_path / "other", out, "--steps 4"), 1, "another data"),
             (start(data, tmp_path / "none", "--sample line"), 1, "no checkpoint"),
-            (start(data, out, "--sample line"), 0, "\nline")]  # fmt: skip
+            (subprocess.Popen([sys.executable, "train.py", "--out_dir", str(out), "--sample", "line"], cwd=HERE, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT), 0, "\nline"),  # needs the run folder only
+            (start(data, out, "--steps 1"), 1, "already at step 2")]  # fmt: skip
     for process, expected, message in runs:
         code, output = finish(process)
         assert code == expected and message in output, output
+    assert FlashSTU.from_pretrained(out / "model")(torch.zeros(1, 5, dtype=torch.long)).logits.shape == (1, 5, 256)
+    assert run_train(data, out, "--steps 1 --fresh --checkpoint_interval 1")[0] == 0  # replaces what was there
+    assert [p.name for p in out.glob("*.pt")] == ["checkpoint_1.pt"]
 
 
 def test_divergence_skips_steps_then_stops_and_names_the_last_good_checkpoint(data, tmp_path):

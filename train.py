@@ -127,6 +127,9 @@ preset = given.get("preset", settings["preset"])
 if preset not in presets:
     sys.exit(f"--preset is one of {', '.join(presets)}, got {preset!r}")
 s = {**settings, **presets[preset], **given}
+config_path = Path(s["out_dir"]) / "config.json"
+if (s["sample"] or s["draw"]) and config_path.exists():  # the run folder is all that is needed
+    s = {**json.loads(config_path.read_text())["settings"], "dtype": "auto", "device": "auto", **given}
 model_settings = {k: v for k, v in s.items() if k in model_fields}
 for name, choices in (("optimizer", ("muon", "adamw")), ("decay", ("cosine", "linear", "none")), ("engine", ("ddp", "fsdp"))):
     if s[name] not in choices:
@@ -140,7 +143,7 @@ local_rank, main = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
 device = s["device"]
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-if device == "cuda" and world > 1:
+if device == "cuda":
     device = f"cuda:{local_rank}"
 device = torch.device(device)
 if device.type == "cuda":
@@ -149,13 +152,13 @@ if device.type == "cuda":
 if world > 1:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 if s["dtype"] == "auto":
-    s["dtype"] = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    s["dtype"] = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
 if s["dtype"] not in ("float32", "bfloat16", "float16"):
     sys.exit(f"--dtype is one of auto, float32, bfloat16, float16, got {s['dtype']!r}")
 autocast = nullcontext()
 if s["dtype"] != "float32":
     autocast = torch.autocast(device.type, dtype=getattr(torch, s["dtype"]))
-scaler = torch.amp.GradScaler(device.type, enabled=s["dtype"] == "float16")
+scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=s["dtype"] == "float16")
 
 
 def say(*args, **kwargs):
@@ -345,8 +348,9 @@ def save_checkpoint(step):
         state = {"step": step, "model": model_state, "optimizer": optimizer_state, "scaler": scaler.state_dict(),
                  "config": config.to_dict(), "data": fingerprint, "settings": s}  # fmt: skip
         write_atomically(run / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
-        for old in checkpoints()[:-2]:
-            old.unlink()
+        steps = {int(p.stem.split("_")[1]): p for p in checkpoints()}
+        for old in [p for n, p in steps.items() if n > step] + [p for n, p in steps.items() if n <= step][:-2]:
+            old.unlink()  # ones beyond this step are damaged, or of a run that --fresh has replaced
     if world > 1:
         dist.barrier()
 
@@ -375,12 +379,23 @@ if saved:
             if before.get(key) != now[key] and key not in ("use_gradient_checkpointing", "d_in_tile", "d_out_tile"):
                 stop(f"{run} was trained with another {what} ({key}: {before.get(key)!r}, now {now[key]!r}): "
                      f"choose another --out_dir, or --fresh to start again")  # fmt: skip
+    decays = [[group["weight_decay"] for group in optimizer.param_groups] for optimizer in optimizers]
     set_state_dict(model, optimizers, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
                    options=StateDictOptions(full_state_dict=True))  # fmt: skip
+    for optimizer, values in zip(optimizers, decays):  # settings come from this command, not from the file
+        for group, value in zip(optimizer.param_groups, values):
+            group["weight_decay"] = value
     scaler.load_state_dict(saved["scaler"])
     start_step = saved["step"]
     if not s["sample"]:
         say(f"continuing {run} after step {start_step}")
+    if start_step > s["steps"]:
+        stop(f"{run} is already at step {start_step}: give --steps {start_step} or more, or --fresh to start again")
+if world > 1:
+    found = [None] * world
+    dist.all_gather_object(found, start_step)
+    if len(set(found)) > 1:
+        stop(f"the processes found checkpoints of different steps {found}: {run} must be on a shared file system")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,8 +407,8 @@ def write(prompt, max_new_tokens, temperature=0.8, top_k=50):
     writer = model
     if engine is model and world > 1:
         weights, _ = get_state_dict(model, [], options=full)
-        writer = FlashSTU(config) if main else None
         if main:
+            writer = FlashSTU(config).to(device)
             writer.load_state_dict(weights)
     if not main:
         return
@@ -402,12 +417,13 @@ def write(prompt, max_new_tokens, temperature=0.8, top_k=50):
     generator = torch.Generator(ids.device).manual_seed(s["seed"])
     print(prompt, end="")
     shown, new = "", []
-    for token in writer.stream(ids, max_new_tokens, temperature, top_k, stop_token=meta["eot"], generator=generator):
-        new.append(int(token))
-        text = tokenizer.decode(t for t in new if t != meta["eot"])
-        if not text.endswith("\ufffd"):  # a character may take several tokens
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+    with torch.compiler.set_stance("force_eager"):  # each length would be one more graph
+        for token in writer.stream(ids, max_new_tokens, temperature, top_k, stop_token=meta["eot"], generator=generator):
+            new.append(int(token))
+            text = tokenizer.decode(t for t in new if t != meta["eot"])
+            if not text.endswith("\ufffd"):  # a character may take several tokens
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
     print("\n")
 
 
@@ -555,6 +571,13 @@ for step in range(start_step, s["steps"] + 1):
         say(f"asked to stop: saved after step {step + 1}; the same command continues")
         break
 
+if not asked_to_stop:  # a folder for from_pretrained, and for transformers
+    weights, _ = get_state_dict(model, [], options=full)
+    if main:
+        finished = FlashSTU(config)
+        finished.load_state_dict(weights)
+        finished.save_pretrained(run / "model")
+        say(f"{run / 'model'} is ready for FlashSTU.from_pretrained")
 if main:
     draw_losses()
 if world > 1:
