@@ -722,6 +722,17 @@ def test_a_block_compiles_without_graph_breaks(attention):
         assert relative_error(a, b) < 1e-4
 
 
+def test_a_compiled_model_trains_and_evaluates_like_the_plain_one():
+    model, ids = small_model(), torch.randint(61, (2, 40))
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(compiled(ids).logits, model(ids).logits) < 1e-5
+    model.train()
+    gradients = [torch.autograd.grad(m(ids, labels=ids).loss, list(model.parameters())) for m in (compiled, model)]
+    for a, b in zip(*gradients):
+        assert relative_error(a, b) < 1e-4
+
+
 def test_import_needs_only_torch_and_numpy():
     code = "import sys; sys.modules.update(dict.fromkeys(['safetensors', 'tiktoken', 'transformers', 'datasets', 'matplotlib'])); import stu"
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -304,6 +305,7 @@ if world > 1 and s["engine"] == "fsdp":
 elif world > 1:
     engine = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None)
 if s["compile"] in ("true", "1") or (s["compile"] == "auto" and device.type == "cuda"):
+    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")  # the FFTs
     for layer in model.layers:
         layer.compile()
 
