@@ -593,7 +593,7 @@ def test_chunked_loss_has_the_gradients_of_the_whole_and_never_holds_all_logits(
     with LargestTensor() as largest:
         model(ids, labels=ids).loss.backward()
     assert largest.numel <= 2**26 < 2 * 2047 * 200064 / 10
-    model, ids = small_model(vocab_size=200064, n_layers=1), torch.randint(200064, (2, 300))
+    model, ids = small_model(vocab_size=200064, n_layers=1), torch.randint(200064, (2, 200))
     model(ids, labels=ids).loss.backward()
     gradient = model.tok_emb.weight.grad.clone()
     model.zero_grad()
@@ -967,6 +967,67 @@ def test_training_that_diverges_says_so():
         system.A.copy_(10 * torch.eye(4))
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         train(system, random_LDS(4, 3, 2), 200, 3, 2, 1e-3)
+
+
+# -- it learns ---------------------------------------------------------------------------------------------------------
+
+
+def learn(batch, steps, lr, **options):
+    """Accuracy of a two-layer model on 256 unseen rows after `steps` of Muon and AdamW; batch(n, generator) -> ids,
+    labels [n, T], aligned, -100 where nothing is asked."""
+    torch.manual_seed(0)
+    model = FlashSTU(small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options))
+    matrices = [p for name, p in model.layers.named_parameters() if p.ndim == 2 and "M_filters" not in name]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [torch.optim.AdamW(rest, lr, weight_decay=0.0), torch.optim.Muon(matrices, 0.02, weight_decay=0.0)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1, 2 - 2 * step / steps)) for o in optimizers]
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        ids, labels = batch(None, rng)
+        model.loss(model.hidden(ids)[0].flatten(0, 1), labels.flatten()).backward()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    with torch.no_grad():
+        ids, labels = batch(64, torch.Generator().manual_seed(2))
+        right = model(ids).logits.argmax(-1) == labels
+    return right[labels != -100].float().mean().item()
+
+
+def recall_batch(n, rng, pairs=8):
+    """Keys with values, k v k v ..., then the same keys in another order: each asks for its value."""
+    n = n or 64
+    keys, order = (torch.stack([torch.randperm(m, generator=rng)[:pairs] for _ in range(n)]) for m in (32, pairs))
+    values = torch.randint(32, 64, (n, pairs), generator=rng)
+    asked = torch.stack([keys.gather(1, order), values.gather(1, order)], dim=2)  # [n, pairs, 2]
+    ids = torch.cat([torch.stack([keys, values], dim=2).flatten(1), asked.flatten(1)], dim=1)
+    labels = torch.full_like(ids, -100)
+    labels[:, 2 * pairs :: 2] = asked[..., 1]
+    return ids, labels
+
+
+def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
+    """The STU hands each value its key (the token before), attention finds it: two layers and 100 steps are enough."""
+    options = dict(n_embd=64, seq_len=32, window_size=32, num_eigh=16, mlp_scale=1)
+    accuracy = [learn(recall_batch, 100, 3e-3, **options, **kind) for kind in (dict(), dict(use_stu=False), dict(use_attn=False))]
+    assert accuracy[0] > 0.99 and accuracy[1] < 0.5 and accuracy[2] < 0.5, accuracy
+
+
+def memory_batch(n, rng, T=512, decay=0.99):
+    """Random signs; the label is the octile of their exponential average, a memory of some 300 steps."""
+    signs = 2 * torch.randint(2, (n or 8, T), generator=rng) - 1
+    lags = torch.arange(T)[:, None] - torch.arange(T)
+    average = signs.float() @ (decay ** lags.clamp(min=0) * (lags >= 0)).T * (1 - decay**2) ** 0.5
+    labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
+    labels[:, :100] = -100
+    return (signs + 1) // 2, labels
+
+
+def test_the_hybrid_remembers_beyond_the_attention_window():
+    options = dict(n_embd=32, seq_len=512, window_size=64, num_eigh=24, mlp_scale=2)
+    hybrid, attention = (learn(memory_batch, 150, 1e-2, **options, **kind) for kind in (dict(), dict(use_stu=False)))
+    assert hybrid > 0.85 > 0.65 > attention, (hybrid, attention)
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------
