@@ -1341,13 +1341,13 @@ metric_list: [{{metric: acc}}]
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
     results = lm_eval.simple_evaluate(lm, tasks=["tiny"], task_manager=tasks, bootstrap_iters=0, log_samples=True)
     correct = 0
-    for q, sample in zip(questions, sorted(results["samples"]["tiny"], key=lambda s: s["doc_id"])):
+    for q, answer in zip(questions, sorted(results["samples"]["tiny"], key=lambda s: s["doc_id"])):
         scores = []
         for choice in q["choices"]:
             prompt, ids = len(f"{q['q']} Answer:"), torch.tensor([list(f"{q['q']} Answer: {choice}".encode())])
             log_p = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])[0, prompt - 1 :]
             scores.append(log_p.sum().item())
-        assert [r[0][0] for r in sample["resps"]] == pytest.approx(scores, rel=1e-4)
+        assert [r[0][0] for r in answer["resps"]] == pytest.approx(scores, rel=1e-4)
         correct += scores.index(max(scores)) == q["label"]
     assert results["results"]["tiny"]["acc,none"] == pytest.approx(correct / 3)
 
