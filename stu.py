@@ -71,7 +71,7 @@ def get_hankel(seq_len: int, use_hankel_L: bool = False) -> torch.Tensor:
 @functools.lru_cache(maxsize=32)
 def _hankel_eigenvectors(seq_len: int, K: int, use_hankel_L: bool) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues [K], descending, and unit eigenvectors [L, K] of Z, float64, from the factor G. O(L) memory."""
-    rate = np.exp(np.arange(3.8, -12 - math.log(seq_len), -0.1))  # e^x = -ln α, from 45 to 6e-6 / L: [m]
+    rate = np.exp(np.arange(3.8, max(-12 - math.log(seq_len), -21), -0.1))  # e^x = -ln α, from 45 to 1e-3 / L or less: [m]
     w = 0.1 * rate * np.exp(-rate)  # dα = e^x α dx
     if use_hankel_L:  # entries of odd i+j vanish: eigenvectors live on the even lags or on the odd lags
         lattices, weight = [np.arange(0, seq_len, 2), np.arange(1, seq_len, 2)], -np.sqrt(2 * w) * np.expm1(-2 * rate)
