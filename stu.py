@@ -46,7 +46,7 @@ except ImportError:
     FlashFFTConv = None
 
 
-def on_cuda(t: torch.Tensor) -> bool:
+def on_cuda(t: torch.Tensor) -> bool:  # the one switch to the CUDA routes, so that a test can throw it on a CPU
     return t.is_cuda
 
 
@@ -289,10 +289,10 @@ class STU(nn.Module):
     use_approx=True is STU-T (one filter per channel), False the full STU. `use_tensorized` takes Kronecker filters,
     `precomputed_filters` base filters of your own, [seq_len, K], or a whole bank with its recurrent form, a pair as
     `make_bank` gives it. d_in_tile / d_out_tile work on so many channels at a time, for less memory and the same
-    result. `backend` ("fft" or "lds") is the route of a call without a state.
+    result. `backend` ("fft" or "lds") is the route of a call without a state and with T <= seq_len; others recur.
 
     stu(x) -> y;  stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, state=None
-    first. The state is S [B, n, channels], or the last seq_len - 1 inputs where the bank has no recurrent form.
+    first. The state is S [B, n, d_out], full STU [B, n, d_in], or the last seq_len - 1 inputs where the bank has no recurrent form.
     attention_mask [B, >= T], aligned at its end: inputs where it is 0 are padding."""
 
     def __init__(
@@ -323,7 +323,7 @@ class STU(nn.Module):
         else:
             self.M = nn.Parameter(torch.empty(n_filters, d_in, d_out))
         self.reset_parameters()
-        self._apply(lambda t: t)
+        self._apply(lambda t: t)  # puts the filters where the weights are: see _apply below
 
     def reset_parameters(self):
         """White input of unit variance gives output of unit variance, whatever the filters' scales."""
@@ -374,7 +374,7 @@ class STU(nn.Module):
         """Σ_f (Φ_f * u) M_f from a state, by the route that this call allows -> y, state. Never below float32."""
         dtype, (B, T, d) = u.dtype, u.shape
         u, M = u.to(self.filters.dtype), M.to(self.filters.dtype)
-        with nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False):
+        with nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False):  # meta has no autocast
             if self.lds is None:
                 past = u if state is None else torch.cat([state, u], dim=1)
                 y, state = self._convolve(past, M, dtype)[:, -T:], past[:, max(0, past.shape[1] - self.seq_len + 1) :]
