@@ -1036,7 +1036,14 @@ def benchmark(full: bool) -> None:
         notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
         steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
         notes.append("peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps)))
-        row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", *map(timed, steps), *notes)
+        ours, usual = map(timed, steps)
+        n = fft_size(2 * T - 1)
+        flops = 5 * 2.5 * B * d * n * math.log2(n)  # a real FFT of n points: 5/2 n log2 n; 2 forward, 3 backward
+        if not approx:  # and the matrices of n/2 frequencies: made twice, and their gradient back to M
+            flops += 3 * 2 * n * M.numel()
+        moved = 4 * x.numel() * x.element_size()  # the least: input and output, and the gradient of each
+        notes.append(f"{moved / ours / 1e9:.1f} GB/s of the least traffic, {flops / ours / 1e9:.0f} GFLOP/s")
+        row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", ours, usual, *notes)
 
     # 4. a training step: the hybrid, and attention in every layer at the same width and about the same size
     B, T, seconds = (16 if cuda else 2), 1024, []
