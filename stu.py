@@ -1,39 +1,41 @@
 """
-Flash STU in one file: spectral transform units and sliding-window attention, from the filters to the language model.
+Flash STU in one file: spectral transform units and sliding-window attention, from filters to language model.
 
-    from stu import STU    one layer, [B, T, d_in] -> [B, T, d_out]; this file needs torch and numpy, nothing else
+    from stu import STU    one layer, [B, T, d_in] -> [B, T, d_out]; needs torch and numpy, nothing else
     python stu.py          times this file against the usual route on your machine, with the errors of both
 
-The idea. A linear dynamical system with state matrix eigenvalue α answers an impulse with the signal 1, α, α², ...
-To learn such systems without learning α, filter the input with the few signals that span all of these decays at once:
-the top eigenvectors of the sum over α of their outer products, which is a fixed Hankel matrix. Only linear maps are
-learned; the memory (thousands of steps) is in the fixed filters. Papers: "Spectral State Space Models"
-(arXiv 2312.06837), "Flash STU" (2409.10489), and for the recurrent form "SpectraLDS" (2505.17868).
+The idea. A linear dynamical system with state matrix eigenvalue α answers an impulse with 1, α, α², ... To
+learn such systems without learning α, filter the input with the few signals that span all of these decays at
+once: the top eigenvectors of the sum over α of their outer products, which is a fixed Hankel matrix. Only
+linear maps are learned; the memory (thousands of steps) is in the fixed filters. Papers: "Spectral State
+Space Models" (arXiv 2312.06837), "Flash STU" (2409.10489), and for the recurrent form "SpectraLDS"
+(2505.17868).
 
 The letters, everywhere in this file:
     B batch    T length of this input    L seq_len, the length of the filters    d, d_in, d_out channels
     K  number of eigenvectors φ_1..φ_K of the Hankel matrix Z (`num_eigh`), each a signal of length L
-    Φ  the filter bank [L, F]: F = 2K filters, φ_k(t) and (-1)^t φ_k(t); F = K for Hankel-L, which has both signs inside
+    Φ  the filter bank [L, F]: F = 2K filters φ_k(t), (-1)^t φ_k(t); Hankel-L has both signs inside: F = K
     A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
     S  the state of that system, [B, n, d]: everything that a layer remembers of its past
-    w  attention window: a token sees itself and the w tokens before it
+    M  what is learned: how the F filter outputs are mixed into the layer's output
+    w  attention window: a token sees itself and the w tokens before it; [B, H, T, hd] are H heads of size hd
 """
 
+import argparse
 import functools
 import json
 import math
 import os
-import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 try:  # optional, CUDA only; every use below has a plain PyTorch form that gives the same result
@@ -46,22 +48,26 @@ except ImportError:
     FlashFFTConv = None
 
 
-def on_cuda(t: torch.Tensor) -> bool:  # the one switch to the CUDA routes, so that a test can throw it on a CPU
+HALF = (torch.float16, torch.bfloat16)
+
+
+def on_cuda(t: Tensor) -> bool:  # the one switch to the CUDA routes, so that a test can throw it on a CPU
     return t.is_cuda
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. The filters: eigenvectors of a Hankel matrix that is never built
 #
-# Z_ij = 2 / ((i+j)^3 - (i+j)) = ∫_0^1 (1-α)^2 α^(i+j-2) dα is a sum over decays α of rank-one terms. Substitute
-# α = exp(-e^x) and the trapezoid rule over x converges exponentially: Z = G Gᵀ, one column of G for each decay,
-# G[t, m] = √w_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z. This matters: at short L the
-# eigenvalues of Z fall below 1e-16 of the largest after about 18 filters, where `eigh(Z)` returns noise; the singular
-# values of G are their square roots and still stand far above rounding (for K up to about 24 at L = 40, 35 at L = 64).
+# Z_ij = 2 / ((i+j)^3 - (i+j)) = ∫_0^1 (1-α)^2 α^(i+j-2) dα is a sum over decays α of rank-one terms.
+# Substitute α = exp(-e^x) and the trapezoid rule over x converges exponentially: Z = G Gᵀ, one column of G
+# for each decay, G[t, m] = √w_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z. This
+# matters: at short L the eigenvalues of Z fall below 1e-16 of the largest after about 18 filters, where
+# `eigh(Z)` returns noise; the singular values of G are their square roots and still stand far above rounding
+# (for K up to about 24 at L = 40, 35 at L = 64).
 
 
-def get_hankel(seq_len: int, use_hankel_L: bool = False) -> torch.Tensor:
-    """The matrix Z itself, [L, L] float64, for looking at and for checks (eq. 3 of 2312.06837; Hankel-L: its appendix)."""
+def get_hankel(seq_len: int, use_hankel_L: bool = False) -> Tensor:
+    """The matrix Z itself, [L, L] float64, to check with (eq. 3 of 2312.06837; Hankel-L: its appendix)."""
     i_plus_j = torch.arange(1, seq_len + 1, dtype=torch.float64)[:, None] + torch.arange(1, seq_len + 1)
     if use_hankel_L:  # ∫_-1^1 (1-α²)² α^(i+j-2) dα: decays of both signs
         return ((-1) ** i_plus_j + 1) * 8 / ((i_plus_j + 3) * (i_plus_j - 1) * (i_plus_j + 1))
@@ -70,13 +76,15 @@ def get_hankel(seq_len: int, use_hankel_L: bool = False) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _hankel_eigenvectors(seq_len: int, K: int, use_hankel_L: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues [K], descending, and unit eigenvectors [L, K] of Z, float64, from the factor G. O(L) memory."""
-    rate = np.exp(np.arange(3.8, max(-12 - math.log(seq_len), -21), -0.1))  # e^x = -ln α, from 45 to 1e-3 / L or less: [m]
-    w = 0.1 * rate * np.exp(-rate)  # dα = e^x α dx
+    """Eigenvalues [K], descending, and unit eigenvectors [L, K] of Z, float64, from G. O(L) memory."""
+    slowest = max(-12 - math.log(seq_len), -21)
+    rate = np.exp(np.arange(3.8, slowest, -0.1))  # e^x = -ln α, from 45 to below 1e-3 / L: [m]
+    root_w = np.sqrt(0.1 * rate * np.exp(-rate))  # dα = e^x α dx
     if use_hankel_L:  # entries of odd i+j vanish: eigenvectors live on the even lags or on the odd lags
-        lattices, weight = [np.arange(0, seq_len, 2), np.arange(1, seq_len, 2)], -np.sqrt(2 * w) * np.expm1(-2 * rate)
+        lattices = [np.arange(0, seq_len, 2), np.arange(1, seq_len, 2)]
+        weight = -math.sqrt(2) * root_w * np.expm1(-2 * rate)  # α and -α: √(2w) (1-α²)
     else:
-        lattices, weight = [np.arange(seq_len)], -np.sqrt(w) * np.expm1(-rate)  # √w (1-α)
+        lattices, weight = [np.arange(seq_len)], -root_w * np.expm1(-rate)  # √w (1-α)
     values, vectors = [], []
     for lags in filter(len, lattices):
         # SVD of G by QR in blocks of rows: at L = 2^20 only Q (2 GB) is ever held
@@ -97,55 +105,56 @@ def _hankel_eigenvectors(seq_len: int, K: int, use_hankel_L: bool) -> tuple[np.n
 
 def get_spectral_filters(
     seq_len: int, K: int, use_hankel_L: bool = False, device=None, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """The top K eigenvectors of Z, each scaled by (its eigenvalue)^(1/4), leading filter first: [seq_len, K]."""
-    if seq_len < 1 or not 1 <= K <= seq_len:
-        raise ValueError(f"need 1 <= K <= seq_len, got K = {K} filters for seq_len = {seq_len}")
+) -> Tensor:
+    """The top K eigenvectors of Z, leading one first, each times (its eigenvalue)^(1/4): [seq_len, K]."""
+    if not (isinstance(seq_len, int) and isinstance(K, int) and 1 <= K <= seq_len):
+        raise ValueError(f"need integers 1 <= K <= seq_len, got K = {K} filters for seq_len = {seq_len}")
     values, vectors = _hankel_eigenvectors(seq_len, K, use_hankel_L)
     return torch.from_numpy(vectors * values**0.25).to(device=device, dtype=dtype)
 
 
 def get_tensorized_spectral_filters(
     n: int, k: int, use_hankel_L: bool = False, device=None, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Kronecker products φ_i ⊗ φ_j of the filters of length s = ⌈√(n-2)⌉, k' = min(k, s) of each: [n, k'^2]."""
+) -> Tensor:
+    """Kronecker products φ_i ⊗ φ_j of k' = min(k, s) filters of length s = ⌈√(n-2)⌉: [n, k'^2]."""
     s = max(1, math.ceil(math.sqrt(max(n - 2, 0))))
     small = get_spectral_filters(s, min(k, s), use_hankel_L, dtype=torch.float64)
     bank = torch.kron(small, small)[:n]  # [min(s², n), k'²]
     return F.pad(bank, (0, 0, 0, n - len(bank))).to(device=device, dtype=dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. The same filters as a linear dynamical system
 #
 # Every filter is a mixture of decays, so a bank of them is the impulse response of one system with poles ±α:
 #     S_t = A S_{t-1} + b u_t,   y_t = C S_t,   that is   Φ[t] = C A^t b.
-# The diagonal A of the textbooks needs coefficients C of 1e5 that cancel, hence float64. We use the same poles in
-# orthonormal coordinates (the Takenaka-Malmquist basis): a cascade of all-pass sections
+# The diagonal A of the textbooks needs coefficients C of 1e5 that cancel, hence float64. We use the same
+# poles in orthonormal coordinates (the Takenaka-Malmquist basis): a cascade of all-pass sections
 #     s' = p s + √(1-p²) v,   v_next = √(1-p²) s - p v,     one for each pole p,
-# whose states answer an impulse with orthonormal signals ψ(t) = A^t b on t = 0..∞. |C| is then below 1 and a float32
-# state reproduces the convolution to 1e-6. Orthonormality also gives the energy beyond lag L in closed form:
-# Σ_{t>=L} ψ(t) ψ(t)ᵀ = A^L A^Lᵀ. So the least-squares fit of the filters on t < L, with a penalty ε² on what the system
-# does past L (where the filters are undefined, and their natural continuation explodes), is one small linear solve.
+# whose states answer an impulse with orthonormal signals ψ(t) = A^t b on t = 0..∞. |C| is then below 1.5 and
+# a float32 state reproduces the convolution to 1e-6. Orthonormality also gives the energy beyond lag L in
+# closed form, Σ_{t>=L} ψ(t) ψ(t)ᵀ = A^L A^Lᵀ. So the least-squares fit of the filters on t < L, with a
+# penalty ε² on what the system does past L (where the filters are undefined, and their natural continuation
+# explodes), is one small linear solve.
 
 
 class SpectralLDS(NamedTuple):
-    powers: torch.Tensor  # A^0 .. A^block: [block + 1, n, n]
-    b: torch.Tensor  # [n]
-    C: torch.Tensor  # [F, n]
+    powers: Tensor  # A^0 .. A^block: [block + 1, n, n]
+    b: Tensor  # [n]
+    C: Tensor  # [F, n]
     error: float  # max |Φ[t, f] - C_f A^t b| over t < L
 
 
-def spectral_lds(filters: torch.Tensor, n_pairs: int = 56, block: int = 64, fade: float = 1e-5) -> SpectralLDS:
-    """The system (A, b, C), n = 2 n_pairs states, whose impulse response is `filters` [L, F] and fades out past L.
+def spectral_lds(filters: Tensor, n_pairs: int = 56, block: int = 64, fade: float = 1e-5) -> SpectralLDS:
+    """The system (A, b, C) of n = 2 n_pairs states that answers an impulse with `filters` [L, F], then fades.
 
-    Fits spectral filters of any L and K (tried: 2^20, 128) to 1e-7; returned in float64. Poles: the diagonal of A."""
-    L = len(filters)
-    alpha = np.exp(-np.exp(np.linspace(-math.log(L), math.log(8), n_pairs)))  # memories from L steps to 1/8 step
-    poles = np.stack([alpha, -alpha], axis=1).ravel()
-    n = len(poles)
+    Fits spectral filters of any L and K (tried: 2^20, 128) to 1e-7. Float64; the poles are the diagonal of A."""
+    L, n = len(filters), 2 * n_pairs
+    rate = np.exp(np.linspace(-math.log(L), math.log(8), n_pairs))  # memories from L steps to 1/8 step
+    poles = np.stack([np.exp(-rate), -np.exp(-rate)], axis=1).ravel()
     A, b = np.zeros((n, n)), np.zeros(n)
-    v_state, v_input = np.zeros(n), 1.0  # the signal entering section i, as a function of the state and of the input
+    # the signal v that enters section i, as a function of the state and of the input
+    v_state, v_input = np.zeros(n), 1.0
     for i, p in enumerate(poles):
         gain = math.sqrt((1 - p) * (1 + p))
         A[i], b[i] = gain * v_state, gain * v_input
@@ -164,10 +173,11 @@ def spectral_lds(filters: torch.Tensor, n_pairs: int = 56, block: int = 64, fade
 
 
 def lds_scan(u, S, lds: SpectralLDS, M):
-    """The convolution as a recurrence over blocks, from state S: what a layer does when its input arrives in pieces.
+    """The convolution as a recurrence over blocks, from state S: what a layer does with an input in pieces.
 
-    u [B, T, d], S [B, n, d] -> y [B, T, d_out], S after the last input. With M [F, d] (STU-T) channel c is filtered by
-    Σ_f M[f, c] Φ_f and d_out = d; with M [F, d, d_out] (full STU) every filter output has its own matrix."""
+    u [B, T, d], S [B, n, d] -> y [B, T, d_out], S after the last input. With M [F, d] (STU-T) channel c is
+    filtered by Σ_f M[f, c] Φ_f and d_out = d; with M [F, d, d_out] (full STU) every filter output has its own
+    matrix."""
     powers, b, C, _ = lds
     T, block = u.shape[1], min(u.shape[1], len(powers) - 1)
     psi = powers[:block] @ b  # [block, n], ψ(t) = A^t b
@@ -178,7 +188,7 @@ def lds_scan(u, S, lds: SpectralLDS, M):
         S = powers[r] @ S + psi[:r].flip(0).T @ piece  # A^r S + Σ_i A^(r-1-i) b u_i
     starts = torch.stack(starts, dim=1)  # [B, J, n, d] for J = ⌈T / block⌉ blocks
     pieces = F.pad(u, (0, 0, 0, -T % block)).unflatten(1, (-1, block))  # [B, J, block, d]
-    # Within a block y_t = Σ_{s<=t} C A^(t-s) b u_s + C A^(t+1) S: a Toeplitz matrix, and a readout of the state
+    # Within a block y_t = Σ_{s<=t} C A^(t-s) b u_s + C A^(t+1) S: a Toeplitz matrix and a readout of S
     lag = torch.arange(block, device=u.device)[:, None] - torch.arange(block, device=u.device)
     toeplitz = (psi @ C.T)[lag.clamp(min=0)] * (lag >= 0)[..., None]  # [t, s, F]
     readout = C @ powers[1 : block + 1]  # [t, F, n]
@@ -187,17 +197,36 @@ def lds_scan(u, S, lds: SpectralLDS, M):
         y = y + torch.einsum("tnd,bjnd->bjtd", torch.einsum("tfn,fd->tnd", readout, M), starts)
     else:
         # Two products a block; the filter outputs [B, block, F, d] never exist for the whole sequence
-        to_filters = torch.cat([toeplitz.transpose(1, 2), readout], dim=2).flatten(0, 1)  # [block · F, block + n]
-        u_and_S = torch.cat([pieces, starts], dim=2)  # [B, J, block + n, d]
-        filtered = ((to_filters @ v).unflatten(1, (block, -1)).flatten(2) for v in u_and_S.unbind(1))  # over J
-        y = torch.stack([f @ M.flatten(0, 1) for f in filtered], dim=1)  # [B, block, F · d] @ [F · d, d_out]
+        to_filters = torch.cat([toeplitz.transpose(1, 2), readout], dim=2).flatten(
+            0, 1
+        )  # [block·F, block + n]
+        blocks = torch.cat([pieces, starts], dim=2).unbind(1)  # J times [B, block + n, d]
+        filtered = ((to_filters @ v).unflatten(1, (block, -1)).flatten(2) for v in blocks)
+        y = torch.stack([f @ M.flatten(0, 1) for f in filtered], dim=1)  # [B, block, F·d] @ [F·d, d_out]
     return y.flatten(1, 2)[:, :T], S
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def make_bank(phi: Tensor, use_hankel_L: bool = False) -> tuple[Tensor, SpectralLDS | None]:
+    """Base filters φ [L, K] -> the bank Φ [L, F] and its recurrent form, None where none fits (Kronecker)."""
+    bank = phi.detach().double().cpu()
+    if not use_hankel_L:
+        alternating = bank.clone()
+        alternating[1::2] *= -1
+        bank = torch.cat([bank, alternating], dim=1)
+    lds = spectral_lds(bank)
+    return bank, lds if lds.error < 1e-6 * bank.abs().max() else None
+
+
+@functools.lru_cache(maxsize=32)
+def _standard_bank(seq_len, K, use_hankel_L, use_tensorized):
+    make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
+    return make_bank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # 3. The same filters as a convolution: FFT over the whole sequence, for training
 #
-# y_t = Σ_{s<=t} h_{t-s} u_s for t < T needs an FFT of at least 2T - 1 points, or its end wraps around into its start.
+# y_t = Σ_{s<=t} h_{t-s} u_s for t < T needs an FFT of at least 2T - 1 points, or its end wraps around.
 
 
 def fft_size(n: int) -> int:
@@ -206,14 +235,15 @@ def fft_size(n: int) -> int:
 
 
 class _FFTConv(torch.autograd.Function):
-    """Causal convolution of each channel, u [B, d, T] with h [d, T]. The backward is one more rfft and two irffts
-    (PyTorch's own derivative of rfft runs a full complex FFT of twice the work). A few channels at a time, so that the
-    spectra of a step stay in the CPU's cache: 1.8 times faster than all at once."""
+    """Causal convolution of each channel, u [B, d, T] with h [d, T]. The backward is one more rfft and two
+    irffts (PyTorch's own derivative of rfft runs a full complex FFT of twice the work). A few channels at a
+    time, so that the spectra of a step stay in the CPU's cache: 1.8 times faster than all at once."""
 
     @staticmethod
-    def forward(ctx, u, h):
+    def forward(ctx, u, h, tile):
         n = fft_size(u.shape[-1] + h.shape[-1] - 1)
         size = max(1, (2**24 if u.is_cuda else 2**20) // max(1, len(u) * n))  # channels at a time
+        size = min(size, tile or size)
         y, spectra = torch.empty_like(u, memory_format=torch.contiguous_format), []
         for u_c, h_c, y_c in zip(u.split(size, dim=1), h.split(size), y.split(size, dim=1)):
             u_f, h_f = torch.fft.rfft(u_c, n=n), torch.fft.rfft(h_c, n=n)
@@ -233,72 +263,60 @@ class _FFTConv(torch.autograd.Function):
             g_f = torch.fft.rfft(g, n=ctx.n)
             g_u.copy_(torch.fft.irfft(g_f * h_conj, n=ctx.n)[..., : shape_u[-1]])
             g_h.copy_(torch.fft.irfft(g_f.mul_(u_conj).sum(0), n=ctx.n)[..., : shape_h[-1]])
-        return grad_u, grad_h
+        return grad_u, grad_h, None
 
 
-def full_conv(x, filters, M):
+def full_conv(x: Tensor, filters: Tensor, M: Tensor, block: int = 64) -> Tensor:
     """Σ_f (Φ_f * x) M_f for x [B, T, d_in], filters [T, F], M [F, d_in, d_out] -> [B, T, d_out].
 
-    At each frequency ω the whole layer is one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are
-    never formed. The matrices are made for 64 frequencies at a time, and made again for the backward pass. Real and
-    imaginary parts (index c) are kept apart: M is real, and complex products would cost twice as much."""
+    At each frequency ω the layer is one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in]
+    are never formed. The matrices are made for `block` frequencies at a time, and again for the backward
+    pass. Real and imaginary parts (index c) are kept apart: M is real, and complex products would cost twice
+    as much."""
 
-    def mix(x_f, filters_f):  # [64, 2, B, d_in], [64, 2, F] -> [64, B, d_out, 2]
+    def mix(x_f, filters_f):  # [block, 2, B, d_in], [block, 2, F] -> [block, B, d_out, 2]
         matrices = torch.einsum("wcf,fio->wcio", filters_f, M)
-        re, im = (x_f.flatten(1, 2)[:, None] @ matrices).unflatten(2, x_f.shape[1:3]).unbind(1)  # [64, 2, B, d_out] each
+        re, im = (x_f.flatten(1, 2)[:, None] @ matrices).unflatten(2, x_f.shape[1:3]).unbind(1)
         return torch.stack([re[:, 0] - im[:, 1], re[:, 1] + im[:, 0]], dim=-1)
 
     n = fft_size(x.shape[1] + len(filters) - 1)
     x_f = torch.view_as_real(torch.fft.rfft(x, n=n, dim=1)).permute(1, 3, 0, 2)  # [n/2 + 1, 2, B, d_in]
     filters_f = torch.view_as_real(torch.fft.rfft(filters, n=n, dim=0)).transpose(1, 2)  # [n/2 + 1, 2, F]
     run = functools.partial(checkpoint, mix, use_reentrant=False) if torch.is_grad_enabled() else mix
-    y_f = torch.cat([run(*chunk) for chunk in zip(x_f.split(64), filters_f.split(64))])  # [n/2 + 1, B, d_out, 2]
-    return torch.fft.irfft(torch.view_as_complex(y_f).transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]
+    y_f = torch.cat([run(*chunk) for chunk in zip(x_f.split(block), filters_f.split(block))])
+    y_f = torch.view_as_complex(y_f).transpose(0, 1)  # [B, n/2 + 1, d_out]
+    return torch.fft.irfft(y_f, n=n, dim=1)[:, : x.shape[1]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. The STU layer
 #
 # STU:    y = Σ_k (φ_k * x) M⁺_k + Σ_k s·(φ_k * (s·x)) M⁻_k with s_t = (-1)^t   (eq. 5 of 2312.06837)
-# Since s·(φ * (s·x)) = (s·φ) * x exactly, the second branch is a convolution with the alternating filter s·φ, and
-# both are one sum over the bank Φ = [φ, s·φ].
-# STU-T:  M_f ≈ M_inputs ∘ M_filters[f], hence y = (x M_inputs) * (Φ M_filters): one filter per channel. Each branch
-# has its own rows of M_filters; with shared rows the kernel would be ∝ 1 + (-1)^t, blind to every odd lag.
-
-
-@functools.lru_cache(maxsize=32)
-def _standard_filters(seq_len, K, use_hankel_L, use_tensorized):
-    make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
-    return make_bank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
-
-
-def make_bank(phi: torch.Tensor, use_hankel_L: bool = False) -> tuple[torch.Tensor, SpectralLDS | None]:
-    """Base filters φ [L, K] -> the bank Φ [L, F] and its recurrent form, None where none fits (Kronecker filters)."""
-    bank = phi.detach().double().cpu()
-    if not use_hankel_L:
-        alternating = bank.clone()
-        alternating[1::2] *= -1
-        bank = torch.cat([bank, alternating], dim=1)
-    lds = spectral_lds(bank)
-    return bank, lds if lds.error < 1e-6 * bank.abs().max() else None
+# Since s·(φ * (s·x)) = (s·φ) * x exactly, the second branch is a convolution with the alternating filter s·φ,
+# and both are one sum over the bank Φ = [φ, s·φ]: y = Σ_f (Φ_f * x) M_f.
+# STU-T:  M_f ≈ M_inputs ∘ M_filters[f], hence y = (x M_inputs) * (Φ M_filters): one filter per channel. Each
+# branch has its own rows of M_filters; with shared rows the kernel would be ∝ 1 + (-1)^t, blind to odd lags.
 
 
 class STU(nn.Module):
-    """Spectral transform unit: [B, T, d_in] -> [B, T, d_out], causal, any T >= 1 (seq_len is the filters' length).
+    """Spectral transform unit: [B, T, d_in] -> [B, T, d_out], causal. seq_len is the filters' length; any T >= 1.
 
-    use_approx=True is STU-T (one filter per channel), False the full STU. `use_tensorized` takes Kronecker filters,
-    `precomputed_filters` base filters of your own, [seq_len, K], or a whole bank with its recurrent form, a pair as
-    `make_bank` gives it. d_in_tile / d_out_tile work on so many channels at a time, for less memory and the same
-    result. `backend` ("fft" or "lds") is the route of a call without a state and with T <= seq_len; others recur.
+    use_approx=True is STU-T (one filter per channel), False the full STU. use_tensorized takes Kronecker
+    filters, precomputed_filters base filters of your own, [seq_len, K], or a bank and its recurrent form, as
+    make_bank gives them. d_in_tile and d_out_tile bound the channels that are in work at once: less memory,
+    same result. backend, "fft" or "lds", is the route of a call without a state and with T <= seq_len; all
+    others recur.
 
-    stu(x) -> y;  stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, state=None
-    first. The state is S [B, n, d_out], full STU [B, n, d_in], or the last seq_len - 1 inputs where the bank has no recurrent form.
-    attention_mask [B, >= T], aligned at its end: inputs where it is 0 are padding."""
+    stu(x) -> y;  stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size,
+    with state=None first. The state is S [B, n, d_out] (full STU: d_in), or the last seq_len - 1 inputs where
+    no recurrence fits. attention_mask [B, >= T], aligned at its end: inputs where it is 0 are padding."""
 
     def __init__(
         self, d_in: int, d_out: int, seq_len: int, num_eigh: int = 24, use_hankel_L: bool = False,
-        use_approx: bool = True, use_tensorized: bool = False, precomputed_filters: torch.Tensor | tuple | None = None,
-        d_in_tile: int | None = None, d_out_tile: int | None = None, use_flash_fft: bool = True, backend: str = "fft",
+        use_approx: bool = True, use_tensorized: bool = False,
+        precomputed_filters: Tensor | tuple[Tensor, SpectralLDS | None] | None = None,
+        d_in_tile: int | None = None, d_out_tile: int | None = None,
+        use_flash_fft: bool = True, backend: str = "fft",
     ):  # fmt: skip
         super().__init__()
         if backend not in ("fft", "lds"):
@@ -306,17 +324,18 @@ class STU(nn.Module):
         if any(tile is not None and tile < 1 for tile in (d_in_tile, d_out_tile)):
             raise ValueError(f"d_in_tile and d_out_tile must be at least 1, got {d_in_tile} and {d_out_tile}")
         self.d_in, self.d_out, self.seq_len, self.use_approx = d_in, d_out, seq_len, use_approx
-        self.d_in_tile, self.d_out_tile, self.use_flash_fft, self.backend = d_in_tile, d_out_tile, use_flash_fft, backend
-        if precomputed_filters is None:
-            self._bank = _standard_filters(seq_len, num_eigh, use_hankel_L, use_tensorized)
-        elif isinstance(precomputed_filters, tuple):
-            self._bank = precomputed_filters
-        elif precomputed_filters.ndim == 2 and len(precomputed_filters) == seq_len:
-            self._bank = make_bank(precomputed_filters, use_hankel_L)
-        else:
-            shape = list(precomputed_filters.shape)
-            raise ValueError(f"precomputed_filters must be [seq_len, K] with seq_len = {seq_len}, got {shape}")
-        n_filters = self._bank[0].shape[1]
+        self.d_in_tile, self.d_out_tile = d_in_tile, d_out_tile
+        self.use_flash_fft, self.backend = use_flash_fft, backend
+        bank = precomputed_filters
+        if bank is None:
+            bank = _standard_bank(seq_len, num_eigh, use_hankel_L, use_tensorized)
+        elif torch.is_tensor(bank):
+            if bank.ndim != 2 or len(bank) != seq_len:
+                expected = f"[seq_len, K] with seq_len = {seq_len}"
+                raise ValueError(f"precomputed_filters must be {expected}, got {list(bank.shape)}")
+            bank = make_bank(bank, use_hankel_L)
+        self._bank = bank  # (Φ [L, F], its recurrent form or None), float64 on the CPU
+        n_filters = bank[0].shape[1]
         if use_approx:
             self.M_inputs = nn.Parameter(torch.empty(d_in, d_out))
             self.M_filters = nn.Parameter(torch.empty(n_filters, d_out))
@@ -335,49 +354,35 @@ class STU(nn.Module):
             nn.init.normal_(self.M, std=(self.d_in * energy) ** -0.5)
 
     def _apply(self, fn, recurse=True):
-        """.to(device) takes the filters along; .to(bfloat16) leaves them in float32, where poles near 1 stay apart."""
+        """.to(device) takes the filters along; .to(bfloat16) leaves them float32: poles near 1 stay apart."""
         super()._apply(fn, recurse)
-        weight = next(self.parameters())
-        to = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        p = next(self.parameters())
+        to = {"device": p.device, "dtype": torch.promote_types(p.dtype, torch.float32)}
         filters, lds = self._bank
         self.filters = filters.to(**to)
         self.lds = lds and SpectralLDS(*(t.to(**to) for t in lds[:3]), lds.error)
         return self
 
-    def forward(self, x, state=None, use_cache=False, attention_mask=None):
+    def forward(self, x: Tensor, state: Tensor | None = None, use_cache: bool = False, attention_mask=None):
         if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_in:
             raise ValueError(f"input must be [batch, length >= 1, {self.d_in} channels], got {list(x.shape)}")
-        if attention_mask is not None:  # a zero input leaves the zero state as it is: padding before a text vanishes
-            x = x * attention_mask[:, -x.shape[1] :, None].to(x.dtype)
         if self.filters.device != x.device:  # the weights were put in place one by one, without a call of .to
             self._apply(lambda t: t)
-        ins, outs = _tiles(self.d_in, self.d_in_tile), _tiles(self.d_out, self.d_out_tile)
-        run = self._filter
-        if torch.is_grad_enabled() and len(ins) + len(outs) > 2:  # tiles bound the memory of training too
-            run = functools.partial(checkpoint, self._filter, use_reentrant=False)
-        if self.use_approx:  # the state lives on x M_inputs
-            parts = []
-            for o in outs:
-                u = sum(x[..., i] @ self.M_inputs[i, o] for i in ins)
-                parts.append(run(u, self.M_filters[:, o], None if state is None else state[..., o], use_cache))
-            y, states = torch.cat([y for y, _ in parts], dim=-1), [s for _, s in parts]
-        else:  # the state lives on x
-            y, states = 0, []
-            for i in ins:
-                s = None if state is None else state[..., i]
-                parts = [run(x[..., i], self.M[:, i, o], s, use_cache) for o in outs]
-                y = y + torch.cat([y for y, _ in parts], dim=-1)
-                states.append(parts[0][1])
-        return (y, torch.cat(states, dim=-1)) if use_cache else y
+        if attention_mask is not None:  # a zero input leaves the zero state as it is: padding vanishes
+            x = x * attention_mask[:, -x.shape[1] :, None].to(x.dtype)
+        u, M = (x @ self.M_inputs, self.M_filters) if self.use_approx else (x, self.M)
+        y, state = self._filter(u, M, state, use_cache)
+        return (y, state) if use_cache else y
 
     def _filter(self, u, M, state, use_cache):
-        """Σ_f (Φ_f * u) M_f from a state, by the route that this call allows -> y, state. Never below float32."""
+        """Σ_f (Φ_f * u) M_f from a state, by the route this call allows -> y, state. Never below float32."""
         dtype, (B, T, d) = u.dtype, u.shape
         u, M = u.to(self.filters.dtype), M.to(self.filters.dtype)
-        with nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False):  # meta has no autocast
+        with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
             if self.lds is None:
                 past = u if state is None else torch.cat([state, u], dim=1)
-                y, state = self._convolve(past, M, dtype)[:, -T:], past[:, max(0, past.shape[1] - self.seq_len + 1) :]
+                y = self._convolve(past, M, dtype)[:, -T:]
+                state = past[:, max(0, past.shape[1] - self.seq_len + 1) :]
             elif state is None and not use_cache and self.backend == "fft" and T <= self.seq_len:
                 y = self._convolve(u, M, dtype)
             else:
@@ -388,14 +393,15 @@ class STU(nn.Module):
     def _convolve(self, u, M, dtype):
         filters = self.filters[: u.shape[1]]  # [T, F]
         if M.ndim == 3:
-            return full_conv(u, filters, M)
+            share = min(1, (self.d_in_tile or self.d_in) * (self.d_out_tile or self.d_out) / M[0].numel())
+            return full_conv(u, filters, M, block=max(1, int(64 * share)))
         u, h = u.transpose(1, 2), M.T @ filters.T  # [B, d, T], [d, T]
-        if self.use_flash_fft and FlashFFTConv is not None and on_cuda(u) and dtype in (torch.float16, torch.bfloat16):
+        if self.use_flash_fft and FlashFFTConv is not None and on_cuda(u) and dtype in HALF:
             T = u.shape[-1]
-            half = 1 << max(7, (T - 1).bit_length())  # it takes powers of two from 256; its FFT must be at least 2T
+            half = 1 << max(7, (T - 1).bit_length())  # its FFT: a power of two, at least 256 and at least 2T
             u, h = F.pad(u.to(dtype), (0, half - T)).contiguous(), F.pad(h, (0, half - T)).contiguous()
             return _flash_fft_conv(2 * half, dtype, u.device)(u, h)[..., :T].transpose(1, 2)
-        return _FFTConv.apply(u, h).transpose(1, 2)
+        return _FFTConv.apply(u, h, self.d_out_tile).transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=16)
@@ -403,18 +409,14 @@ def _flash_fft_conv(size, dtype, device):  # not kept in the layer: its buffers 
     return FlashFFTConv(size, dtype=dtype).to(device)
 
 
-def _tiles(d, size):
-    return [slice(i, i + size) for i in range(0, d, size)] if size else [slice(None)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5. Sliding-window attention
 #
-# Query i sees keys i-w..i. Three routes, one result: flash-attn where installed (16-bit on CUDA), flex_attention for
-# whole sequences on CUDA, else query blocks that look only at the keys they can see: O(T·w), never O(T²).
+# Query i sees keys i-w..i. Three routes, one result: flash-attn where installed (16-bit on CUDA), flex_attention
+# in a compiled model on CUDA, else query blocks that look only at the keys they can see: O(T·w), never O(T²).
 
 
-def rotary(x, start: int):
+def rotary(x: Tensor, start: int) -> Tensor:
     """Rotate pairs of channels of x [B, H, T, hd] by angles proportional to the position start + t."""
     half = x.shape[-1] // 2
     inv_freq = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
@@ -424,10 +426,11 @@ def rotary(x, start: int):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-def windowed_attention(q, k, v, window: int, softcap: float = 0.0, block: int = 128, attention_mask=None):
-    """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i stands at key past + i, sees it and the `window` before it.
-    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. Plain PyTorch.
-    attention_mask [B, >= past + T], aligned at its end: only its key's own query sees a key where it is 0."""
+def windowed_attention(q, k, v, window: int, softcap: float = 0.0, attention_mask=None, block: int = 128):
+    """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i stands at key past + i, sees `window` keys more.
+
+    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T],
+    aligned at its end: only its key's own query sees a key where it is 0."""
     if attention_mask is not None:
         attention_mask = attention_mask[:, None, None, -k.shape[2] :].bool()  # [B, 1, 1, past + T]
     past, outs = k.shape[2] - q.shape[2], []
@@ -435,77 +438,92 @@ def windowed_attention(q, k, v, window: int, softcap: float = 0.0, block: int = 
         q_i = q[:, :, start : start + block]
         first, end = max(0, past + start - window), past + start + q_i.shape[2]
         k_i, v_i = k[:, :, first:end], v[:, :, first:end]
-        distance = torch.arange(past + start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+        at = torch.arange(first, end, device=q.device)
+        distance = at[past + start - first :, None] - at  # [rows, keys]
         visible = (distance >= 0) & (distance <= window)
         if attention_mask is not None:
             visible = visible & (attention_mask[..., first:end] | (distance == 0))  # [B, 1, rows, keys]
         if softcap:
             logits = softcap * torch.tanh(q_i @ k_i.transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap))
-            out = logits.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v_i
+            weights = logits.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
+            outs.append(weights.to(v.dtype) @ v_i)
         else:
-            out = F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible)
-        outs.append(out)
+            outs.append(F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible))
     return torch.cat(outs, dim=2)
 
 
 def windowed_flex_attention(q, k, v, window: int, softcap: float):
-    """The same for whole sequences on CUDA, where flex_attention compiles window and softcap into one kernel."""
-    from torch.nn.attention.flex_attention import flex_attention  # here, because it takes seconds to import
+    """The same for whole sequences: torch.compile makes window and softcap part of one fused kernel."""
+    # imported here, because that takes seconds
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def cap(logit, b, h, i, j):
         return softcap * torch.tanh(logit / softcap)
 
-    compiling = torch.compiler.is_compiling()  # then both calls become part of the graph that is being compiled
-    mask = (_block_mask if compiling else _cached_block_mask)(q.shape[2], window, q.device)
-    attend = flex_attention if compiling else _compiled(flex_attention)
-    return attend(q, k, v, block_mask=mask, score_mod=cap if softcap else None)
+    mask = create_block_mask(WINDOWS[window], None, None, q.shape[2], q.shape[2], device=q.device)
+    return flex_attention(q, k, v, block_mask=mask, score_mod=cap if softcap else None)
 
 
-def _block_mask(T, window, device):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    # compiled, it never holds the T x T mask that it summarises
-    create = create_block_mask if torch.compiler.is_compiling() else _compiled(create_block_mask)
-    return create(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, T, T, device=device)
+WINDOWS = {}  # w -> its mask function, made by the layers outside of any graph: torch 2.9 cannot trace the making
 
 
-_cached_block_mask = functools.lru_cache(maxsize=16)(_block_mask)
-_compiled = functools.lru_cache(maxsize=None)(torch.compile)
+def check_heads(d_model: int, n_heads: int) -> None:
+    if d_model % (2 * n_heads):
+        fitting = [h for h in range(1, n_heads) if d_model % (2 * h) == 0]
+        advice = f"; {fitting[-1]} would" if fitting else ""
+        raise ValueError(
+            f"n_heads = {n_heads} does not divide width {d_model} into heads of even size{advice}"
+        )
+
+
+def parse_window(window_size: int | tuple[int, int]) -> int:
+    """An int w, or flash-attn's (w, 0), -> w."""
+    left, *right = window_size if isinstance(window_size, (tuple, list)) else (window_size, 0)
+    if not isinstance(left, int) or left < 0 or right != [0]:
+        raise ValueError(
+            f"window_size must be w >= 0 or (w, 0): w tokens before, none after; got {window_size}"
+        )
+    return left
 
 
 class SlidingWindowAttention(nn.Module):
     """Causal multi-head attention over the last `window_size` tokens and oneself, [B, T, d] -> [B, T, d].
 
-    Rotary positions, RMS-normalised q and k. attn(x, state, use_cache=True) -> (y, state); the state is
-    (k, v) [B, H, <= w, hd] of the last w tokens and the number of tokens seen. attention_mask [B, >= keys], aligned at
-    its end, is 0 at padding. Positions count padding too: they are relative, so a shift changes nothing."""
+    Rotary positions, RMS-normalised q and k. attn(x, state, use_cache=True) -> (y, state); the state is (k,
+    v) [B, H, <= w, hd] of the last w tokens and the number of tokens seen. attention_mask [B, >= keys],
+    aligned at its end, is 0 at padding. Positions count padding too: they are relative, so a shift changes
+    nothing."""
 
     def __init__(
-        self, d_model: int, n_heads: int, window_size: int | tuple[int, int] = 1024, softcap: float = 50.0,
-        bias: bool = False,
-    ):  # fmt: skip
+        self, d_model: int, n_heads: int, window_size=1024, softcap: float = 50.0, bias: bool = False
+    ):
         super().__init__()
-        if d_model % n_heads or (d_model // n_heads) % 2:
-            raise ValueError(f"n_heads = {n_heads} must divide the width {d_model} into heads of even size")
-        self.n_heads, self.window, self.softcap = n_heads, parse_window(window_size), softcap
+        check_heads(d_model, n_heads)
+        self.n_heads, self.window, self.softcap = n_heads, (w := parse_window(window_size)), softcap
+        WINDOWS.setdefault(w, lambda b, h, i, j: (i >= j) & (i - j <= w))
         self.c_attn = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.c_proj = nn.Linear(d_model, d_model, bias=bias)
-        self.q_norm, self.k_norm = nn.RMSNorm(d_model // n_heads, eps=1e-6), nn.RMSNorm(d_model // n_heads, eps=1e-6)
+        self.q_norm = nn.RMSNorm(d_model // n_heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(d_model // n_heads, eps=1e-6)
 
-    def forward(self, x, state=None, use_cache=False, attention_mask=None):
+    def forward(self, x: Tensor, state: tuple | None = None, use_cache: bool = False, attention_mask=None):
         T, w = x.shape[1], self.window
         past_k, past_v, seen = state or (None, None, 0)
-        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
-        q, k = rotary(self.q_norm(q), seen).to(v.dtype), rotary(self.k_norm(k), seen).to(v.dtype)  # [B, H, T, hd]
+        q, k, v = (
+            self.c_attn(x).unflatten(-1, (3, self.n_heads, -1)).transpose(1, 3).unbind(2)
+        )  # [B, H, T, hd]
+        q, k = (rotary(norm(t), seen).to(v.dtype) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         if state:
             k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
         if attention_mask is not None:  # padding differs from row to row, which the fast routes do not know
-            y = windowed_attention(q, k, v, w, self.softcap, attention_mask=attention_mask)
-        elif flash_attn_func is not None and on_cuda(q) and q.dtype in (torch.float16, torch.bfloat16):
+            y = windowed_attention(q, k, v, w, self.softcap, attention_mask)
+        elif flash_attn_func is not None and on_cuda(q) and q.dtype in HALF:
             q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
             y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=self.softcap).transpose(1, 2)
-        elif on_cuda(q) and not state and not use_cache and q.shape[-1] >= 16:  # flex's smallest head
-            y = windowed_flex_attention(q, k, v, w, self.softcap)
+        elif (
+            on_cuda(q) and torch.compiler.is_compiling() and not use_cache and not state and q.shape[-1] >= 16
+        ):
+            y = windowed_flex_attention(q, k, v, w, self.softcap)  # its heads are at least 16 wide
         else:
             y = windowed_attention(q, k, v, w, self.softcap)
         y = self.c_proj(y.transpose(1, 2).flatten(2))
@@ -513,15 +531,7 @@ class SlidingWindowAttention(nn.Module):
         return (y, (k[:, :, keep:], v[:, :, keep:], seen + T)) if use_cache else y
 
 
-def parse_window(window_size) -> int:
-    """An int w, or flash-attn's (w, 0), -> w."""
-    left, *right = window_size if isinstance(window_size, (tuple, list)) else (window_size, 0)
-    if left < 0 or right != [0]:
-        raise ValueError(f"window_size must be w >= 0 or (w, 0): w tokens before, none after; got {window_size}")
-    return left
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6. Block and model
 
 
@@ -556,25 +566,27 @@ class FlashSTUConfig:
             self.torch_dtype = getattr(torch, self.torch_dtype.removeprefix("torch."), self.torch_dtype)
         if isinstance(self.window_size, list):  # JSON has no tuples
             self.window_size = tuple(self.window_size)
-        parse_window(self.window_size)
-        n, h, dtype = self.n_embd, self.n_heads, self.torch_dtype
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"FlashSTUConfig: {name} must be a positive integer, got {value!r}")
-        for right, message in (
-            (dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64), f"torch_dtype is no float: {dtype!r}"),
-            (self.use_stu or self.use_attn, "use_stu and use_attn are both off: no layer is left"),
-            (not self.use_attn or n % h == 0, f"n_heads = {h} does not divide n_embd = {n}; {math.gcd(n, h)} would"),
-            (not self.use_attn or n // h % 2 == 0, f"rotary positions need heads of even size, got {n}/{h} = {n // h}"),
-            (self.num_eigh <= self.seq_len or self.use_tensorized, f"num_eigh = {self.num_eigh} filters need seq_len >= "
-                                                                   f"{self.num_eigh}, got {self.seq_len}"),
-            (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
-            (self.softcap >= 0, f"softcap must be >= 0 (0 turns it off), got {self.softcap}"),
-            (self.mlp_scale > 0, f"mlp_scale must be positive, got {self.mlp_scale}"),
-        ):  # fmt: skip
+        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        for name, right, wanted in (
+            ("torch_dtype", self.torch_dtype in floats, "a floating-point dtype"),
+            ("use_attn", self.use_stu or self.use_attn, "True where use_stu is False: no layer is left"),
+            (
+                "num_eigh",
+                self.use_tensorized or self.num_eigh <= self.seq_len,
+                f"<= seq_len = {self.seq_len}",
+            ),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("softcap", self.softcap >= 0, "at least 0, which turns it off"),
+            ("mlp_scale", self.mlp_scale > 0, "positive"),
+        ):
             if not right:
-                raise ValueError(f"FlashSTUConfig: {message}")
+                raise ValueError(f"FlashSTUConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
+        parse_window(self.window_size)
+        if self.use_attn:
+            check_heads(self.n_embd, self.n_heads)
 
     def to_dict(self) -> dict:
         return asdict(self) | {"torch_dtype": str(self.torch_dtype).removeprefix("torch.")}
@@ -592,34 +604,32 @@ class SwiGLU(nn.Module):
 
 
 class FlashSTUBlock(nn.Module):
-    """x + mixer(norm(x)), then x + SwiGLU(norm(x)); the mixer is an STU or attention. [B, T, d_model] -> the same.
+    """x + mixer(norm(x)), then x + SwiGLU(norm(x)), of [B, T, d_model]; the mixer is an STU or attention.
 
-    Stands alone: FlashSTUBlock(d_model=512, sequence_length=2048); further keywords are fields of FlashSTUConfig."""
+    Stands alone: FlashSTUBlock(d_model=512, sequence_length=2048); further keywords are fields of
+    FlashSTUConfig."""
 
-    def __init__(
-        self, d_model: int, sequence_length: int, num_filters: int = 24, use_attention: bool = False, **options
-    ):  # fmt: skip
+    def __init__(self, d_model: int, sequence_length: int, num_filters=24, use_attention=False, **options):
         super().__init__()
         options |= {"use_attn": use_attention, "use_stu": not use_attention}
         c = FlashSTUConfig(n_embd=d_model, seq_len=sequence_length, num_eigh=num_filters, **options)
-        d, bias = d_model, c.bias
-        d_hidden = int(d * c.mlp_scale)
-        self.sandwich = None
+        d_hidden, self.sandwich = int(d_model * c.mlp_scale), None
         if use_attention:
-            self.mixer = SlidingWindowAttention(d, c.n_heads, c.window_size, c.softcap, bias)
+            self.mixer = SlidingWindowAttention(d_model, c.n_heads, c.window_size, c.softcap, c.bias)
         else:
+            d = d_model
             if c.stu_enable_mlp_sandwich:
                 d = c.stu_mlp_hidden_size or d_hidden
-                self.sandwich = nn.ModuleList([nn.Linear(d_model, d, bias=bias), nn.Linear(d, d_model, bias=bias)])
+                self.sandwich = nn.ModuleList([nn.Linear(d_model, d, c.bias), nn.Linear(d, d_model, c.bias)])
             self.mixer = STU(
                 d, d, c.seq_len, c.num_eigh, c.use_hankel_L, c.use_approx, c.use_tensorized,
                 d_in_tile=c.d_in_tile, d_out_tile=c.d_out_tile, use_flash_fft=c.use_flash_fft,
             )  # fmt: skip
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6), nn.RMSNorm(d_model, eps=1e-6)
-        self.mlp = SwiGLU(d_model, d_hidden, bias)
+        self.mlp = SwiGLU(d_model, d_hidden, c.bias)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x, state=None, use_cache=False, attention_mask=None):
+    def forward(self, x: Tensor, state=None, use_cache=False, attention_mask: Tensor | None = None):
         h = self.mixer_norm(x)
         if self.sandwich:
             h = F.silu(self.sandwich[0](h))
@@ -635,12 +645,24 @@ class FlashSTUBlock(nn.Module):
 class Output(NamedTuple):
     """outputs.loss, outputs["loss"] and loss, logits, state = outputs all work."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None  # [B, T, vocab_size]; None when labels are given
+    loss: Tensor | None = None
+    logits: Tensor | None = None  # [B, T, vocab_size]; None when labels are given
     state: list | None = None  # one entry a layer; None unless use_cache
 
     def __getitem__(self, key):
         return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+
+
+# What config.json says to transformers, and what transformers adds to it when it saves (section 7)
+HF_CONFIG = {
+    "model_type": "flash_stu",
+    "architectures": ["FlashSTUForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "stu.FlashSTUPretrainedConfig",
+        "AutoModelForCausalLM": "stu.FlashSTUForCausalLM",
+    },
+}
+HF_FIELDS = {*HF_CONFIG, "dtype", "transformers_version", "use_cache", "tie_word_embeddings"}
 
 
 class FlashSTU(nn.Module):
@@ -659,23 +681,20 @@ class FlashSTU(nn.Module):
         )
         self.norm = nn.RMSNorm(d, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        for name, p in self.named_parameters():  # each layer adds two branches to the residual stream: keep its scale
-            last = ("sandwich.1.weight",) if config.stu_enable_mlp_sandwich else ("M_filters", "mixer.M")
+        last = ("sandwich.1.weight",) if config.stu_enable_mlp_sandwich else ("M_filters", "mixer.M")
+        for name, p in self.named_parameters():
             if name.endswith(("c_proj.weight", "down_proj.weight", *last)):
-                with torch.no_grad():
-                    p.mul_((2 * config.n_layers) ** -0.5)
+                p.data *= (2 * config.n_layers) ** -0.5  # so many branches add up in the residual stream
         self.to(config.torch_dtype)
 
-    def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None, trace=None):
+    def hidden(self, input_ids: Tensor, state=None, use_cache=False, attention_mask=None, trace=None):
         """Token ids [B, T] -> normalised final states [B, T, d] and, with use_cache, the state to go on from.
         attention_mask [B, past + T] is 0 at padding; a list `trace` receives the input of every layer."""
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids must be [batch >= 1, length >= 1], got {list(input_ids.shape)}")
-        mask, ids = attention_mask, list(input_ids.shape)
-        if mask is not None and (len(mask) != ids[0] or mask.shape[1] < ids[1]):
-            raise ValueError(f"attention_mask must cover input_ids {ids}, got {list(mask.shape)}")
-        x = self.dropout(self.tok_emb(input_ids))
-        new_state = []
+        if state and len(state) != len(self.layers):
+            raise ValueError(f"state is of a model with {len(state)} layers, this one has {len(self.layers)}")
+        x, new_state = self.dropout(self.tok_emb(input_ids)), []
         for layer, s in zip(self.layers, state or [None] * len(self.layers)):
             if trace is not None:
                 trace.append(x)
@@ -688,12 +707,13 @@ class FlashSTU(nn.Module):
                 x = layer(x, s, False, attention_mask)
         return self.norm(x), new_state if use_cache else None
 
-    def head(self, x):
+    def head(self, x: Tensor) -> Tensor:
         return F.linear(x, self.tok_emb.weight)
 
-    def forward(self, input_ids, labels=None, state=None, use_cache=False) -> Output:
-        """input_ids [B, T] -> logits [B, T, vocab_size]. With labels [B, T] -> instead, the mean cross-entropy (nats)
-        of predicting labels[:, t+1] at t: pass labels = input_ids, the shift is made here; -100 is ignored."""
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, state=None, use_cache=False) -> Output:
+        """input_ids [B, T] -> logits [B, T, vocab_size]. With labels [B, T] -> instead, the mean
+        cross-entropy (nats) of predicting labels[:, t+1] at t: pass labels = input_ids, the shift is made
+        here; -100 is ignored."""
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
             return Output(logits=self.head(x), state=state)
@@ -702,11 +722,12 @@ class FlashSTU(nn.Module):
             raise ValueError(f"labels must have the shape of input_ids and at least 2 tokens, got {shapes}")
         # the last token has no label: leave it out, so that seq_len + 1 tokens train seq_len positions
         x, state = self.hidden(input_ids if use_cache else input_ids[:, :-1], state, use_cache)
-        return Output(loss=self.loss(x[:, : labels.shape[1] - 1].flatten(0, 1), labels[:, 1:].flatten()), state=state)
+        x = x[:, : labels.shape[1] - 1]
+        return Output(loss=self.loss(x.flatten(0, 1), labels[:, 1:].flatten()), state=state)
 
-    def loss(self, x, targets):
-        """Cross-entropy of x [N, d] against targets [N], over chunks of tokens: N x vocab_size logits never exist in
-        one piece; a chunk's are made again in the backward pass."""
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of x [N, d] against targets [N], over chunks of tokens: N x vocab_size logits never
+        exist in one piece; a chunk's are made again in the backward pass."""
 
         def chunk_loss(x, targets):
             return F.cross_entropy(self.head(x).float(), targets, ignore_index=-100, reduction="sum")
@@ -716,34 +737,30 @@ class FlashSTU(nn.Module):
             total = chunk_loss(x, targets)
         else:
             chunks = zip(x.split(size), targets.split(size))
-            total = torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+            total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
         return total / (targets != -100).sum().clamp(min=1)
-
-    # -- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def stream(
-        self, input_ids, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        self, input_ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
         top_p: float | None = None, stop_token: int | None = None, use_cache: bool = True, generator=None,
-    ) -> Iterator[torch.Tensor]:  # fmt: skip
-        """Yield the next token of every row, [B], one after another; temperature 0 is greedy. With use_cache each
-        token costs the same however long the context; without, the whole sequence is computed again. Ends early when
-        every row has produced stop_token (rows that have, repeat it)."""
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Yield the next token of every row, [B], one after another; temperature 0 is greedy. With use_cache
+        each token costs the same however long the context; without, the whole sequence is computed again.
+        Ends early when every row has produced stop_token (rows that have, repeat it)."""
         if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(
-                f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, top_k={top_k}, top_p={top_p}"
-            )
-        was_training = self.training
+            given = f"{temperature}, {top_k}, {top_p}"
+            raise ValueError(f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {given}")
+        was_training, state, unread = self.training, None, input_ids
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.eval()
         try:
-            state, done = None, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-            unread = input_ids
             for _ in range(max_new_tokens):
-                if use_cache:  # long prompts in pieces of seq_len: memory does not grow with the prompt
+                if not use_cache:
+                    x, _ = self.hidden(input_ids)
+                else:  # long prompts in pieces of seq_len: memory does not grow with the prompt
                     for piece in unread.split(self.config.seq_len, dim=1):
                         x, state = self.hidden(piece, state, use_cache=True)
-                else:
-                    x, _ = self.hidden(input_ids)
                 token = sample(self.head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # [B]
                 if stop_token is not None:
                     token = token.masked_fill(done, stop_token)
@@ -757,9 +774,11 @@ class FlashSTU(nn.Module):
         finally:
             self.train(was_training)
 
-    def generate(self, input_ids, max_length: int | None = None, max_new_tokens: int | None = None, **options):
-        """Prompt [B, T] -> prompt and continuation, at most max_length tokens in all or max_new_tokens new ones.
-        Options: see `stream`."""
+    def generate(
+        self, input_ids: Tensor, max_length: int | None = None, max_new_tokens: int | None = None, **options
+    ) -> Tensor:
+        """Prompt [B, T] -> prompt and continuation, at most max_length tokens in all or max_new_tokens new
+        ones. Options: see `stream`."""
         if (max_length is None) == (max_new_tokens is None):
             raise ValueError("give max_length (prompt included) or max_new_tokens, one of the two")
         n = max_new_tokens if max_length is None else max_length - input_ids.shape[1]
@@ -767,12 +786,9 @@ class FlashSTU(nn.Module):
             raise ValueError(f"max_length = {max_length} is below the prompt's {input_ids.shape[1]} tokens")
         return torch.cat([input_ids] + [t[:, None] for t in self.stream(input_ids, n, **options)], dim=1)
 
-    # -- files ---------------------------------------------------------------------------------------------------------
-
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write model.safetensors, config.json and, for transformers (section 7), generation_config.json and a copy of
-        this file. Each replaces its predecessor only when it is whole."""
-        save_file = _safetensors().save_file
+        """Write model.safetensors, config.json and, for transformers (section 7), generation_config.json and
+        a copy of this file. Each replaces its predecessor only when it is whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
@@ -780,40 +796,35 @@ class FlashSTU(nn.Module):
         texts["stu.py"] = Path(__file__).read_text(encoding="utf-8")
         if not (folder / "generation_config.json").exists():  # else it may know the end-of-text token
             texts["generation_config.json"] = "{}\n"
-        save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+        _safetensors().save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
         for name, text in texts.items():
             (folder / f"{name}.tmp").write_text(text, encoding="utf-8")
         for name in ("model.safetensors", *texts):
             os.replace(folder / f"{name}.tmp", folder / name)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, device="cpu") -> "FlashSTU":
+    def from_pretrained(cls, folder: str | os.PathLike, device: str | torch.device = "cpu") -> "FlashSTU":
         """Read what save_pretrained wrote, ours or that of transformers. Runs no code from the folder."""
-        load_file = _safetensors().load_file
-        weights, config = Path(folder) / "model.safetensors", Path(folder) / "config.json"
-        shards = [weights] if weights.is_file() else sorted(Path(folder).glob("model-*-of-*.safetensors"))
-        for path in (*(shards or [weights]), config):
+        config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        shards = sorted(Path(folder).glob("model-*-of-*.safetensors"))
+        shards = shards if shards and not weights.is_file() else [weights]
+        for path in (*shards, config):
             if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist: {folder} is not a folder made by save_pretrained")
-        try:
-            values = json.loads(config.read_text())
-        except ValueError as e:
-            raise ValueError(f"{config} is not valid JSON ({e}): restore it from another copy of the model") from None
-        values["torch_dtype"] = values.get("dtype", values.get("torch_dtype", "float32"))
-        ours = {f.name for f in fields(FlashSTUConfig)}
-        unknown = [name for name in values if name not in ours | HF_FIELDS and not name.endswith("_token_id")]
-        if unknown:
-            raise ValueError(f"{config} has unknown fields: {', '.join(sorted(unknown))}")
-        model, tensors = cls(FlashSTUConfig(**{name: values[name] for name in ours & set(values)})), {}
-        for path in shards:
-            try:
+                raise FileNotFoundError(f"{path} does not exist: {folder} was not made by save_pretrained")
+        load_file, tensors = _safetensors().load_file, {}
+        try:  # whatever goes wrong, `path` is the file that is being read
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values["torch_dtype"] = values.get("dtype", values.get("torch_dtype", "float32"))
+            ours = {f.name for f in fields(FlashSTUConfig)}
+            unknown = sorted(n for n in values if n not in ours | HF_FIELDS and not n.endswith("_token_id"))
+            if unknown:
+                raise ValueError(f"unknown fields: {', '.join(unknown)}")
+            model = cls(FlashSTUConfig(**{name: values[name] for name in ours & set(values)}))
+            for path in shards:
                 tensors |= load_file(path)
-            except Exception as e:
-                raise ValueError(f"{path} is damaged or truncated ({e}): restore it from another copy") from None
-        try:
             model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()})
-        except RuntimeError as e:
-            raise ValueError(f"{weights} does not fit {config}: {e}") from None
+        except Exception as e:  # noqa: BLE001
+            raise ValueError(f"{path} is damaged, or of another model: {e}. Restore it from a copy") from None
         return model.to(device)
 
 
@@ -825,8 +836,8 @@ def _safetensors():
     return safetensors.torch
 
 
-def sample(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Logits [B, V] -> one token a row, [B]. top_p keeps the smallest set of tokens of probability >= top_p."""
+def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator=None) -> Tensor:
+    """Logits [B, V] -> one token a row, [B]. top_p keeps the likeliest tokens that together reach top_p."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -840,18 +851,12 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 7. Hugging Face: the same model as transformers wants to see it. Nothing above needs this; skip it freely
 #
-# A saved folder holds a copy of this file, and its config.json says which classes transformers may ask it for. They
-# are made when first asked for, so importing this file does not import transformers. The cache is our state.
-
-HF_CONFIG = {
-    "model_type": "flash_stu",
-    "architectures": ["FlashSTUForCausalLM"],
-    "auto_map": {"AutoConfig": "stu.FlashSTUPretrainedConfig", "AutoModelForCausalLM": "stu.FlashSTUForCausalLM"},
-}
-HF_FIELDS = {*HF_CONFIG, "dtype", "transformers_version", "use_cache", "tie_word_embeddings"}  # what it adds on saving
+# A saved folder holds a copy of this file, and its config.json says which classes transformers may ask it
+# for. They are made when first asked for, so importing this file does not import transformers. The cache is
+# our state.
 
 
 class FlashSTUCache(list):
@@ -863,7 +868,9 @@ class FlashSTUCache(list):
         return self.length
 
     def reorder_cache(self, rows):  # beam search: row i goes on from row rows[i]
-        pick = lambda t: t.index_select(0, rows.to(t.device)) if torch.is_tensor(t) else t  # noqa: E731
+        def pick(t):
+            return t.index_select(0, rows.to(t.device)) if torch.is_tensor(t) else t
+
         self[:] = [pick(s) if torch.is_tensor(s) else tuple(map(pick, s)) for s in self]
 
 
@@ -876,27 +883,35 @@ def __getattr__(name):  # called for names this file lacks
     except ImportError:
         raise ImportError(f"{name} needs transformers: pip install transformers") from None
 
+    names = [
+        f.name for f in fields(FlashSTUConfig) if f.name != "torch_dtype"
+    ]  # the dtype is left to transformers
+
     class FlashSTUPretrainedConfig(PretrainedConfig):
         model_type, _auto_class = HF_CONFIG["model_type"], "AutoConfig"
-        attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
-                         "max_position_embeddings": "seq_len"}  # fmt: skip
+        attribute_map = {  # noqa: RUF012
+            "hidden_size": "n_embd", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+            "max_position_embeddings": "seq_len",
+        }  # fmt: skip
 
         def __init__(self, **options):
-            names = {f.name for f in fields(FlashSTUConfig)} - {"torch_dtype"}  # the dtype is left to transformers
-            ours = asdict(FlashSTUConfig(**{name: options.pop(name) for name in names & set(options)}))
+            ours = asdict(FlashSTUConfig(**{name: options.pop(name) for name in names if name in options}))
             super().__init__(**{name: ours[name] for name in names}, **options)
 
     class FlashSTUForCausalLM(PreTrainedModel, GenerationMixin):
-        config_class, base_model_prefix, _auto_class = FlashSTUPretrainedConfig, "model", "AutoModelForCausalLM"
-        _no_split_modules, supports_gradient_checkpointing = ["FlashSTUBlock"], True
-        _is_stateful, _supports_default_dynamic_cache = True, lambda self: False  # the state cannot go back a token
+        config_class, base_model_prefix = FlashSTUPretrainedConfig, "model"
+        _auto_class, _no_split_modules = "AutoModelForCausalLM", ["FlashSTUBlock"]
+        supports_gradient_checkpointing, _is_stateful = True, True  # stateful: it cannot go back a token
+        _supports_default_dynamic_cache = lambda self: False
 
         def __init__(self, config):
             super().__init__(config)
-            ours = {f.name: getattr(config, f.name) for f in fields(FlashSTUConfig) if f.name != "torch_dtype"}
+            ours = {name: getattr(config, name) for name in names}
             self.model = FlashSTU(FlashSTUConfig(**ours, torch_dtype=torch.get_default_dtype()))
             self.gradient_checkpointing = config.use_gradient_checkpointing
-            for module in self.modules():  # FlashSTU has set its own weights, unless they are about to be loaded
+            for (
+                module
+            ) in self.modules():  # they have their weights already, unless these are about to be loaded
                 module._is_hf_initialized = not self.model.tok_emb.weight.is_meta
             self.post_init()
 
@@ -919,8 +934,9 @@ def __getattr__(name):  # called for names this file lacks
             use_cache = len(past) > 0 if use_cache is None else use_cache
             length = past.length + input_ids.shape[1]
             if attention_mask is not None:
-                if attention_mask.shape != (shape := (len(input_ids), length)):  # the cached tokens and the new ones
-                    raise ValueError(f"attention_mask must be {list(shape)}, got {list(attention_mask.shape)}")
+                shape = [len(input_ids), length]  # the cached tokens and the new ones
+                if list(attention_mask.shape) != shape:
+                    raise ValueError(f"attention_mask must be {shape}, got {list(attention_mask.shape)}")
                 # nobody sees padding on the right, unless the state goes on from there
                 padding = attention_mask == 0 if use_cache else attention_mask.int().diff(dim=1) > 0
                 attention_mask = attention_mask.bool() if padding.any() else None
@@ -942,7 +958,7 @@ def __getattr__(name):  # called for names this file lacks
     return globals()[name]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 8. python stu.py: this file against the usual route, on this machine
 
 
@@ -953,7 +969,7 @@ def usual_filters(L, K):
 
 
 def usual_stu(x, phi, M):
-    """The paper's formula: two branches stacked, channels last, torch FFT. phi [T, K]; M [2K, d] or [2K, d, d_out]."""
+    """The paper's formula: two branches stacked, channels last, torch FFT. phi [T, K], M [2K, d(, d_out)]."""
     T, K = phi.shape
     n = 1 << (2 * T - 1).bit_length()
     sign = (-1.0) ** torch.arange(T, device=x.device)[:, None]
@@ -987,8 +1003,8 @@ def peak_bytes(run):
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # the profiler logs its start and stop there
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the profiler logs its start and stop there
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         run()
     os.dup2(stderr, 2)
@@ -996,81 +1012,134 @@ def peak_bytes(run):
     return np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
 
 
-def benchmark(full: bool) -> None:
-    """Print the table. CPU: under 90 s; --full adds eigh at L = 8192, which takes a minute by itself."""
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    print(f"{torch.cuda.get_device_name() if cuda else f'CPU, {torch.get_num_threads()} threads'}, torch {torch.__version__}")
-    print(f"\n{'':<44} {'this file':>12} {'usual route':>12} {'ratio':>7}   error: ours, usual")
+def row(what, ours, usual, *notes):
+    """A line of the table: what, the seconds of both routes, notes."""
+    times = f"{ours * 1e3:>9.1f} ms {usual * 1e3:>9.1f} ms {usual / ours:>6.1f}x"
+    print(f"{what:<44} {times}   {', '.join(notes)}", flush=True)
 
-    def row(what, ours, usual, *notes):
-        print(f"{what:<44} {ours * 1e3:>9.1f} ms {usual * 1e3:>9.1f} ms {usual / ours:>6.1f}x   {', '.join(notes)}", flush=True)
 
-    # 1. filters against `eigh` of the Hankel matrix; the error is that of the worst unit filter
-    usual_filters(64, 24)  # warm
-    for L in (64, 2048, 8192) if full else (64, 2048):
+def benchmark_filters(lengths, K=24):
+    """Against `eigh` of the Hankel matrix; the error is that of the worst filter, each scaled to norm 1."""
+    import mpmath  # comes with torch
+
+    usual_filters(64, K)  # warm
+    for L in lengths:
         start = time.perf_counter()
-        usual = usual_filters(L, 24)
+        usual = usual_filters(L, K)
         seconds = time.perf_counter() - start
-        unit = [phi / phi.norm(dim=0) * phi[0].sign() for phi in (get_spectral_filters(L, 24, dtype=torch.float64), usual)]
+        ours = get_spectral_filters(L, K, dtype=torch.float64)
+        unit = [phi / phi.norm(dim=0) * phi[0].sign() for phi in (ours, usual)]
         notes = [f"differ by {(unit[0] - unit[1]).abs().max():.0e}"]
         if L == 64:
-            import mpmath  # comes with torch
-
             with mpmath.workdps(50):
-                entries = [[mpmath.mpf(2) / ((i + j) ** 3 - (i + j)) for j in range(1, L + 1)] for i in range(1, L + 1)]
-                vectors = np.array(mpmath.eigsy(mpmath.matrix(entries))[1].tolist(), dtype=float)[:, ::-1][:, :24]
-            exact = torch.from_numpy(vectors * np.sign(vectors[0]))
+                Z = [[mpmath.mpf(2) / (n**3 - n) for n in range(i + 2, i + L + 2)] for i in range(L)]
+                vectors = mpmath.eigsy(mpmath.matrix(Z))[1]
+            exact = np.array(vectors.tolist(), dtype=float)[:, ::-1][:, :K]
+            exact = torch.from_numpy(exact * np.sign(exact[0]))
             notes = [f"{(phi - exact).abs().max():.0e}" for phi in unit]
-        row(f"24 filters, L = {L}", timed(lambda: _hankel_eigenvectors.__wrapped__(L, 24, False), 3), seconds, *notes)
+        again = functools.partial(_hankel_eigenvectors.__wrapped__, L, K, False)
+        row(f"{K} filters, L = {L}", timed(again, 3), seconds, *notes)
 
-    # 2. and 3. forward and backward of a layer's filtering, on the same weights; the error is relative to float64
-    shapes = [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)] if cuda else [(2, 4096, 512), (8, 512, 256)]
-    for B, T, d, approx in [(*shape, True) for shape in shapes] + [(8, 1024, 128, False)]:
-        layer = STU(d, d, T, use_approx=approx).to(device)
-        x, grad = torch.randn(2, B, T, d, device=device)
-        x.requires_grad_()
-        M, phi = (layer.M_filters if approx else layer.M), layer.filters[:, :24]
-        exact = usual_stu(x[:1].detach().double(), phi.double(), M.detach().double())
-        routes = (lambda: layer._filter(x, M, None, False)[0]), (lambda: usual_stu(x, phi, M))
-        notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
-        steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
-        notes.append("peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps)))
-        ours, usual = map(timed, steps)
-        n = fft_size(2 * T - 1)
-        flops = 5 * 2.5 * B * d * n * math.log2(n)  # a real FFT of n points: 5/2 n log2 n; 2 forward, 3 backward
-        if not approx:  # and the matrices of n/2 frequencies: made twice, and their gradient back to M
-            flops += 3 * 2 * n * M.numel()
-        moved = 4 * x.numel() * x.element_size()  # the least: input and output, and the gradient of each
-        notes.append(f"{moved / ours / 1e9:.1f} GB/s of the least traffic, {flops / ours / 1e9:.0f} GFLOP/s")
-        row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", ours, usual, *notes)
 
-    # 4. a training step: the hybrid, and attention in every layer at the same width and about the same size
-    B, T, seconds = (16 if cuda else 2), 1024, []
-    for options in (dict(), dict(use_stu=False, mlp_scale=3.5)):
-        config = dict(n_embd=384, n_layers=12, n_heads=6, seq_len=T, window_size=T // 4, vocab_size=8192, softcap=0.0)
-        model = FlashSTU(FlashSTUConfig(**(config | options), torch_dtype=dtype)).to(device)
-        ids = torch.randint(8192, (B, T + 1), device=device)
-        seconds.append(timed(lambda: model(ids, labels=ids).loss.backward(), 3))
+def benchmark_filtering(B, T, d, approx, device):
+    """Forward and backward of a layer's convolution on the same weights; the error is relative to float64."""
+    layer = STU(d, d, T, use_approx=approx).to(device)
+    x, grad = torch.randn(2, B, T, d, device=device)
+    x.requires_grad_()
+    M, phi = (layer.M_filters if approx else layer.M), layer.filters[:, :24]
+    exact = usual_stu(x[:1].detach().double(), phi.double(), M.detach().double())
+    routes = (lambda: layer._filter(x, M, None, False)[0]), (lambda: usual_stu(x, phi, M))
+    notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
+    steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
+    notes.append("peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps)))
+    ours, usual = map(timed, steps)
+    n = fft_size(2 * T - 1)
+    flops = 5 * 2.5 * B * d * n * math.log2(n)  # a real FFT of n points: 5/2 n log2 n; 2 forward, 3 backward
+    if not approx:  # and the matrices of n/2 frequencies: made twice, and their gradient back to M
+        flops += 3 * 2 * n * M.numel()
+    moved = 4 * x.numel() * x.element_size()  # the least: input and output, and the gradient of each
+    notes.append(f"{moved / ours / 1e9:.1f} GB/s of the least traffic, {flops / ours / 1e9:.0f} GFLOP/s")
+    row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", ours, usual, *notes)
+
+
+def benchmark_training(B, T, device, dtype):
+    """A training step: the hybrid, and attention in every layer at the same width and about the same size."""
+    seconds, ids = [], torch.randint(8192, (B, T + 1), device=device)
+    for name, options in ("hybrid", {}), ("attention only", {"use_stu": False, "mlp_scale": 3.5}):
+        config = FlashSTUConfig(
+            n_embd=384, n_layers=12, n_heads=6, seq_len=T, window_size=T // 4, vocab_size=8192, softcap=0.0,
+            torch_dtype=dtype, **options,
+        )  # fmt: skip
+        model = FlashSTU(config).to(device)
+        seconds.append(timed(lambda model=model: model(ids, labels=ids).loss.backward(), 3))
         size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"   {'hybrid' if not options else 'attention only'}: {size:.1f}M parameters, {B * T / seconds[-1]:,.0f} tokens/s")
+        print(f"   {name}: {size:.1f}M parameters, {B * T / seconds[-1]:,.0f} tokens/s")
     row(f"training step, T = {T}, against attention only", *seconds)
 
-    # 5. generation: one token from the state, against computing the sequence again
-    model = FlashSTU(FlashSTUConfig(n_embd=256, n_layers=4, n_heads=4, seq_len=2048, window_size=256, vocab_size=256,
-                                    torch_dtype=dtype)).to(device).eval()  # fmt: skip
-    state, seen = None, 0
-    with torch.no_grad():
-        for context in (512, 4096, 32768, 131072):
-            start = time.perf_counter()
-            for piece in torch.randint(256, (1, context - seen), device=device).split(2048, dim=1):
-                _, state = model.hidden(piece, state, use_cache=True)
-            if cuda:
-                torch.cuda.synchronize()
-            prefill, seen = (time.perf_counter() - start) * context / (context - seen), context
-            token = torch.randint(256, (1, 1), device=device)
-            row(f"next token at context {context}", timed(lambda: model.hidden(token, state, use_cache=True), 31), prefill)
+
+@torch.no_grad()
+def benchmark_generation(contexts, device, dtype):
+    """One token from the state, against computing the sequence again -> seconds of both for each context."""
+    sizes = {
+        "n_embd": 256,
+        "n_layers": 4,
+        "n_heads": 4,
+        "seq_len": 2048,
+        "window_size": 256,
+        "vocab_size": 256,
+    }
+    config = FlashSTUConfig(**sizes, torch_dtype=dtype)
+    model, state, seen, seconds = FlashSTU(config).to(device).eval(), None, 0, []
+    for context in contexts:
+        start = time.perf_counter()
+        for piece in torch.randint(256, (1, context - seen), device=device).split(2048, dim=1):
+            _, state = model.hidden(piece, state, use_cache=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        again, seen = (time.perf_counter() - start) * context / (context - seen), context
+        token = torch.randint(256, (1, 1), device=device)
+        step = functools.partial(model.hidden, token, state, use_cache=True)
+        seconds.append((timed(step, 31), again))
+        row(f"next token at context {context}", *seconds[-1])
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Time this file against the usual route; under 90 s on a CPU."
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="add eigh at L = 8192, a minute by itself on a CPU"
+    )
+    parser.add_argument(
+        "--draw", metavar="FILE", help="draw the time per token against the context, nothing else"
+    )
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}")
+    print(f"\n{'':<44} {'this file':>12} {'usual route':>12} {'ratio':>7}   error: ours, usual")
+    contexts = [512, 2048, 8192, 32768, 131072]
+    if not args.draw:
+        benchmark_filters((64, 2048, 8192) if args.full else (64, 2048))
+        shapes = (
+            [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)] if cuda else [(2, 4096, 512), (8, 512, 256)]
+        )
+        for shape in shapes:
+            benchmark_filtering(*shape, True, device)
+        benchmark_filtering(8, 1024, 128, False, device)
+        benchmark_training(16 if cuda else 2, 1024, device, dtype)
+    seconds = benchmark_generation(contexts, device, dtype)
+    if args.draw:
+        import matplotlib.pyplot as plt
+
+        figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+        for times, label in zip(zip(*seconds), ("from the state", "the whole sequence again")):
+            axis.loglog(contexts, np.array(times) * 1e3, marker="o", label=label)
+        axis.set(xlabel="context (tokens)", ylabel="milliseconds per token", title=where)
+        axis.grid(alpha=0.25), axis.legend(), figure.savefig(args.draw, dpi=110)
 
 
 if __name__ == "__main__":
-    benchmark(full="--full" in sys.argv)
+    main()

@@ -1,15 +1,16 @@
 """
 Train a Flash STU language model: one CPU, one GPU, or many.
 
-    python train.py                                   a small hybrid on Python's own source code, a few minutes on a CPU
-    torchrun --nproc_per_node=2 train.py              the same on two processes; --engine fsdp shards the model
-    python train.py --preset 125M --data data/fineweb-edu-o200k_base --out_dir runs/125M
+    python train.py                                   a small hybrid on Python's own source code, a few
+    minutes on a CPU torchrun --nproc_per_node=2 train.py              the same on two processes; --engine
+    fsdp shards the model python train.py --preset 125M --data data/fineweb-edu-o200k_base --out_dir runs/125M
     python train.py --sample "def "                   write from the run's last checkpoint
 
-Every setting below is a flag: --name value. The run folder holds config.json, log.jsonl, checkpoints and loss.png, and
-is all that is needed to go on: the same command again continues where it stopped, bit for bit.
+Every setting below is a flag: --name value. The run folder holds config.json, log.jsonl, checkpoints and
+loss.png, and is all that is needed to go on: the same command again continues where it stopped, bit for bit.
 """
 
+import argparse
 import difflib
 import json
 import math
@@ -24,13 +25,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from prepare_data import get_tokenizer, prepare, write_atomically
 from stu import FlashSTU, FlashSTUConfig
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
 
 settings = {
@@ -39,7 +44,7 @@ settings = {
     "data": "data/stdlib",  # a folder made by prepare_data.py; the default is made when it is missing
     "preset": "small",
     "sample": "",  # a prompt: write from the run's last checkpoint instead of training
-    "draw": False,  # draw the run's loss.png instead of training
+    "draw": "",  # run folders, separated by commas: draw their losses to out_dir/loss.png instead of training
     "seed": 1,
     "fresh": False,  # start again even where the run folder has a checkpoint
     # model: any field of FlashSTUConfig; these differ from its defaults
@@ -79,72 +84,97 @@ settings = {
 }
 presets = {
     "small": {},
-    "125M": dict(n_embd=768, n_layers=12, n_heads=12, seq_len=2048, window_size=1024, num_eigh=24, mlp_scale=3.0, batch_size=256,
-                 micro_batch_size=16, steps=20000, warmup_steps=500, eval_interval=500, checkpoint_interval=500),
-    "350M": dict(n_embd=1024, n_layers=24, n_heads=16, seq_len=4096, window_size=1024, num_eigh=32, mlp_scale=3.0, batch_size=128,
-                 micro_batch_size=4, steps=30000, warmup_steps=1000, eval_interval=500, checkpoint_interval=500),
-    "1B": dict(n_embd=2048, n_layers=32, n_heads=32, seq_len=8192, window_size=1024, num_eigh=48, mlp_scale=2.0, batch_size=128,
-               micro_batch_size=1, steps=50000, warmup_steps=2000, eval_interval=500, checkpoint_interval=500,
-               use_gradient_checkpointing=True, engine="fsdp"),
+    "125M": {"n_embd": 768, "n_layers": 12, "n_heads": 12, "seq_len": 2048, "num_eigh": 24, "mlp_scale": 3.0,
+             "batch_size": 256, "micro_batch_size": 16, "steps": 20000, "warmup_steps": 500},
+    "350M": {"n_embd": 1024, "n_layers": 24, "n_heads": 16, "seq_len": 4096, "num_eigh": 32, "mlp_scale": 3.0,
+             "batch_size": 128, "micro_batch_size": 4, "steps": 30000, "warmup_steps": 1000},
+    "1B": {"n_embd": 2048, "n_layers": 32, "n_heads": 32, "seq_len": 8192, "num_eigh": 48, "mlp_scale": 2.0,
+           "batch_size": 128, "micro_batch_size": 1, "steps": 50000, "warmup_steps": 2000,
+           "use_gradient_checkpointing": True, "engine": "fsdp"},
 }  # fmt: skip
+for preset in ("125M", "350M", "1B"):
+    presets[preset] |= {"window_size": 1024, "eval_interval": 500, "checkpoint_interval": 500}
 
-# model fields may be set by flag too, with FlashSTUConfig's own default unless it is in the list above
+# every field of the model may be set too, with FlashSTUConfig's own default unless it is in the list above
 model_fields = [f.name for f in fields(FlashSTUConfig) if f.name != "vocab_size"]
 known = {f.name: f.default for f in fields(FlashSTUConfig) if f.name in model_fields} | settings
+choices = {
+    "preset": list(presets), "optimizer": ["muon", "adamw"], "decay": ["cosine", "linear", "none"],
+    "engine": ["ddp", "fsdp"], "compile": ["auto", "true", "false"],
+    "dtype": ["auto", "float32", "bfloat16", "float16"],
+}  # fmt: skip
 
 
-def parse_flags(argv):
-    """--name value or --name=value -> {name: value}, each with the type of its default."""
-    given, argv = {}, list(argv)
-    while argv:
-        name, has_value, value = argv.pop(0).partition("=")
-        name = name.removeprefix("--").replace("-", "_")
-        if name in ("h", "help", "_h"):
-            sys.exit(__doc__ + "\n" + "\n".join(f"  --{k:<28} {v!r}" for k, v in known.items()))
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            sys.exit(f"unknown setting --{name}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them"))
-        default = known[name]
-        if not has_value:
-            if isinstance(default, bool) and (not argv or argv[0].startswith("--")):
-                value = "true"
-            elif not argv:
-                sys.exit(f"--{name} needs a value")
-            else:
-                value = argv.pop(0)
-        try:
-            if isinstance(default, bool):
-                value = {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-            elif isinstance(default, (int, float)) or default is None:
-                value = int(value) if isinstance(default, int) or default is None else float(value)
-        except (KeyError, ValueError):
-            sys.exit(f"--{name} takes a value like {default!r}, got {value!r}")
-        given[name] = value
-    return given
+def boolean(text):
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
-given = parse_flags(sys.argv[1:])
+as_written = argparse.RawDescriptionHelpFormatter
+parser = argparse.ArgumentParser(
+    usage="train.py [--name value ...]", description=__doc__, formatter_class=as_written, allow_abbrev=False
+)
+for name, value in known.items():
+    kind = {bool: boolean, float: float, str: str}.get(type(value), int)
+    flag = {"nargs": "?", "const": True} if kind is boolean else {"choices": choices.get(name)}
+    parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"default: {value!r}", **flag)
+given, unknown = parser.parse_known_args()
+given = vars(given)
+if unknown:
+    near = difflib.get_close_matches(unknown[0].strip("-").partition("=")[0].replace("-", "_"), known, 1)
+    advice = f"did you mean --{near[0]}?" if near else "--help lists them"
+    parser.error(f"unknown setting {unknown[0]}; {advice}")
 preset = given.get("preset", settings["preset"])
-if preset not in presets:
-    sys.exit(f"--preset is one of {', '.join(presets)}, got {preset!r}")
 s = {**settings, **presets[preset], **given}
-config_path = Path(s["out_dir"]) / "config.json"
-if (s["sample"] or s["draw"]) and config_path.exists():  # the run folder is all that is needed
-    s = {**json.loads(config_path.read_text())["settings"], "dtype": "auto", "device": "auto", **given}
+for name in ("steps", "batch_size", "eval_interval", "eval_sequences", "log_interval", "checkpoint_interval"):
+    if s[name] < 1:
+        parser.error(f"--{name} must be at least 1, got {s[name]}")
+run = Path(s["out_dir"])
+if s["sample"]:  # the run folder is all that is needed
+    if not (run / "config.json").exists():
+        parser.error(f"{run} holds no run to write from: train first, or give --out_dir")
+    found = json.loads((run / "config.json").read_text())["settings"]
+    s = {**found, "dtype": "auto", "device": "auto", **given}
 model_settings = {k: v for k, v in s.items() if k in model_fields}
-for name, choices in (("optimizer", ("muon", "adamw")), ("decay", ("cosine", "linear", "none")), ("engine", ("ddp", "fsdp"))):
-    if s[name] not in choices:
-        sys.exit(f"--{name} is one of {', '.join(choices)}, got {s[name]!r}")
 
-# ----------------------------------------------------------------------------------------------------------------------
+
+def draw_losses(folders):
+    """The losses of each run by step: training (pale) and validation, from its log.jsonl to
+    out_dir/loss.png."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no loss.png: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, folder in enumerate(map(Path, folders)):
+        if not (folder / "log.jsonl").exists():
+            sys.exit(f"{folder} holds no log.jsonl: it is not the folder of a run")
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for key, style in (("loss", {"alpha": 0.25}), ("val_loss", {"label": folder.name, "marker": "."})):
+            points = [(r["step"], r[key]) for r in records if key in r]
+            axis.plot(*zip(*points), color=f"C{i}", **style) if points else None
+    axis.set(xlabel="step", ylabel="loss (nats per token): training pale, validation dotted")
+    axis.legend(), axis.grid(alpha=0.3)
+    figure.savefig(run / "loss.png", dpi=110), plt.close(figure)
+
+
+if s["draw"]:
+    draw_losses(s["draw"].split(","))
+    sys.exit()
+
+# ------------------------------------------------------------------------------------------------------------
 # Machine: processes, device, precision
 
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-local_rank, main = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
+rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+local_rank, main = int(os.environ.get("LOCAL_RANK", "0")), rank == 0
 device = s["device"]
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 if device == "cuda":
+    if not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; --device cpu would work")
     device = f"cuda:{local_rank}"
 device = torch.device(device)
 if device.type == "cuda":
@@ -153,9 +183,9 @@ if device.type == "cuda":
 if world > 1:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 if s["dtype"] == "auto":
-    s["dtype"] = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
-if s["dtype"] not in ("float32", "bfloat16", "float16"):
-    sys.exit(f"--dtype is one of auto, float32, bfloat16, float16, got {s['dtype']!r}")
+    s["dtype"] = "float32"
+    if device.type == "cuda":
+        s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
 autocast = nullcontext()
 if s["dtype"] != "float32":
     autocast = torch.autocast(device.type, dtype=getattr(torch, s["dtype"]))
@@ -175,20 +205,21 @@ def stop(message):
     sys.exit(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data: the batch of step i is a pure function of the seed and i, whatever the number of processes
 
-run = Path(s["out_dir"])
 if s["data"] == settings["data"] and main and not s["sample"]:
     prepare(out=s["data"])
 if world > 1:
     dist.barrier()
-meta_path = Path(s["data"]) / "meta.json"
-if not meta_path.exists():
-    stop(f"{s['data']} holds no meta.json: make it with  python prepare_data.py YOUR_FILES --out {s['data']}")
-meta = json.loads(meta_path.read_text())
+data = Path(s["data"])
+if not (data / "meta.json").exists():
+    stop(f"{data} holds no meta.json: make it with  python prepare_data.py YOUR_FILES --out {data}")
+meta = json.loads((data / "meta.json").read_text())
 if not meta["complete"]:
-    stop(f"{s['data']} is only half prepared: run its prepare_data.py command again, it continues where it stopped")
+    stop(
+        f"{data} is only half prepared: run its prepare_data.py command again, it continues where it stopped"
+    )
 tokenizer = get_tokenizer(meta["tokenizer"])
 fingerprint = {k: meta[k] for k in ("sources", "tokenizer", "vocab_size", "train", "val")}
 T, batch_size = s["seq_len"], s["batch_size"]
@@ -198,7 +229,7 @@ class Windows:
     """All windows of T + 1 tokens of a split, addressed by position; the shards stay on disk."""
 
     def __init__(self, split):
-        self.shards = [np.load(Path(s["data"]) / shard["file"], mmap_mode="r") for shard in meta[split]["shards"]]
+        self.shards = [np.load(data / shard["file"], mmap_mode="r") for shard in meta[split]["shards"]]
         self.counts = [(len(shard) - 1) // T for shard in self.shards]
         self.n = sum(self.counts)
         if not self.n:
@@ -215,7 +246,8 @@ class Windows:
             index -= count
 
     def batch(self, step, rows):
-        """Rows of the batch of `step`: each epoch visits every window once, in a new order and at a new phase."""
+        """Rows of the batch of `step`: each epoch visits every window once, in new order and at a new
+        phase."""
         out = []
         for row in rows:
             epoch, i = divmod(step * batch_size + row, self.n)
@@ -227,7 +259,8 @@ class Windows:
 
 
 if batch_size % world:
-    stop(f"batch_size {batch_size} does not divide over {world} processes; {max(1, batch_size // world) * world} would")
+    fitting = max(1, batch_size // world) * world
+    stop(f"batch_size {batch_size} does not divide over {world} processes; {fitting} would")
 share = batch_size // world
 micro = s["micro_batch_size"] or share
 if micro > share or share % micro:
@@ -235,10 +268,10 @@ if micro > share or share % micro:
     stop(f"micro_batch_size {micro} does not divide a process's {share} sequences a step; {fitting} would")
 train_windows, val_windows = Windows("train"), Windows("val")
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Model, engine, optimizer
 
-vocab_size = meta["vocab_size"] if meta["vocab_size"] <= 256 else -(-meta["vocab_size"] // 64) * 64  # fast multiples
+vocab_size = meta["vocab_size"] if meta["vocab_size"] <= 256 else -(-meta["vocab_size"] // 64) * 64
 if isinstance(s["window_size"], int) and s["window_size"] > T:
     stop(f"window_size {s['window_size']} is larger than seq_len {T}; give --window_size {T} or less")
 try:
@@ -252,8 +285,9 @@ n_params = sum(p.numel() for p in model.parameters())
 
 
 def flops_per_token():
-    """Training FLOPs a token, forward and backward: 6 for each weight of a matrix, attention over the window, and the
-    three FFTs of each STU channel (5/2 n log2 n for a real FFT of n = 2T points), counted from the modules."""
+    """Training FLOPs a token, forward and backward: 6 for each weight of a matrix, attention over the window,
+    and the three FFTs of each STU channel (5/2 n log2 n for a real FFT of n = 2T points), counted from the
+    modules."""
     total = 6 * sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     for layer in model.layers:
         if hasattr(layer.mixer, "window"):
@@ -264,24 +298,25 @@ def flops_per_token():
 
 
 def memory_estimate(micro):
-    """Bytes in training: weights, gradients and optimizer state, plus what one micro-batch leaves for the backward."""
+    """Bytes in training: weights, gradients, optimizer state, and what a micro-batch leaves for the
+    backward."""
     size = 4 if s["dtype"] == "float32" else 2
     d, hidden = config.n_embd, int(config.n_embd * config.mlp_scale)
     per_layer = d * (2 * size if config.use_gradient_checkpointing else 14 * size + 24) + 4 * hidden * size
-    activations = micro * T * (per_layer * config.n_layers + 8 * d) + 4 * min(2**26, micro * T * vocab_size) * 2
-    return 16 * n_params / (world if s["engine"] == "fsdp" else 1) + activations
+    activations = micro * T * (per_layer * config.n_layers + 8 * d)
+    logits = 8 * min(2**26, micro * T * vocab_size)
+    return 16 * n_params / (world if s["engine"] == "fsdp" else 1) + activations + logits
 
 
+available = math.inf
 if device.type == "cuda":
     available = torch.cuda.mem_get_info(device)[0]
-elif device.type == "meta":
-    available = math.inf
-elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+elif device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-else:
-    available = math.inf
-say(f"{n_params / 1e6:.2f}M parameters, {config.n_layers} layers, {flops_per_token() / 1e6:.1f} MFLOP a token, about "
-    f"{memory_estimate(micro) / 2**30:.1f} GiB; {world} x {device.type}, {s['dtype']}")  # fmt: skip
+size, gib = f"{n_params / 1e6:.2f}M parameters, {config.n_layers} layers", memory_estimate(micro) / 2**30
+say(
+    f"{size}, {flops_per_token() / 1e6:.1f} MFLOP a token, about {gib:.1f} GiB; {world} x {device.type}, {s['dtype']}"
+)
 if memory_estimate(micro) > available:
     fits = [m for m in range(1, min(micro, 4096)) if share % m == 0 and memory_estimate(m) <= available]
     advice = f"--micro_batch_size {max(fits)} would" if fits else "a smaller model is needed"
@@ -303,9 +338,10 @@ if world > 1 and s["engine"] == "fsdp":
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 elif world > 1:
-    engine = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None)
-if s["compile"] in ("true", "1") or (s["compile"] == "auto" and device.type == "cuda"):
-    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")  # the FFTs
+    ids = [local_rank] if device.type == "cuda" else None
+    engine = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+if s["compile"] == "true" or (s["compile"] == "auto" and device.type == "cuda"):
+    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
     for layer in model.layers:
         layer.compile()
 
@@ -319,10 +355,10 @@ groups = [
     {"params": [p for p in rest if p.ndim >= 2], "weight_decay": s["weight_decay"]},
     {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
 ]
-optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=s["lr"], betas=(0.9, 0.95), fused=device.type != "mps")]
+optimizers = [torch.optim.AdamW(groups, lr=s["lr"], betas=(0.9, 0.95), fused=device.type != "mps")]
 if matrices:
     optimizers.append(torch.optim.Muon(matrices, lr=s["muon_lr"], weight_decay=s["weight_decay"]))
-peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+peaks = [(group["lr"], group["weight_decay"]) for o in optimizers for group in o.param_groups]
 
 
 def lr_factor(step):
@@ -333,26 +369,35 @@ def lr_factor(step):
     return s["min_lr"] + (1 - s["min_lr"]) * shape
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: whole or not there. One file whatever the engine, so N processes' resumes on M. The last two are kept
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: whole or not there. One file whatever the engine, so N processes' resumes on M. The last two
+# are kept
 
 log_path, full = run / "log.jsonl", StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def step_of(checkpoint):
+    return int(checkpoint.stem.split("_")[1])
+
+
 def checkpoints():
-    return sorted(run.glob("checkpoint_*.pt"), key=lambda p: int(p.stem.split("_")[1]))
+    return sorted(run.glob("checkpoint_*.pt"), key=step_of)
 
 
 def save_checkpoint(step):
-    model_state, optimizer_state = get_state_dict(model, optimizers, options=full)  # gathered by all processes
+    model_state, optimizer_state = get_state_dict(
+        model, optimizers, options=full
+    )  # by all processes together
     if main:
         run.mkdir(parents=True, exist_ok=True)
-        state = {"step": step, "model": model_state, "optimizer": optimizer_state, "scaler": scaler.state_dict(),
-                 "config": config.to_dict(), "data": fingerprint, "settings": s}  # fmt: skip
+        state = {
+            "step": step, "model": model_state, "optimizer": optimizer_state, "scaler": scaler.state_dict(),
+            "config": config.to_dict(), "data": fingerprint, "settings": s,
+        }  # fmt: skip
         write_atomically(run / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
-        steps = {int(p.stem.split("_")[1]): p for p in checkpoints()}
-        for old in [p for n, p in steps.items() if n > step] + [p for n, p in steps.items() if n <= step][:-2]:
-            old.unlink()  # ones beyond this step are damaged, or of a run that --fresh has replaced
+        kept = [p for p in checkpoints() if step_of(p) <= step][-2:]
+        for other in set(checkpoints()) - set(kept):
+            other.unlink()  # one beyond this step is damaged, or of a run that --fresh has replaced
     if world > 1:
         dist.barrier()
 
@@ -362,50 +407,42 @@ def load_checkpoint():
     for path in reversed(checkpoints()):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001
             say(f"{path} is damaged ({type(e).__name__}); trying the one before it", file=sys.stderr)
 
 
-def log(**record):
-    if main:
-        with open(log_path, "a") as f:
-            f.write(json.dumps(record) + "\n")
-
-
-start_step = 0
+start_step, indifferent = 0, ("use_gradient_checkpointing", "d_in_tile", "d_out_tile")
 saved = None if s["fresh"] else load_checkpoint()
 if saved:
     for what, now in (("model", config.to_dict()), ("data", fingerprint)):
         before = saved["config" if what == "model" else "data"]
         for key in now:
-            if before.get(key) != now[key] and key not in ("use_gradient_checkpointing", "d_in_tile", "d_out_tile"):
+            if before.get(key) != now[key] and key not in indifferent:
                 stop(f"{run} was trained with another {what} ({key}: {before.get(key)!r}, now {now[key]!r}): "
                      f"choose another --out_dir, or --fresh to start again")  # fmt: skip
-    decays = [[group["weight_decay"] for group in optimizer.param_groups] for optimizer in optimizers]
-    set_state_dict(model, optimizers, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                   options=StateDictOptions(full_state_dict=True))  # fmt: skip
-    for optimizer, values in zip(optimizers, decays):  # settings come from this command, not from the file
-        for group, value in zip(optimizer.param_groups, values):
-            group["weight_decay"] = value
+    states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
+    set_state_dict(model, optimizers, **states, options=StateDictOptions(full_state_dict=True))
     scaler.load_state_dict(saved["scaler"])
     start_step = saved["step"]
     if not s["sample"]:
         say(f"continuing {run} after step {start_step}")
     if start_step > s["steps"]:
-        stop(f"{run} is already at step {start_step}: give --steps {start_step} or more, or --fresh to start again")
+        stop(f"{run} is already at step {start_step}: give more --steps, or --fresh to start again")
 if world > 1:
     found = [None] * world
     dist.all_gather_object(found, start_step)
     if len(set(found)) > 1:
-        stop(f"the processes found checkpoints of different steps {found}: {run} must be on a shared file system")
+        stop(
+            f"the processes found checkpoints of different steps {found}: is {run} on a file system they share?"
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling and evaluation
 
 
 def write(prompt, max_new_tokens, temperature=0.8, top_k=50):
-    """Print the prompt and its continuation as it is generated. The sharded engine samples from a gathered copy."""
+    """Print the prompt and its continuation as it is generated; a sharded model is gathered first."""
     writer = model
     if engine is model and world > 1:
         weights, _ = get_state_dict(model, [], options=full)
@@ -419,8 +456,9 @@ def write(prompt, max_new_tokens, temperature=0.8, top_k=50):
     generator = torch.Generator(ids.device).manual_seed(s["seed"])
     print(prompt, end="")
     shown, new = "", []
+    options = {"temperature": temperature, "top_k": top_k, "stop_token": meta["eot"], "generator": generator}
     with torch.compiler.set_stance("force_eager"):  # each length would be one more graph
-        for token in writer.stream(ids, max_new_tokens, temperature, top_k, stop_token=meta["eot"], generator=generator):
+        for token in writer.stream(ids, max_new_tokens, **options):
             new.append(int(token))
             text = tokenizer.decode(t for t in new if t != meta["eot"])
             if not text.endswith("\ufffd"):  # a character may take several tokens
@@ -454,38 +492,19 @@ def bits_per_byte(loss):
     return loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
 
 
-def draw_losses():
-    """Training and validation loss by step, from log.jsonl to loss.png."""
-    try:
-        import matplotlib
-    except ImportError:
-        return say("no loss.png: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.figure()
-    records = [json.loads(line) for line in log_path.read_text().splitlines()]
-    for key, label in (("loss", "training"), ("val_loss", "validation")):
-        plt.plot(*zip(*[(r["step"], r[key]) for r in records if key in r]), label=label)
-    plt.xlabel("step"), plt.ylabel("loss (nats per token)"), plt.legend(), plt.grid(alpha=0.3)
-    plt.savefig(run / "loss.png", dpi=120), plt.close()
-
-
-if s["draw"]:
-    draw_losses()
-    sys.exit()
 if s["sample"]:
     if not saved:
         stop(f"{run} holds no checkpoint to write from: train first, or give --out_dir")
     write(s["sample"], 500)
     sys.exit()
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 run.mkdir(parents=True, exist_ok=True)
 if main:
-    write_atomically(run / "config.json", lambda f: f.write(json.dumps({"settings": s, "model": config.to_dict()}, indent=1).encode()))
+    text = json.dumps({"settings": s, "model": config.to_dict()}, indent=1)
+    write_atomically(run / "config.json", lambda f: f.write(text.encode()))
     if log_path.exists():  # forget what came after the checkpoint, and a line that was cut off
         lines = [line for line in log_path.read_text().splitlines(True) if line.endswith("}\n")]
         lines = [line for line in lines if json.loads(line)["step"] <= start_step - ("val_loss" in line)]
@@ -495,6 +514,15 @@ if s["wandb"] and main:
     import wandb
 
     wandb.init(project=s["wandb"], name=run.name, config=s, resume="allow")
+
+
+def log(step, **record):
+    if main:
+        with open(log_path, "a") as f:
+            f.write(json.dumps({"step": step, **record}) + "\n")
+    if wandb:
+        wandb.log(record, step=step)
+
 
 asked_to_stop = []
 for signum in (signal.SIGTERM, signal.SIGINT):
@@ -510,10 +538,8 @@ for step in range(start_step, s["steps"] + 1):
     if step % s["eval_interval"] == 0 or last:
         loss = evaluate()
         say(f"step {step}: validation loss {loss:.4f}, {bits_per_byte(loss):.4f} bits per byte")
-        log(step=step, val_loss=loss, val_bits_per_byte=bits_per_byte(loss))
+        log(step, val_loss=loss, val_bits_per_byte=bits_per_byte(loss))
         write(s["prompt"], 400 if last else 80)
-        if wandb:
-            wandb.log({"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss)}, step=step)
         t_log, tokens_log = time.time(), 0
     if (step % s["checkpoint_interval"] == 0 and step > start_step) or last:
         save_checkpoint(step)
@@ -521,9 +547,9 @@ for step in range(start_step, s["steps"] + 1):
         break
 
     factor = lr_factor(step)
-    for optimizer, lrs in zip(optimizers, peak_lrs):
-        for group, lr in zip(optimizer.param_groups, lrs):
-            group["lr"] = lr * factor
+    param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, (lr, weight_decay) in zip(param_groups, peaks):  # of this command, not of the checkpoint
+        group["lr"], group["weight_decay"] = lr * factor, weight_decay
     torch.manual_seed(s["seed"] + 1000003 * step + rank)  # dropout too is a function of the step
     rows = train_windows.batch(step, range(rank * share, (rank + 1) * share)).to(device)
     loss = torch.zeros((), device=device)
@@ -552,7 +578,7 @@ for step in range(start_step, s["steps"] + 1):
         say(f"step {step + 1}: loss {loss}, gradient norm {norm}: step skipped ({skipped} so far)")
         if skipped_in_row >= s["max_skipped"]:
             good = checkpoints()[-1] if checkpoints() else "none"
-            stop(f"{skipped_in_row} steps in a row were not finite: stopped. Last good checkpoint: {good}. A lower --lr may help")
+            stop(f"{skipped_in_row} such steps in a row. Last good checkpoint: {good}; a lower --lr may help")
     scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -561,12 +587,13 @@ for step in range(start_step, s["steps"] + 1):
     if (step + 1) % s["log_interval"] == 0 or stopping:
         rate = tokens_log / (time.time() - t_log)
         left = (s["steps"] - step - 1) * batch_size * T / rate
+        lr = s["lr"] * factor
         mfu = f", MFU {flops * rate / peak_flops / world:.1%}" if peak_flops else ""
-        say(f"step {step + 1}/{s['steps']}: loss {loss:.4f}, lr {s['lr'] * factor:.1e}, grad norm {norm:.2f}, "
-            f"{rate:,.0f} tokens/s{mfu}, {left / 60:.1f} min left" + (f", {skipped} skipped" if skipped else ""))  # fmt: skip
-        log(step=step + 1, loss=loss, lr=s["lr"] * factor, grad_norm=norm, tokens_per_second=rate, skipped=skipped)
-        if wandb:
-            wandb.log({"loss": loss, "grad_norm": norm, "tokens_per_second": rate}, step=step + 1)
+        rest = f"{rate:,.0f} tokens/s{mfu}, {left / 60:.1f} min left" + (
+            f", {skipped} skipped" if skipped else ""
+        )
+        say(f"step {step + 1}/{s['steps']}: loss {loss:.4f}, lr {lr:.1e}, grad norm {norm:.2f}, {rest}")
+        log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate, skipped=skipped)
         t_log, tokens_log = time.time(), 0
     if stopping:
         save_checkpoint(step + 1)
@@ -581,6 +608,6 @@ if not asked_to_stop:  # a folder for from_pretrained, and for transformers
         finished.save_pretrained(run / "model")
         say(f"{run / 'model'} is ready for FlashSTU.from_pretrained")
 if main:
-    draw_losses()
+    draw_losses([run])
 if world > 1:
     dist.destroy_process_group()
