@@ -311,14 +311,6 @@ class S4D(nn.Module):
         return self.decode(convolve(u, kernel) + self.D * u)
 
 
-def prefix_scan(a: Tensor, x: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + x_t along dim 1 from h = 0, one step after another: all h_t, in the shape of x."""
-    h = [x[:, 0]]
-    for a_t, x_t in zip(a[:, 1:].unbind(1), x[:, 1:].unbind(1)):
-        h.append(torch.addcmul(x_t, a_t, h[-1]))
-    return torch.stack(h, dim=1)
-
-
 class SelectiveSSM(nn.Module):
     """Mamba's layer: short convolution, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t h_t + D u_t, gate.
 
@@ -340,8 +332,11 @@ class SelectiveSSM(nn.Module):
         B, C, dt = self.select(u).split([self.log_A.shape[1]] * 2 + [1], dim=-1)
         dt = F.softplus(self.dt(dt))  # [B, T, d]
         a = torch.exp(-dt[..., None] * self.log_A.exp())  # [B, T, d, N]
-        h = prefix_scan(a, (dt * u)[..., None] * B[:, :, None])
-        y = (h * C[:, :, None]).sum(-1) + self.D * u
+        h, states = torch.zeros_like(a[:, 0]), []
+        for a_t, v_t in zip(a.unbind(1), ((dt * u)[..., None] * B[:, :, None]).unbind(1)):
+            h = torch.addcmul(v_t, a_t, h)  # v_t + a_t h
+            states.append(h)
+        y = (torch.stack(states, dim=1) * C[:, :, None]).sum(-1) + self.D * u
         return self.decode(y * F.silu(gate))
 
 

@@ -30,7 +30,6 @@ from lds import (
     MiniSTU,
     SelectiveSSM,
     convolve,
-    prefix_scan,
     random_LDS,
     sample,
     train,
@@ -579,6 +578,17 @@ def test_blocks_stand_alone_and_in_a_module_list():
     assert whole.shape == x.shape and relative_error(steps, whole) < 1e-5
 
 
+@pytest.mark.parametrize("layers, T", [(2, 128), (48, 128), (12, 1024), (2, 8192)])
+def test_activations_keep_their_scale_whatever_length_and_depth(layers, T):
+    config = small_config(n_embd=64, n_layers=layers, seq_len=T, num_eigh=24, window_size=64)
+    model, trace = FlashSTU(config), []
+    with torch.no_grad():
+        model.hidden(torch.randint(61, (1, T)), trace=trace)
+        last = model.layers[-1](trace[-1])
+    assert 0.4 < last.square().mean().sqrt() < 0.8
+    assert all(x.square().mean().sqrt() < 0.8 for x in trace)
+
+
 def test_loss_is_the_mean_cross_entropy_of_the_next_token():
     model, ids = small_model(), torch.randint(61, (3, 40))
     logits, labels = model(ids).logits[:, :-1].flatten(0, 1), ids.clone()
@@ -638,10 +648,13 @@ def test_generation_options():
 
 @pytest.mark.parametrize("options", [
     {}, {"max_length": 5, "max_new_tokens": 5}, {"max_length": 3}, {"max_new_tokens": 3, "temperature": -1},
-    {"max_new_tokens": 3, "top_k": 0}, {"max_new_tokens": 3, "top_p": 0.0},
+    {"max_new_tokens": 3, "top_k": 0}, {"max_new_tokens": 3, "top_p": 0.0}, {"max_new_tokens": -1},
 ])  # fmt: skip
 def test_generation_says_what_is_wrong(options):
-    with pytest.raises(ValueError, match="max_length|temperature >= 0"):
+    match = (
+        "max_length = 3 is below" if options == {"max_length": 3} else "give max_length|max_new_tokens >= 0"
+    )
+    with pytest.raises(ValueError, match=match):
         small_model().generate(torch.randint(61, (1, 4)), **options)
 
 
@@ -656,6 +669,7 @@ def test_a_state_of_another_model_is_refused():
     ({"dropout": 1.0}, "dropout"), ({"softcap": -1.0}, "softcap"), ({"window_size": (4, 4)}, "window_size"),
     ({"n_layers": 0}, "n_layers"), ({"torch_dtype": "int8"}, "torch_dtype"), ({"seq_len": 4.5}, "seq_len"),
     ({"use_attn": False, "use_stu": False}, "no layer"), ({"mlp_scale": 0}, "mlp_scale"),
+    ({"stu_mlp_hidden_size": -4}, "stu_mlp_hidden_size"),
 ])  # fmt: skip
 def test_config_says_what_is_inconsistent(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -675,6 +689,8 @@ def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
     assert again.config == model.config and torch.equal(again(ids).logits, model(ids).logits)
     files = ["config.json", "generation_config.json", "model.safetensors", "stu.py"]
     assert sorted(os.listdir(tmp_path)) == files
+    model.to(torch.bfloat16).save_pretrained(tmp_path)  # cast after it was made
+    assert torch.equal(FlashSTU.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
 def test_damaged_model_folders_are_named(tmp_path):
@@ -915,16 +931,6 @@ def test_a_fitted_stu_is_a_linear_dynamical_system(L, K, hankel_L):
 
 # ------------------------------------------------------------------------------------------------------------
 # lds.py: what it compares with
-
-
-@pytest.mark.parametrize("T", [1, 2, 7, 16, 33])
-def test_prefix_scan_equals_the_loop(T):
-    a, x = torch.rand(2, T, 3), torch.randn(2, T, 3)
-    h, expected = torch.zeros(2, 3), []
-    for t in range(T):
-        h = a[:, t] * h + x[:, t]
-        expected.append(h)
-    assert torch.allclose(prefix_scan(a, x), torch.stack(expected, dim=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [lambda: S4D(3, 2), lambda: SelectiveSSM(3, 2), lambda: Attention(3, 2, 30)])
@@ -1213,6 +1219,10 @@ def test_outputs_of_the_transformers_class(hf, saved):
     assert relative_error(step, model(torch.cat([ids, token], 1)).logits[:, -1]) < 1e-5
     with pytest.raises(ValueError, match="input_ids"):
         theirs(inputs_embeds=torch.zeros(1, 2, 32))
+    foreign = hf.DynamicCache()
+    foreign.update(torch.zeros(2, 4, 30, 8), torch.zeros(2, 4, 30, 8), 0)
+    with pytest.raises(ValueError, match="must come from this model, got a DynamicCache"):
+        theirs(token, past_key_values=foreign)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

@@ -1,10 +1,10 @@
 """
 Train a Flash STU language model: one CPU, one GPU, or many.
 
-    python train.py                                   a small hybrid on Python's own source code, a few
-    minutes on a CPU torchrun --nproc_per_node=2 train.py              the same on two processes; --engine
-    fsdp shards the model python train.py --preset 125M --data data/fineweb-edu-o200k_base --out_dir runs/125M
-    python train.py --sample "def "                   write from the run's last checkpoint
+    python train.py                              a small hybrid on Python's own source code, minutes on a CPU
+    torchrun --nproc_per_node=2 train.py         the same on two processes; --engine fsdp shards the model
+    python train.py --preset 125M --data data/fineweb-edu-o200k_base --out_dir runs/125M
+    python train.py --sample "def "              write from the run's last checkpoint
 
 Every setting below is a flag: --name value. The run folder holds config.json, log.jsonl, checkpoints and
 loss.png, and is all that is needed to go on: the same command again continues where it stopped, bit for bit.
@@ -138,8 +138,7 @@ model_settings = {k: v for k, v in s.items() if k in model_fields}
 
 
 def draw_losses(folders):
-    """The losses of each run by step: training (pale) and validation, from its log.jsonl to
-    out_dir/loss.png."""
+    """Each run's losses by step, training (pale) and validation, from its log.jsonl to out_dir/loss.png."""
     try:
         import matplotlib
     except ImportError:
@@ -147,16 +146,19 @@ def draw_losses(folders):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    (figure, axis), late = plt.subplots(figsize=(7, 4), layout="constrained"), []
     for i, folder in enumerate(map(Path, folders)):
         if not (folder / "log.jsonl").exists():
             sys.exit(f"{folder} holds no log.jsonl: it is not the folder of a run")
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        for key, style in (("loss", {"alpha": 0.25}), ("val_loss", {"label": folder.name, "marker": "."})):
+        for key, style in (("loss", {"alpha": 0.2}), ("val_loss", {"label": folder.name, "marker": "."})):
             points = [(r["step"], r[key]) for r in records if key in r]
             axis.plot(*zip(*points), color=f"C{i}", **style) if points else None
-    axis.set(xlabel="step", ylabel="loss (nats per token): training pale, validation dotted")
+            late += [loss for step, loss in points if step >= records[-1]["step"] / 10]
+    axis.set_ylim(min(late), max(late)) if len(set(late)) > 1 else None  # where they fall fastest is cut off
+    axis.set(xlabel="step", ylabel="loss (nats per token)", title="validation (dots) and training (pale)")
     axis.legend(), axis.grid(alpha=0.3)
+    run.mkdir(parents=True, exist_ok=True)
     figure.savefig(run / "loss.png", dpi=110), plt.close(figure)
 
 
@@ -217,9 +219,7 @@ if not (data / "meta.json").exists():
     stop(f"{data} holds no meta.json: make it with  python prepare_data.py YOUR_FILES --out {data}")
 meta = json.loads((data / "meta.json").read_text())
 if not meta["complete"]:
-    stop(
-        f"{data} is only half prepared: run its prepare_data.py command again, it continues where it stopped"
-    )
+    stop(f"{data} is only half prepared: the same prepare_data.py command continues where it stopped")
 tokenizer = get_tokenizer(meta["tokenizer"])
 fingerprint = {k: meta[k] for k in ("sources", "tokenizer", "vocab_size", "train", "val")}
 T, batch_size = s["seq_len"], s["batch_size"]
@@ -246,8 +246,7 @@ class Windows:
             index -= count
 
     def batch(self, step, rows):
-        """Rows of the batch of `step`: each epoch visits every window once, in new order and at a new
-        phase."""
+        """Rows of the batch of `step`: each epoch visits every window once, in new order, at a new phase."""
         out = []
         for row in rows:
             epoch, i = divmod(step * batch_size + row, self.n)
@@ -298,8 +297,7 @@ def flops_per_token():
 
 
 def memory_estimate(micro):
-    """Bytes in training: weights, gradients, optimizer state, and what a micro-batch leaves for the
-    backward."""
+    """Bytes in training: weights, gradients, optimizer state, and what a micro-batch keeps to go back."""
     size = 4 if s["dtype"] == "float32" else 2
     d, hidden = config.n_embd, int(config.n_embd * config.mlp_scale)
     per_layer = d * (2 * size if config.use_gradient_checkpointing else 14 * size + 24) + 4 * hidden * size
@@ -314,9 +312,8 @@ if device.type == "cuda":
 elif device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 size, gib = f"{n_params / 1e6:.2f}M parameters, {config.n_layers} layers", memory_estimate(micro) / 2**30
-say(
-    f"{size}, {flops_per_token() / 1e6:.1f} MFLOP a token, about {gib:.1f} GiB; {world} x {device.type}, {s['dtype']}"
-)
+machine = f"{world} x {device.type}, {s['dtype']}"
+say(f"{size}, {flops_per_token() / 1e6:.1f} MFLOP a token, about {gib:.1f} GiB; {machine}")
 if memory_estimate(micro) > available:
     fits = [m for m in range(1, min(micro, 4096)) if share % m == 0 and memory_estimate(m) <= available]
     advice = f"--micro_batch_size {max(fits)} would" if fits else "a smaller model is needed"
@@ -370,8 +367,8 @@ def lr_factor(step):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: whole or not there. One file whatever the engine, so N processes' resumes on M. The last two
-# are kept
+# Checkpoints: whole or not there. One file whatever the engine, so that of N processes resumes on M. The last
+# two are kept
 
 log_path, full = run / "log.jsonl", StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -385,9 +382,7 @@ def checkpoints():
 
 
 def save_checkpoint(step):
-    model_state, optimizer_state = get_state_dict(
-        model, optimizers, options=full
-    )  # by all processes together
+    model_state, optimizer_state = get_state_dict(model, optimizers, options=full)  # all processes together
     if main:
         run.mkdir(parents=True, exist_ok=True)
         state = {
@@ -432,9 +427,7 @@ if world > 1:
     found = [None] * world
     dist.all_gather_object(found, start_step)
     if len(set(found)) > 1:
-        stop(
-            f"the processes found checkpoints of different steps {found}: is {run} on a file system they share?"
-        )
+        stop(f"the processes found different checkpoints, {found}: is {run} on a file system they share?")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -589,9 +582,7 @@ for step in range(start_step, s["steps"] + 1):
         left = (s["steps"] - step - 1) * batch_size * T / rate
         lr = s["lr"] * factor
         mfu = f", MFU {flops * rate / peak_flops / world:.1%}" if peak_flops else ""
-        rest = f"{rate:,.0f} tokens/s{mfu}, {left / 60:.1f} min left" + (
-            f", {skipped} skipped" if skipped else ""
-        )
+        rest = f"{rate:,.0f} tokens/s{mfu}, {left / 60:.1f} min left" + f", {skipped} skipped" * bool(skipped)
         say(f"step {step + 1}/{s['steps']}: loss {loss:.4f}, lr {lr:.1e}, grad norm {norm:.2f}, {rest}")
         log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate, skipped=skipped)
         t_log, tokens_log = time.time(), 0
@@ -611,3 +602,5 @@ if main:
     draw_losses([run])
 if world > 1:
     dist.destroy_process_group()
+    if not main:  # its work is done; gloo's threads, still closing connections, can abort a normal exit
+        sys.stdout.flush(), os._exit(0)
