@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -546,6 +547,15 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     y = block(torch.randn(2, 2048, 512))
     y = block(y, use_cache=False)
     assert y.shape == (2, 2048, 512)
+
+
+def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(import torch\n.*?)```", text, re.DOTALL)
+    Path("readme.py").write_text(block)
+    names = runpy.run_path("readme.py")
+    assert names["y"].shape == (2, 1948, 64) and names["tokens"].shape == (2, 150)
 
 
 @models
