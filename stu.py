@@ -872,7 +872,7 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
 class FlashSTUCache(list):
     """The state, one entry a layer, with what the generation of transformers asks of a cache."""
 
-    length, is_compileable = 0, False  # tokens seen, padding included
+    length, is_compileable, is_croppable = 0, False, False  # tokens seen, padding included
 
     def get_seq_length(self, layer_idx=0):
         return self.length
@@ -934,16 +934,15 @@ def __getattr__(name):  # called for names this file lacks
 
         def forward(
             self, input_ids=None, attention_mask=None, past_key_values=None, labels=None, use_cache=None,
-            output_hidden_states=None, return_dict=None, logits_to_keep=0, num_items_in_batch=None, **_,
+            output_hidden_states=None, return_dict=None, logits_to_keep=0, num_items_in_batch=None,
+            cache=None, **_,
         ):  # fmt: skip
             if input_ids is None:
                 raise ValueError("give input_ids: FlashSTU takes no inputs_embeds")
-            past = past_key_values
+            past = past_key_values if cache is None else cache  # so called since transformers 5.24
             if not isinstance(past, FlashSTUCache):  # an empty cache of transformers, which can hold no state
                 if past is not None and (isinstance(past, tuple) or past.get_seq_length()):
-                    raise ValueError(
-                        f"past_key_values must come from this model, got a {type(past).__name__}"
-                    )
+                    raise ValueError(f"the cache must come from this model, got a {type(past).__name__}")
                 past = FlashSTUCache()
             use_cache = len(past) > 0 if use_cache is None else use_cache
             length = past.length + input_ids.shape[1]
@@ -957,13 +956,13 @@ def __getattr__(name):  # called for names this file lacks
             self.model.config.use_gradient_checkpointing = self.gradient_checkpointing
             trace = [] if output_hidden_states or self.config.output_hidden_states else None
             x, state = self.model.hidden(input_ids, past, use_cache, attention_mask, trace)
-            logits, loss, cache = self.model.head(x[:, -logits_to_keep:]), None, None  # -0: is all of them
+            logits, loss, new = self.model.head(x[:, -logits_to_keep:]), None, None  # -0: is all of them
             if labels is not None:
                 loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch)
             if use_cache:
-                cache = FlashSTUCache(state)
-                cache.length = length
-            output = CausalLMOutputWithPast(loss, logits, cache, trace and (*trace, x))
+                new = FlashSTUCache(state)
+                new.length = length
+            output = CausalLMOutputWithPast(loss, logits, new, trace and (*trace, x))
             return output.to_tuple() if return_dict is False else output
 
     for made in (FlashSTUPretrainedConfig, FlashSTUForCausalLM):

@@ -1231,7 +1231,7 @@ def test_outputs_of_the_transformers_class(hf, saved):
         theirs(inputs_embeds=torch.zeros(1, 2, 32))
     foreign = hf.DynamicCache()
     foreign.update(torch.zeros(2, 4, 30, 8), torch.zeros(2, 4, 30, 8), 0)
-    with pytest.raises(ValueError, match="must come from this model, got a DynamicCache"):
+    with pytest.raises(ValueError, match="the cache must come from this model, got a DynamicCache"):
         theirs(token, past_key_values=foreign)
 
 
