@@ -1,9 +1,9 @@
 """
 Watch a spectral transform unit learn a linear dynamical system.
 
-    python lds.py               an STU learns a system by gradient descent, then in closed form, then becomes
-                                a recurrence; under a minute on two cores, the picture goes to lds.png
-    python lds.py --compare     the same task for S4D, a selective SSM, attention and the system itself
+    python lds.py               an STU learns a system in closed form and by gradient descent, then becomes a
+                                recurrence; under a minute on two cores, the picture goes to lds.png
+    python lds.py --compare     a larger one, for S4D, a selective SSM, attention and the system itself too
     python lds.py --backends    the cost of the layer as a convolution and as a recurrence, where they cross
     python lds.py --help        every dimension, the seed, the spectral radius, the number of steps
 
@@ -14,11 +14,13 @@ long, and the loss is anything but convex in A. An STU does not learn A. It filt
 signals that span all decays α^t (stu.py, section 1) and learns a linear map on top, so its loss is a
 parabola, with a bottom one can compute.
 
-The letters, as in stu.py: B batch (and the input matrix), T time, L seq_len, K filters, Φ [L, F] the filter
-bank, M [F, d_in, d_out] the learned map. Shapes are written [in, out]: C A^t B for all t is [T, in, out].
+The letters, as in stu.py: B batch (and the input matrix), T time, L seq_len, K base filters, Φ [L, F] the
+filter bank, M [F, d_in, d_out] the learned map. Responses are written [in, out]: C A^t B for all t is
+[T, in, out].
 """
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -46,7 +48,7 @@ def check_input(x: Tensor, width: int, name: str = "input", seq_len: float = mat
 
 
 def convolve(u: Tensor, h: Tensor) -> Tensor:
-    """y_t = Σ_s h_s u_{t-s}: u [B, T, in], h [T, in, out] -> [B, T, out]; h [T, d] acts on each channel."""
+    """y_t = Σ_s h_s u_{t-s}: u [B, T, in], h [T, in, out] -> [B, T, out]; h [T, d] is a filter a channel."""
     T = u.shape[1]
     n = 2 * T  # a shorter FFT would wrap the end around to the beginning
     u_f, h_f = torch.fft.rfft(u, n=n, dim=1), torch.fft.rfft(h, n=n, dim=0)
@@ -110,7 +112,7 @@ def random_LDS(
 # What limits gradient descent here is scale. get_spectral_filters scales φ_k by λ_k^(1/4), and φ_k overlaps
 # with the alternating filters: the curvature of the loss differs between directions by more than 1e12, and no
 # number of steps reaches the flat ones. But only the span of the filters matters, so choose coordinates in
-# which white input gives uncorrelated features of equal size. At time t a filter has seen lags 0..t only;
+# which white input (independent numbers) gives uncorrelated features of equal size. At time t a filter has seen lags 0..t only;
 # averaged over the sequence, lag s counts with weight w_s = (L - s)/L, and the features of white input have
 # covariance Φᵀ diag(w) Φ. Gram-Schmidt under that product turns Φ into white filters: the curvature is about
 # 1 in every direction, and plain Adam converges. Directions 1e-5 below the first are dropped: they carry
@@ -129,7 +131,7 @@ def white_filters(phi: Tensor, use_hankel_L: bool = False) -> Tensor:
 
 
 class MiniSTU(nn.Module):
-    """A full STU, and an optional MLP on its outputs: [batch, T, input_dim] -> [batch, T, output_dim].
+    """A full STU (use_approx=False), and an optional MLP on its outputs: [batch, T, input_dim] -> [batch, T, output_dim].
 
     T is at most seq_len. Unbatched input [T, input_dim] gives [T, output_dim]. precomputed_filters [seq_len,
     num_filters]: base filters instead of the Hankel matrix's. backend: "spectral" (FFT) or "lds" (recurrence
@@ -164,7 +166,7 @@ class MiniSTU(nn.Module):
         widths, layers = [output_dim, *hidden, output_dim], []
         for i in range(mlp_num_layers if use_mlp else 0):
             layers += [units[mlp_activation](), nn.Dropout(mlp_dropout), nn.Linear(*widths[i : i + 2])]
-        self.mlp = nn.Sequential(*layers[2:])  # it begins with a linear layer; empty, it is the identity
+        self.mlp = nn.Sequential(*layers[2:])  # a linear layer comes first; empty, it is the identity
         self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +199,7 @@ class MiniSTU(nn.Module):
 
     @torch.no_grad()
     def to_lds(self) -> LDS:
-        """The same map as a diagonal LDS in float64, for inputs of any length; each input has all the poles.
+        """The same map as a diagonal LDS in float64, for inputs of any length; each input has its own poles.
 
         Solves Σ_n α_n^t R_n = Σ_f Φ[t, f] M_f for the residues R [n, in, out] on t < L. They are large and
         cancel, which float64 affords. Past L, 300 lags out to 40 L ask the response to fade instead of
@@ -284,14 +286,14 @@ def train_stu_on_lds(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. What the paper compares with
+# 4. What the papers compare with
 #
 # Each maps [B, T, d_in] to [B, T, d_out] and is as small as its idea allows: the task is linear, so whatever
 # is not part of the idea (MLPs, norms) is left out; it would only stand in the way.
 
 
 class S4D(nn.Module):
-    """d channels, each filtered by its own N complex exponentials (S4D-Lin, zero-order hold)."""
+    """d channels, each filtered by its own N complex exponentials (S4D-Lin of arXiv 2206.11893)."""
 
     def __init__(self, d_in: int, d_out: int, d: int = 24, N: int = 16):
         super().__init__()
@@ -312,9 +314,9 @@ class S4D(nn.Module):
 
 
 class SelectiveSSM(nn.Module):
-    """Mamba's layer: short convolution, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t h_t + D u_t, gate.
+    """Mamba's layer (2312.00752): convolution, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t h_t + D u_t, gate.
 
-    Δ, B and C are functions of the input. h is [B, T, d, N]."""
+    Δ, B and C are functions of the input."""
 
     def __init__(self, d_in: int, d_out: int, d: int = 24, N: int = 8):
         super().__init__()
@@ -368,11 +370,25 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def terminal_plot(title: str, curves: dict[str, list], rows: int = 12, columns: int = 72) -> None:
+    """Curves as characters, where there is no display."""
+    curves = {name: curve for name, curve in curves.items() if curve and math.isfinite(sum(curve))}
+    low, high = (end((v for c in curves.values() for v in c), default=0) for end in (min, max))
+    grid = [[" "] * columns for _ in range(rows)]
+    for mark, curve in zip("o.x+*#", curves.values()):
+        for column in range(columns):
+            value = curve[column * (len(curve) - 1) // (columns - 1)]
+            grid[round((rows - 1) * (high - value) / max(high - low, 1e-30))][column] = mark
+    print(f"\n{title}:", *(f" {mark} {name}" for mark, name in zip("o.x+*#", curves)))
+    for i, line in enumerate(grid):
+        print(f"{high - (high - low) * i / (rows - 1):8.2f} │{''.join(line)}")
+
+
 def race(models: dict, rates: tuple, lds: LDS, args: argparse.Namespace, axis) -> MiniSTU:
     """Solve an STU by least squares, train each model at its best rate; print the errors, draw the losses.
 
     models: name -> a function that makes the model. Returns the solved STU."""
-    L, sizes = args.seq_len, (lds.input_dim, lds.output_dim)
+    L = args.seq_len
 
     def attempt(name, steps, rate, label=""):
         torch.manual_seed(args.seed + 1)  # a model starts from the same weights at every rate
@@ -383,24 +399,27 @@ def race(models: dict, rates: tuple, lds: LDS, args: argparse.Namespace, axis) -
             print(f"{name}: {error}")
             return model, [math.inf]
 
+    solved = MiniSTU(L, args.num_filters, lds.input_dim, lds.output_dim)
     data = sample(lds, max(16, 2**14 // L), L)
-    solved, seconds = timed(MiniSTU(L, args.num_filters, *sizes).fit, *data)
-    rows = [("STU, least squares", solved, "-", seconds)]
+    rows, curves = [("STU, least squares", solved, "-", timed(solved.fit, *data)[1])], {}
     for name in models:
         rate = rates[0]
         if len(rates) > 1:  # a quarter of the steps at each of them, then all of the steps at the best
             rate = min(rates, key=lambda r: sum(attempt(name, 1 + args.steps // 4, r)[1][-10:]))
         (model, losses), seconds = timed(attempt, name, args.steps, rate, name)
         axis.semilogy(losses, label=name)
+        curves[name] = [math.log10(max(loss, 1e-30)) for loss in losses]
         rows.append((name, model, rate, seconds))
     print(f"\n{'on unseen input':<20} {'params':>6} {'rate':>6} {'time':>9} {'MSE':>8} {'MSE/var(y)':>10}")
     for name, model, rate, seconds in rows:
         torch.manual_seed(args.seed + 2)  # the same sequences for every model
         mse, relative = unseen_error(model, lds, L)
         print(f"{name:<20} {count(model):>6} {rate:>6} {seconds:>7.2f} s {mse:>8.1e} {relative:>10.1e}")
+        if model is solved:
+            axis.axhline(mse, color="black", linestyle="--", label=name)
     print(f"{args.steps} steps of {args.batch_size} sequences; least squares: {len(data[0])} sequences")
-    print(f"time: last run, {torch.get_num_threads()} CPU threads; rates tried:", *rates)
-    axis.axhline(unseen_error(solved, lds, L)[0], color="black", linestyle="--", label="STU, least squares")
+    print(f"time: without the search for the rate, {torch.get_num_threads()} CPU threads; rates:", *rates)
+    terminal_plot("log10 of the loss, step by step", curves)
     axis.set(xlabel="step", ylabel="mean squared error")
     axis.legend()
     return solved
@@ -420,6 +439,7 @@ def demo(lds: LDS, args: argparse.Namespace, figure) -> None:
         stu, recurrence = solved(x), system(x)
     print(f"\nas a recurrence: {len(system.A)} states, poles {system.A.min():.4f} to {system.A.max():.4f}")
     print(f"largest difference between STU and recurrence: {(recurrence - stu).abs().max():.1e}")
+    terminal_plot("unseen input", {"the system": y[0, :, 0].tolist(), "the STU": stu[0, :, 0].tolist()})
     phi = get_spectral_filters(L, min(6, K))
     names = [f"$\\phi_{k + 1}$" for k in range(phi.shape[1])]
     axes["filters"].semilogx(range(1, L + 1), phi / phi.norm(dim=0), label=names)
@@ -440,19 +460,16 @@ def compare(lds: LDS, args: argparse.Namespace, figure) -> None:
         lds.C /= sample(lds, 64, L)[1].std()  # outputs of unit variance: no model has to find their scale
     budget = count(MiniSTU(L, K, *sizes))
 
-    def near_budget(make):
-        """make at the width, a multiple of 4, that comes nearest to the STU's number of parameters."""
-        width = min(range(4, 260, 4), key=lambda n: abs(count(make(n)) - budget))
-        return lambda: make(width)
-
-    models = {
-        "STU": lambda: MiniSTU(L, K, *sizes),
-        "S4D": near_budget(lambda n: S4D(*sizes, n)),
-        "selective SSM": near_budget(lambda n: SelectiveSSM(*sizes, n)),
-        "attention": near_budget(lambda n: Attention(*sizes, L, n)),
-        "LDS, dense A": near_budget(lambda n: LDS(n, *sizes)),
-        "LDS, diagonal A": near_budget(lambda n: random_LDS(n, *sizes)),
-    }
+    models = {"STU": lambda: MiniSTU(L, K, *sizes)}
+    for name, make in {
+        "S4D": lambda n: S4D(*sizes, n),
+        "selective SSM": lambda n: SelectiveSSM(*sizes, n),
+        "attention": lambda n: Attention(*sizes, L, n),
+        "LDS, dense A": lambda n: LDS(n, *sizes),
+        "LDS, diagonal A": lambda n: random_LDS(n, *sizes),
+    }.items():
+        width = min(range(4, 260, 4), key=lambda n: abs(count(make(n)) - budget))  # nearest to the STU's size
+        models[name] = functools.partial(make, width)
     axis = figure.subplots()
     race(models, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), lds, args, axis)
     what = f"state {lds.state_dim}, spectral radius {lds.A.abs().max():.2f}, length {L}"
@@ -510,11 +527,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.backends:
         return backends(args)
-    try:  # before the work, not after it
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("the picture needs matplotlib: pip install matplotlib") from None
+    from matplotlib import rcParams  # fails before the work, not after it
+    from matplotlib.figure import Figure
+
+    open(args.out, "ab").close()  # so does this
     no_frame = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.titlelocation": "left", **no_frame})
     figure = Figure((11, 6.6), dpi=110, layout="constrained")  # draws to a file, needs no display
@@ -529,5 +545,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FloatingPointError, ImportError) as error:
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -48,7 +48,7 @@ def need(module: str):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`write(file)`, and only when that is done and on disk, the name."""
+    """`write` to a temporary file, then rename it: `path` is never half written."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +58,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        if tmp.exists():
-            tmp.unlink()
+        tmp.unlink(missing_ok=True)
         raise SystemExit(f"cannot write {path}: {e}. What was written before is intact.") from None
 
 
@@ -137,7 +136,7 @@ def save_tokenizer(tokenizer: ByteTokenizer | TiktokenTokenizer, folder: str | P
 # Documents
 
 RECORDS = (".jsonl", ".jsonl.gz", ".parquet")  # many documents a file; any other file is one text
-SAFE_CUT = re.compile(r"(?<=\S)\n(?=[A-Za-z])")  # no pre-tokenizer looks across it
+SAFE_CUT = re.compile(r"(?<=\S)\n(?=[A-Za-z])")  # no token reaches across it
 
 
 def find_files(source: str, folder: Path) -> list[Path]:
@@ -177,8 +176,9 @@ def read_documents(files: list[Path], sources: list[str], field: str) -> Iterato
                 with open(path, "rb") as f:
                     for number, line in enumerate(gzip.GzipFile(fileobj=f) if path.suffix == ".gz" else f, 1):
                         where = f"{path}, line {number},"
-                        text = json.loads(line)[field].encode(errors="replace").decode()  # no lone surrogates
-                        yield text, done + f.tell()
+                        if line.strip():
+                            text = json.loads(line)[field].encode(errors="replace")  # no lone surrogates
+                            yield text.decode(), done + f.tell()
             else:
                 text = path.read_bytes().decode()
                 if "\0" in text:
@@ -207,6 +207,7 @@ def split_pieces(documents, val_fraction: float, few: bool) -> Iterator[tuple[st
     """(split, piece, is it the last of its text, bytes read so far). Of a few texts the end of each is for
     validation, of many whole ones, chosen by their content: copies of a text are in the same split."""
     for text, read in documents:
+        text = text.replace("\0", "")  # it would end the document of bytes
         if few:
             cut = int(len(text) * (1 - val_fraction))
             parts = {"train": text[:cut], "val": text[cut:]}
@@ -266,8 +267,8 @@ def prepare(
         write_atomically(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
 
     eot = np.array([tok.eot], np.uint16 if tok.n_vocab <= 2**16 else np.uint32)
-    new, done, first, shown = 0, meta["pieces"], 0, 0
-    for *_, first in islice(work, done):  # what the shards hold already
+    new, done, before, shown = 0, meta["pieces"], 0, 0
+    for *_, before in islice(work, done):  # the bytes that the shards hold already
         pass
     start = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter lock
@@ -281,10 +282,13 @@ def prepare(
             done, seconds = done + len(batch), time.perf_counter() - start
             if sum(map(len, pending["train"])) >= shard_tokens:
                 flush(pieces=done)
-            if seconds > shown + 1 or 0 < read == total:
-                shown, line = seconds, f"{new:,} tokens, {new / seconds:,.0f} tokens/s"
-                left = f", {seconds * (total - read) / max(1, read - first):.0f} s left" if total else ""
-                print(f"\r{line}{left} ", end="", file=sys.stderr, flush=True)
+            if seconds > shown + 1 or (total and read == total):
+                shown, rate = seconds, max(1, read - before) / seconds  # bytes a second
+                line = f"{new:,} tokens, {new / seconds:,.0f} tokens/s"
+                if total:
+                    bar = f"[{'#' * (30 * read // total):<30}]"
+                    line = f"{bar} {line}, {rate / 1e6:.1f} MB/s, {(total - read) / rate:.0f} s left"
+                print(f"\r{line} ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if not meta["train"]["tokens"] or not meta["val"]["tokens"]:
         raise SystemExit(f"{', '.join(sources)}: not enough text for a training and a validation split")
@@ -297,11 +301,13 @@ def main() -> None:
     parser.add_argument("sources", nargs="*", help="files, folders, or the name of a corpus above")
     parser.add_argument("--out", help="folder for the shards (default: data/<first source>)")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, gpt2 or o200k_base")
-    parser.add_argument("--field", default="text", help="holds the text in .jsonl, .parquet and the hub")
-    parser.add_argument("--val_fraction", type=float, help="share of the validation split")
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000)
+    parser.add_argument(
+        "--field", default="text", help="holds the text in .jsonl, .parquet and Hugging Face data sets"
+    )
+    parser.add_argument("--val_fraction", type=float, help="share of the validation split (0.1)")
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens a shard")
     args = parser.parse_args()
-    name = Path(args.sources[0]).stem if args.sources else "stdlib"
+    name = Path(args.sources[0]).resolve().stem if args.sources else "stdlib"
     args.out = args.out or f"data/{name}" + ("" if args.tokenizer == "bytes" else f"-{args.tokenizer}")
     meta = prepare(**vars(args))
     for split in ("train", "val"):

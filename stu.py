@@ -548,7 +548,7 @@ class FlashSTUConfig:
     window_size: int | tuple[int, int] = 1024
     num_eigh: int = 24  # K
     vocab_size: int = 200064
-    mlp_scale: float = 4  # SwiGLU's hidden width over n_embd
+    mlp_scale: float = 4.0  # SwiGLU's hidden width over n_embd
     bias: bool = False
     dropout: float = 0.0
     use_hankel_L: bool = False

@@ -638,7 +638,7 @@ def test_every_row_of_a_batch_is_on_its_own():
     assert relative_error(model(ids).logits[2:3], model(ids[2:3]).logits) < 1e-5
 
 
-def test_generation_options():
+def test_each_generation_option_does_what_it_says():
     model, prompt = small_model(), torch.randint(61, (2, 10))
     greedy = model.generate(prompt, max_new_tokens=8, temperature=0)
     for same in ({"top_k": 1}, {"top_p": 1e-9}):
@@ -862,7 +862,7 @@ def test_precomputed_filters_give_the_same_model():
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
-def test_ministu_with_an_mlp(activation):
+def test_the_mlp_acts_on_the_outputs_of_the_stu(activation):
     model = MiniSTU(
         seq_len=128, num_filters=24, input_dim=10, output_dim=5, use_hankel_L=False, use_mlp=True,
         mlp_hidden_dim=20, mlp_num_layers=2, mlp_dropout=0.1, mlp_activation=activation, dtype=torch.float32,
@@ -1183,7 +1183,7 @@ def test_only_padding_that_is_seen_costs_the_fast_route(hf, saved, monkeypatch):
         model(ids, attention_mask=left[:, 1:])
 
 
-def test_generation_of_transformers_on_our_state(hf, saved):
+def test_transformers_generates_from_our_state(hf, saved):
     _, theirs, folder = saved
     tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     prompt = tokenizer(["def f(x):", "import"], padding=True, return_tensors="pt")
@@ -1210,7 +1210,7 @@ def test_generation_of_transformers_on_our_state(hf, saved):
         theirs.generate(**one, assistant_model=copy.copy(theirs))
 
 
-def test_outputs_of_the_transformers_class(hf, saved):
+def test_the_transformers_class_returns_what_is_asked_for(hf, saved):
     model, theirs, _ = saved
     ids = torch.randint(256, (2, 30))
     labels = ids.clone()
@@ -1716,12 +1716,13 @@ def test_resuming_with_another_model_or_other_data_is_refused_and_sampling_works
     prepare_data.prepare([str(tmp_path / "other.txt")], other)
     runs = [
         (start(data, out, "--steps 4 --n_layers 3"), "n_layers: 2, now 3"),
-        (start(other, out, "--steps 4"), "another data"),
+        (start(other, out, "--steps 4"), "other data"),
         (start(data, out, "--steps 1"), "already at step 2"),
+        (start(data, out, "--steps 4 --optimizer adamw"), "optimizer: 'muon', now 'adamw'"),
     ]
     command = [sys.executable, "train.py", "--out_dir", out, "--sample", "line"]  # needs the run folder only
     text = subprocess.run(command, cwd=HERE, check=True, stdout=subprocess.PIPE).stdout
-    assert b"\nline" in text, text
+    assert text.startswith(b"line"), text
     for run, message in runs:
         code, output = finish(run)
         assert code == 1 and message in output, output
@@ -1746,7 +1747,9 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
         "--n_embed 32": "did you mean --n_embd",
         "--window_size 33": "window_size 33 is larger than seq_len 32",
         "--n_heads 5": "n_heads = 5 does not divide",
-        "--micro_batch_size 3": "2 would",
+        "--seq_len 0": "--seq_len must be at least 1",
+        "--use_attn no": "invalid boolean value",
+        "--micro_batch_size 3": "6 would",
         "--batch_size 1000000000": "--micro_batch_size",
         "--preset 7B": "350M",
         "--steps many": "invalid int value",
