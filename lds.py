@@ -112,11 +112,12 @@ def random_LDS(
 # What limits gradient descent here is scale. get_spectral_filters scales φ_k by λ_k^(1/4), and φ_k overlaps
 # with the alternating filters: the curvature of the loss differs between directions by more than 1e12, and no
 # number of steps reaches the flat ones. But only the span of the filters matters, so choose coordinates in
-# which white input (independent numbers) gives uncorrelated features of equal size. At time t a filter has seen lags 0..t only;
-# averaged over the sequence, lag s counts with weight w_s = (L - s)/L, and the features of white input have
-# covariance Φᵀ diag(w) Φ. Gram-Schmidt under that product turns Φ into white filters: the curvature is about
-# 1 in every direction, and plain Adam converges. Directions 1e-5 below the first are dropped: they carry
-# 1e-13 of the variance of a stable system's outputs, and float32 and the recurrent form have no digits there.
+# which white input (independent, of unit variance) gives uncorrelated features of equal size. At time t a
+# filter has seen lags 0..t only; averaged over the sequence, lag s counts with weight w_s = (L - s)/L, and
+# the features of white input have covariance Φᵀ diag(w) Φ. Gram-Schmidt under that product turns Φ into white
+# filters: the curvature is about 1 in every direction, and plain Adam converges. Directions 1e-5 below the
+# first are dropped: they carry 1e-13 of the variance of a stable system's outputs, and float32 and the
+# recurrent form have no digits there.
 
 
 def white_filters(phi: Tensor, use_hankel_L: bool = False) -> Tensor:
@@ -131,7 +132,7 @@ def white_filters(phi: Tensor, use_hankel_L: bool = False) -> Tensor:
 
 
 class MiniSTU(nn.Module):
-    """A full STU (use_approx=False), and an optional MLP on its outputs: [batch, T, input_dim] -> [batch, T, output_dim].
+    """A full STU, and an optional MLP on its outputs: [batch, T, input_dim] -> [batch, T, output_dim].
 
     T is at most seq_len. Unbatched input [T, input_dim] gives [T, output_dim]. precomputed_filters [seq_len,
     num_filters]: base filters instead of the Hankel matrix's. backend: "spectral" (FFT) or "lds" (recurrence
@@ -314,9 +315,8 @@ class S4D(nn.Module):
 
 
 class SelectiveSSM(nn.Module):
-    """Mamba's layer (2312.00752): convolution, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t h_t + D u_t, gate.
-
-    Δ, B and C are functions of the input."""
+    """Mamba's layer (arXiv 2312.00752): short convolution, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t,
+    y_t = C_t h_t + D u_t, gate. Δ, B and C are functions of the input."""
 
     def __init__(self, d_in: int, d_out: int, d: int = 24, N: int = 8):
         super().__init__()

@@ -400,6 +400,8 @@ def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
     (lambda: STU(4, 4, 8, num_eigh=9), "K = 9"),
     (lambda: STU(4, 4, 8, num_eigh=0), "K = 0"),
     (lambda: STU(4, 4, 8, num_eigh=2.5), "K = 2.5"),
+    (lambda: STU(4, 4, 400, num_eigh=400), "no more than 2.. filters"),
+    (lambda: STU(0, 4, 8, 4), "d_in"),
     (lambda: STU(4, 4, 8, 4, backend="scan"), "backend"),
     (lambda: STU(4, 4, 8, 4, d_in_tile=0), "d_in_tile"),
     (lambda: STU(4, 4, 8, precomputed_filters=torch.ones(7, 3)), "seq_len = 8"),
@@ -496,6 +498,8 @@ def test_attention_in_pieces_equals_the_whole_sequence():
 def test_attention_depends_on_distance_not_on_position():
     attention, x = SlidingWindowAttention(32, 4, 8).double(), torch.randn(1, 40, 32).double()
     assert relative_error(attention(x[:, 10:])[:, 8:], attention(x)[:, 18:]) < 1e-5
+    empty = torch.zeros(1, 4, 0, 8).double()  # no keys: a stream that begins after so many tokens
+    assert relative_error(attention(x, (empty, empty, 10**8), use_cache=True)[0], attention(x)) < 1e-5
 
 
 @pytest.mark.parametrize("window", [-1, 2.5, (4, 1), (-1, -1), (4, 0, 0)])
@@ -679,7 +683,7 @@ def test_a_state_of_another_model_is_refused():
     ({"dropout": 1.0}, "dropout"), ({"softcap": -1.0}, "softcap"), ({"window_size": (4, 4)}, "window_size"),
     ({"n_layers": 0}, "n_layers"), ({"torch_dtype": "int8"}, "torch_dtype"), ({"seq_len": 4.5}, "seq_len"),
     ({"use_attn": False, "use_stu": False}, "no layer"), ({"mlp_scale": 0}, "mlp_scale"),
-    ({"stu_mlp_hidden_size": -4}, "stu_mlp_hidden_size"),
+    ({"stu_mlp_hidden_size": 2.5}, "stu_mlp_hidden_size"),
 ])  # fmt: skip
 def test_config_says_what_is_inconsistent(changes, message):
     with pytest.raises(ValueError, match=message):
