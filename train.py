@@ -74,7 +74,7 @@ defaults = {  # a tuple: the choices, the first is the default
     "engine": ("ddp", "fsdp"),  # of several processes: each holds the model, or a part of it
     "wandb": "",  # a Weights & Biases project
 }
-presets = {
+presets = {  # named by their parameters with the vocabulary of gpt2
     "small": {"n_embd": 192, "n_layers": 6, "n_heads": 6, "seq_len": 256, "window_size": 64,
               "mlp_scale": 2.75},
     "125M": {"n_embd": 768, "n_layers": 12, "n_heads": 12, "seq_len": 2048, "num_eigh": 24, "mlp_scale": 3.0,
