@@ -104,9 +104,7 @@ def get_spectral_filters(
         sigmas.append(sigma[:K])
     order = np.argsort(-np.concatenate(sigmas), kind="stable")[:K]
     if len(order) < K:
-        raise ValueError(
-            f"length {seq_len} has no more than {len(order)} filters above rounding, got K = {K}"
-        )
+        raise ValueError(f"length {seq_len} has only {len(order)} filters, far into rounding, got K = {K}")
     return torch.from_numpy(np.concatenate(filters, axis=1)[:, order]).to(device=device, dtype=dtype)
 
 
@@ -201,18 +199,21 @@ def lds_scan(u: Tensor, S: Tensor, lds: SpectralLDS, M: Tensor) -> tuple[Tensor,
 
 
 def make_bank(phi: Tensor, use_hankel_L: bool = False) -> tuple[Tensor, SpectralLDS | None]:
-    """Base filters φ [L, K] -> the bank Φ [L, F] and its recurrent form, None where none fits to 1e-6 (the
-    Kronecker products)."""
+    """Base filters φ [L, K] -> the bank Φ [L, F] and its recurrent form, None where none fits to 1e-6 and fades
+    past L (Kronecker products)."""
     bank = phi.detach().double().cpu()
     if not use_hankel_L:
         alternating = bank.clone()
         alternating[1::2] *= -1
         bank = torch.cat([bank, alternating], dim=1)
     lds = spectral_lds(bank)
-    return bank, lds if lds.error < 1e-6 * bank.abs().max() else None
+    past_L = (lds.C @ torch.linalg.matrix_power(lds.powers[1], len(bank))).norm(dim=1).max()
+    fits = lds.error < 1e-6 * bank.abs().max() and past_L < 0.05 * bank.norm(dim=0).max()
+    return bank, lds if fits else None
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _standard_bank(seq_len, K, use_hankel_L, use_tensorized):
     make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
     return make_bank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
@@ -331,6 +332,8 @@ class STU(nn.Module):
                 expected = f"[seq_len, K] with seq_len = {seq_len}"
                 raise ValueError(f"precomputed_filters must be {expected}, got {list(bank.shape)}")
             bank = make_bank(bank, use_hankel_L)
+        if len(bank[0]) != seq_len:
+            raise ValueError(f"precomputed_filters are of length {len(bank[0])}, seq_len is {seq_len}")
         self._bank = bank  # (Φ [L, F], its recurrent form or None), float64 on the CPU
         n_filters = bank[0].shape[1]
         if use_approx:
@@ -355,6 +358,7 @@ class STU(nn.Module):
         self._place_filters()
         return self
 
+    @torch.inference_mode(False)  # wherever this is called first, one can train afterwards
     def _place_filters(self):
         """The bank goes where the weights are, but never below float32: poles near 1 would coincide."""
         p = next(self.parameters())
@@ -378,7 +382,7 @@ class STU(nn.Module):
             if self.lds is None:
                 past = u if state is None else torch.cat([state, u], dim=1)
                 y = self._convolve(past, M, dtype)[:, -T:]
-                state = past[:, max(0, past.shape[1] - self.seq_len + 1) :]
+                state = past[:, max(0, past.shape[1] - self.seq_len + 1) :].clone()  # not a view of it all
             elif state is None and not use_cache and self.backend == "fft" and T <= self.seq_len:
                 y = self._convolve(u, M, dtype)
             else:
@@ -420,7 +424,7 @@ def rotary(x: Tensor, start: int) -> Tensor:
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # float32 drifts past 10^5 tokens
     inv_freq = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
     angle = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * inv_freq  # [T, hd/2]
-    cos, sin = angle.cos().float(), angle.sin().float()
+    cos, sin = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (angle.cos(), angle.sin()))
     x1, x2 = x[..., :half], x[..., half:]
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
@@ -446,7 +450,8 @@ def windowed_attention(q, k, v, window: int, softcap: float = 0.0, attention_mas
             visible = visible & (attention_mask[..., first:end] | (distance == 0))  # [B, 1, rows, keys]
         if softcap:
             logits = softcap * torch.tanh(q_i @ k_i.transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap))
-            weights = logits.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
+            logits = logits.masked_fill(~visible, -torch.inf)
+            weights = logits.softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32))
             outs.append(weights.to(v.dtype) @ v_i)
         else:
             outs.append(F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible))
@@ -454,6 +459,10 @@ def windowed_attention(q, k, v, window: int, softcap: float = 0.0, attention_mas
 
 
 WINDOWS = {}  # w -> mask of flex_attention, one object each: torch 2.9 cannot compile one made in forward
+
+
+def add_window(w: int) -> None:
+    WINDOWS.setdefault(w, lambda b, h, i, j: (i >= j) & (i - j <= w))
 
 
 def windowed_flex_attention(q, k, v, window: int, softcap: float):
@@ -495,7 +504,7 @@ class SlidingWindowAttention(nn.Module):
         super().__init__()
         check_heads(d_model, n_heads)
         self.n_heads, self.window, self.softcap = n_heads, (w := parse_window(window_size)), softcap
-        WINDOWS.setdefault(w, lambda b, h, i, j: (i >= j) & (i - j <= w))
+        add_window(w)
         self.c_attn = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.c_proj = nn.Linear(d_model, d_model, bias=bias)
         self.q_norm = nn.RMSNorm(d_model // n_heads, eps=1e-6)
@@ -518,8 +527,16 @@ class SlidingWindowAttention(nn.Module):
         else:
             y = windowed_attention(q, k, v, w, self.softcap, attention_mask)
         y = self.c_proj(y.transpose(1, 2).flatten(2))
-        keep = max(0, k.shape[2] - w)
-        return (y, (k[:, :, keep:], v[:, :, keep:], seen + T)) if use_cache else y
+        if not use_cache:
+            return y
+        k, v = (t[:, :, max(0, t.shape[2] - w) :] for t in (k, v))
+        if T > 1:  # let go of the rest of a long piece
+            k, v = k.clone(), v.clone()
+        return y, (k, v, seen + T)
+
+    def __setstate__(self, state):  # unpickled in another process
+        super().__setstate__(state)
+        add_window(self.window)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -528,17 +545,17 @@ class SlidingWindowAttention(nn.Module):
 
 @dataclass
 class FlashSTUConfig:
-    n_embd: int = 1536
+    n_embd: int = 1536  # width d
     n_layers: int = 26  # even layers are STU, odd layers attention
-    n_heads: int = 8
+    n_heads: int = 8  # of the attention layers
     seq_len: int = 8192  # length of the filters; longer inputs are legal, the filters fade out past it
-    window_size: int | tuple[int, int] = 1024
+    window_size: int | tuple[int, int] = 1024  # w, or flash-attn's (w, 0)
     num_eigh: int = 24  # K
     vocab_size: int = 200064
     mlp_scale: float = 4.0  # SwiGLU's hidden width over n_embd
-    bias: bool = False
-    dropout: float = 0.0
-    use_hankel_L: bool = False
+    bias: bool = False  # of the linear layers
+    dropout: float = 0.0  # after the embedding and on both branches of a block
+    use_hankel_L: bool = False  # the Hankel matrix of decays of both signs
     use_approx: bool = True  # STU-T; False: the full STU
     use_tensorized: bool = False  # Kronecker filters, min(K, √seq_len)² of them
     use_flash_fft: bool = True  # FlashFFTConv where installed
@@ -547,9 +564,9 @@ class FlashSTUConfig:
     softcap: float = 50.0  # of attention logits; 0 turns it off
     stu_enable_mlp_sandwich: bool = False  # up-project, SiLU, STU at that width, down-project
     stu_mlp_hidden_size: int | None = None  # the sandwich's width; None: n_embd · mlp_scale
-    d_in_tile: int | None = None
+    d_in_tile: int | None = None  # less memory, same result: see STU
     d_out_tile: int | None = None
-    use_gradient_checkpointing: bool = False
+    use_gradient_checkpointing: bool = False  # layers are computed again in the backward pass
     torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters; train with float32 and autocast
 
     def __post_init__(self):
@@ -566,7 +583,7 @@ class FlashSTUConfig:
         for name, right, wanted in (
             ("torch_dtype", self.torch_dtype in floats, "a floating-point dtype"),
             ("use_attn", self.use_stu or self.use_attn, "True where use_stu is False: no layer is left"),
-            ("num_eigh", self.use_tensorized or self.num_eigh <= L, f"<= seq_len = {L}"),
+            ("num_eigh", not self.use_stu or self.use_tensorized or self.num_eigh <= L, f"<= seq_len = {L}"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
             ("softcap", self.softcap >= 0, "at least 0, which turns it off"),
             ("mlp_scale", self.mlp_scale > 0, "positive"),
@@ -642,13 +659,12 @@ class Output(NamedTuple):
         return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
 
 
-# What config.json says to transformers, and what transformers adds to it when it saves (section 7)
+# What config.json says to transformers (section 7)
 HF_CONFIG = {"model_type": "flash_stu", "architectures": ["FlashSTUForCausalLM"]}
 HF_CONFIG["auto_map"] = {
     "AutoConfig": "stu.FlashSTUPretrainedConfig",
     "AutoModelForCausalLM": "stu.FlashSTUForCausalLM",
 }
-HF_FIELDS = {*HF_CONFIG, "dtype", "transformers_version", "use_cache", "tie_word_embeddings"}
 
 
 class FlashSTU(nn.Module):
@@ -731,6 +747,8 @@ class FlashSTU(nn.Module):
         """Yield the next token of every row, [B], one after another; temperature 0 is greedy. With use_cache
         each token costs the same however long the context; without, the whole sequence is computed again.
         Ends early when every row has produced stop_token (rows that have, repeat it)."""
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [batch, length >= 1], got {list(input_ids.shape)}")
         fits = (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
         if max_new_tokens < 0 or temperature < 0 or not fits:
             need = "max_new_tokens >= 0, temperature >= 0, top_k >= 1, 0 < top_p <= 1"
@@ -762,7 +780,7 @@ class FlashSTU(nn.Module):
         if (max_length is None) == (max_new_tokens is None):
             raise ValueError("give max_length (prompt included) or max_new_tokens, one of the two")
         if max_length is not None:
-            max_new_tokens = max_length - input_ids.shape[1]
+            max_new_tokens = max_length - input_ids.shape[-1]
             if max_new_tokens < 0:
                 raise ValueError(f"max_length = {max_length} is below the prompt by {-max_new_tokens} tokens")
         new = [token[:, None] for token in self.stream(input_ids, max_new_tokens, **options)]
@@ -797,7 +815,9 @@ class FlashSTU(nn.Module):
         try:  # whatever goes wrong, `path` is the file that is being read
             values = json.loads(path.read_text(encoding="utf-8"))
             dtype = {"torch_dtype": values.get("dtype", values.get("torch_dtype", "float32"))}
-            ours = {k: v for k, v in values.items() if k not in HF_FIELDS and not k.endswith("_token_id")}
+            known = {f.name for f in fields(FlashSTUConfig)}
+            theirs = "transformers_version" in values  # they write fields of their own
+            ours = {k: v for k, v in values.items() if k in known or not (theirs or k in HF_CONFIG)}
             model = cls(FlashSTUConfig(**(ours | dtype)))
             for path in shards or [weights]:
                 tensors |= load_file(path)
@@ -819,7 +839,7 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
     """Logits [B, V] -> one token a row, [B]. top_p keeps the likeliest tokens that together reach top_p."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

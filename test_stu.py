@@ -400,7 +400,7 @@ def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
     (lambda: STU(4, 4, 8, num_eigh=9), "K = 9"),
     (lambda: STU(4, 4, 8, num_eigh=0), "K = 0"),
     (lambda: STU(4, 4, 8, num_eigh=2.5), "K = 2.5"),
-    (lambda: STU(4, 4, 400, num_eigh=400), "no more than 2.. filters"),
+    (lambda: STU(4, 4, 400, num_eigh=400), "has only 2.. filters"),
     (lambda: STU(0, 4, 8, 4), "d_in"),
     (lambda: STU(4, 4, 8, 4, backend="scan"), "backend"),
     (lambda: STU(4, 4, 8, 4, d_in_tile=0), "d_in_tile"),
