@@ -437,7 +437,8 @@ def demo(lds: LDS, args: argparse.Namespace, figure) -> None:
     (x, y), system = sample(lds, 1, L), solved.to_lds()
     with torch.no_grad():
         stu, recurrence = solved(x), system(x)
-    print(f"\nas a recurrence: {len(system.A)} states, poles {system.A.min():.4f} to {system.A.max():.4f}")
+    states, ends = f"{len(system.A)} states", f"{system.A.min():.4f} to {system.A.max():.4f}"
+    print(f"\nas a recurrence: {states}, {len(system.A) // sizes[0]} for each input, poles {ends}")
     print(f"largest difference between STU and recurrence: {(recurrence - stu).abs().max():.1e}")
     terminal_plot("unseen input", {"the system": y[0, :, 0].tolist(), "the STU": stu[0, :, 0].tolist()})
     phi = get_spectral_filters(L, min(6, K))

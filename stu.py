@@ -104,7 +104,7 @@ def get_spectral_filters(
         sigmas.append(sigma[:K])
     order = np.argsort(-np.concatenate(sigmas), kind="stable")[:K]
     if len(order) < K:
-        raise ValueError(f"length {seq_len} has only {len(order)} filters, far into rounding, got K = {K}")
+        raise ValueError(f"length {seq_len} has only {len(order)} filters that can be found, got K = {K}")
     return torch.from_numpy(np.concatenate(filters, axis=1)[:, order]).to(device=device, dtype=dtype)
 
 
@@ -199,8 +199,8 @@ def lds_scan(u: Tensor, S: Tensor, lds: SpectralLDS, M: Tensor) -> tuple[Tensor,
 
 
 def make_bank(phi: Tensor, use_hankel_L: bool = False) -> tuple[Tensor, SpectralLDS | None]:
-    """Base filters φ [L, K] -> the bank Φ [L, F] and its recurrent form, None where none fits to 1e-6 and fades
-    past L (Kronecker products)."""
+    """Base filters φ [L, K] -> the bank Φ [L, F] and its recurrent form, or None where none fits to 1e-6 and
+    fades past L (Kronecker products)."""
     bank = phi.detach().double().cpu()
     if not use_hankel_L:
         alternating = bank.clone()
@@ -1091,7 +1091,7 @@ def draw(path, contexts, seconds, where):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time this file against the usual route, 90 s on a CPU.")
+    parser = argparse.ArgumentParser(description="Time this file against the usual route, 80 s on a CPU.")
     parser.add_argument("--full", action="store_true", help="with eigh at L = 8192, a minute more on a CPU")
     parser.add_argument("--draw", metavar="FILE", help="only draw the time per token against the context")
     args = parser.parse_args()

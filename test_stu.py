@@ -355,6 +355,29 @@ def test_filters_of_any_scale_have_their_recurrence_and_noise_has_none(scale):
     assert STU(4, 4, 200, precomputed_filters=scale * torch.randn(200, 10)).lds is None
 
 
+@pytest.mark.parametrize("make", [
+    lambda: STU(4, 4, 67, use_tensorized=True), lambda: STU(4, 4, 64, precomputed_filters=torch.randn(64, 4)),
+])  # fmt: skip
+def test_a_recurrence_that_would_not_fade_is_not_taken(make):
+    layer, x = make(), torch.randn(1, 640, 4)
+    assert layer.lds is None and layer(x)[:, 80:].std() < 2
+
+
+def test_a_layer_first_used_in_inference_mode_trains_afterwards():
+    stu._standard_bank.cache_clear()
+    with torch.inference_mode():
+        layer = STU(4, 4, 61)
+        layer.double()
+    layer = STU(4, 4, 61).double()
+    layer(torch.randn(1, 61, 4).double()).sum().backward()
+    with torch.device("meta"):
+        layer = STU(4, 4, 61)
+    layer.load_state_dict(STU(4, 4, 61).state_dict(), assign=True)
+    with torch.inference_mode():
+        layer(torch.randn(1, 61, 4))
+    layer(torch.randn(1, 61, 4)).sum().backward()
+
+
 def test_precomputed_filters_are_used():
     phi, x, own = get_spectral_filters(60, 10), torch.randn(1, 60, 4), STU(4, 4, 60, 10)
     for filters, expected in ((phi, own(x)), (-phi, -own(x)), (make_bank(-phi), -own(x))):
@@ -405,6 +428,7 @@ def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
     (lambda: STU(4, 4, 8, 4, backend="scan"), "backend"),
     (lambda: STU(4, 4, 8, 4, d_in_tile=0), "d_in_tile"),
     (lambda: STU(4, 4, 8, precomputed_filters=torch.ones(7, 3)), "seq_len = 8"),
+    (lambda: STU(4, 4, 9, precomputed_filters=make_bank(torch.ones(8, 3))), "seq_len is 9"),
     (lambda: STU(4, 4, 8, 4)(torch.ones(1, 8, 5)), "4 channels"),
     (lambda: STU(4, 4, 8, 4)(torch.ones(8, 4)), "batch"),
     (lambda: STU(4, 4, 8, 4)(torch.ones(1, 0, 4)), "length"),
@@ -500,6 +524,18 @@ def test_attention_depends_on_distance_not_on_position():
     assert relative_error(attention(x[:, 10:])[:, 8:], attention(x)[:, 18:]) < 1e-5
     empty = torch.zeros(1, 4, 0, 8).double()  # no keys: a stream that begins after so many tokens
     assert relative_error(attention(x, (empty, empty, 10**8), use_cache=True)[0], attention(x)) < 1e-5
+
+
+def test_attention_has_the_gradients_of_finite_differences():
+    x = torch.randn(1, 6, 8, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(SlidingWindowAttention(8, 2, 3).double(), x)
+
+
+def test_the_state_of_a_long_piece_is_as_small_as_its_window():
+    for layer in (SlidingWindowAttention(8, 1, 4), STU(8, 8, 68, use_tensorized=True)):
+        _, state = layer(torch.randn(1, 2000, 8), use_cache=True)
+        tensors = [state] if torch.is_tensor(state) else state[:2]
+        assert all(t.untyped_storage().nbytes() == 4 * t.numel() for t in tensors)
 
 
 @pytest.mark.parametrize("window", [-1, 2.5, (4, 1), (-1, -1), (4, 0, 0)])

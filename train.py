@@ -5,7 +5,7 @@ Train a Flash STU language model: one CPU, one GPU, or many.
     torchrun --nproc_per_node=2 train.py         the same on two processes; --engine fsdp shards the model
     python train.py --preset 125M --data data/fineweb-edu-o200k_base --out_dir runs/125M
     python train.py --sample "def "              write from the run's last checkpoint; needs nothing else
-    python train.py --draw runs/a,runs/b         the losses of several runs in one picture
+    python train.py --draw runs/a,runs/b --out_dir runs         the losses of several runs in one picture
 
 Every setting below is a flag: --name value. The run folder (--out_dir) receives config.json, log.jsonl,
 loss.png, checkpoints and the finished model. The same command again continues from the last checkpoint,
@@ -68,7 +68,7 @@ defaults = {  # a tuple: the choices, the first is the default
     "grad_clip": 1.0,  # the norm that a longer gradient is cut to
     "max_skipped": 5,  # steps in a row whose loss or gradient is not finite; then the run ends
     # machine
-    "device": "auto",  # cuda, mps or cpu; meta: one step without memory, to try a preset's shapes
+    "device": ("auto", "cuda", "mps", "cpu", "meta"),  # meta: a step without memory, to try a preset's shapes
     "dtype": ("auto", "float32", "bfloat16", "float16"),  # of autocast; auto: 16 bits on CUDA, else float32
     "compile": ("auto", "true", "false"),  # auto: on CUDA
     "engine": ("ddp", "fsdp"),  # of several processes: each holds the model, or a part of it
@@ -113,6 +113,9 @@ intervals = ("eval_interval", "log_interval", "checkpoint_interval")
 for name in ("seq_len", "steps", "batch_size", "eval_sequences", *intervals):
     if getattr(s, name) < 1:
         parser.error(f"--{name} must be at least 1, got {getattr(s, name)}")
+for name in ("lr", "muon_lr"):
+    if getattr(s, name) <= 0:
+        parser.error(f"--{name} must be positive, got {getattr(s, name)}")
 run = Path(s.out_dir)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,6 +185,7 @@ def draw_losses(folders):
     axis.grid(alpha=0.3)
     run.mkdir(parents=True, exist_ok=True)
     figure.savefig(run / "loss.png")
+    say(f"the picture: {run / 'loss.png'}")
 
 
 def checkpoints():
@@ -458,8 +462,10 @@ if main:
         write_atomically(log_path, lambda f: f.write("".join(lines if saved else []).encode()))
 wandb = None
 if s.wandb and main:
-    import wandb
-
+    try:
+        import wandb
+    except ImportError:
+        stop("--wandb needs Weights & Biases: pip install wandb")
     wandb.init(project=s.wandb, id=run.name, config=vars(s), resume="allow")
 
 
