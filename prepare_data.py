@@ -232,6 +232,8 @@ def prepare(
     sources, folder, tok = sources or ["stdlib"], Path(out), get_tokenizer(tokenizer)
     hub, default_fraction = HUB.get(" ".join(sources), (None, 0.1))
     val_fraction = default_fraction if val_fraction is None else val_fraction
+    if shard_tokens < 1:
+        raise SystemExit(f"--shard_tokens must be at least 1, got {shard_tokens}")
     if not 0 < val_fraction < 1:
         raise SystemExit(f"--val_fraction must lie between 0 and 1, got {val_fraction}")
 

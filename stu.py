@@ -1095,6 +1095,8 @@ def main():
     parser.add_argument("--full", action="store_true", help="with eigh at L = 8192, a minute more on a CPU")
     parser.add_argument("--draw", metavar="FILE", help="only draw the time per token against the context")
     args = parser.parse_args()
+    if args.draw:
+        open(args.draw, "ab").close()  # fails before the work, not after it
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"

@@ -5,7 +5,7 @@ Train a Flash STU language model: one CPU, one GPU, or many.
     torchrun --nproc_per_node=2 train.py         the same on two processes; --engine fsdp shards the model
     python train.py --preset 125M --data data/fineweb-edu-o200k_base --out_dir runs/125M
     python train.py --sample "def "              write from the run's last checkpoint; needs nothing else
-    python train.py --draw runs/a,runs/b --out_dir runs         the losses of several runs in one picture
+    python train.py --draw runs/a,runs/b --out_dir runs    the losses of several runs in one picture
 
 Every setting below is a flag: --name value. The run folder (--out_dir) receives config.json, log.jsonl,
 loss.png, checkpoints and the finished model. The same command again continues from the last checkpoint,
