@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stu import STU, SlidingWindowAttention, get_spectral_filters, spectral_lds
+from stu import STU, FilterBank, SlidingWindowAttention, get_spectral_filters
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The system to learn
@@ -160,8 +160,10 @@ class MiniSTU(nn.Module):
         self.seq_len, self.num_filters = seq_len, num_filters
         self.input_dim, self.output_dim = input_dim, output_dim
         self.bank = white_filters(phi, use_hankel_L)  # [L, F] float64
-        self.lds = spectral_lds(self.bank, n_pairs=40, block=32, fade=1e-6)  # 80 states give 1e-4, and speed
-        options = {"precomputed_filters": (self.bank, self.lds), "backend": routes[backend]}
+        bank = FilterBank(
+            self.bank, n_pairs=40, chunk=32, fade=1e-6, tolerance=math.inf
+        )  # 80 states give 1e-4, and speed
+        options = {"precomputed_filters": bank, "backend": routes[backend]}
         self.stu = STU(input_dim, output_dim, seq_len, use_approx=False, **options)
         hidden = [mlp_hidden_dim or 2 * output_dim] * (mlp_num_layers - 1)
         widths, layers = [output_dim, *hidden, output_dim], []
@@ -208,7 +210,7 @@ class MiniSTU(nn.Module):
         if len(self.mlp):
             raise ValueError("to_lds converts the linear model; one with use_mlp=True is no linear system")
         L, M = self.seq_len, self.stu.M.double().cpu()
-        poles = self.lds.powers[1].diagonal()
+        poles = self.stu.bank.lds.powers[1].diagonal()
         far = L * 40 ** torch.linspace(0, 1, 301, dtype=torch.float64)
         t = torch.cat([torch.arange(L), far[:-1].round()])
         weight = torch.cat([torch.ones(L), 1e-6 * far.diff().sqrt()])

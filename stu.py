@@ -2,7 +2,7 @@
 Flash STU in one file: spectral transform units and sliding-window attention, from filters to language model.
 
     from stu import STU    one layer, [B, T, d_in] -> [B, T, d_out]; needs torch and numpy, nothing else
-    python stu.py          times this file against the usual route on your machine, with the errors of both
+    python test_stu.py     times this file against the usual route on your machine, with the errors of both
 
 The idea. A linear dynamical system with state matrix eigenvalue α answers an impulse with 1, α, α², ... To
 learn such systems without learning α, filter the input with the few signals that span all of these decays at
@@ -15,22 +15,22 @@ The letters, everywhere in this file:
     B batch    T length of this input    L seq_len, the length of the filters    d, d_in, d_out channels
     K  number of eigenvectors φ_1..φ_K of the Hankel matrix Z (`num_eigh`), each a signal of length L
     Φ  the filter bank [L, F]: F = 2K filters φ_k(t), (-1)^t φ_k(t); Hankel-L has both signs inside: F = K
-    A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
-    S  the state of that system, [B, n, d]: everything that an STU layer remembers of its past
     M  what is learned, [F, d_in, d_out]: the matrix M_f takes the output of filter f to the layer's output;
        in STU-T  M_f = M_inputs · diag(M_filters[f])
+    A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
+    S  the state of that system, [B, n, d]: everything that an STU layer remembers of its past
     w  attention window: a token sees itself and the w tokens before it; [B, H, T, hd] are H heads of size hd
 F is also torch.nn.functional, as everywhere.
 """
 
-import argparse
 import functools
+import inspect
 import json
 import math
 import os
-import time
-from collections.abc import Iterator
+import typing
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fft import irfft, rfft
 from torch.utils.checkpoint import checkpoint
 
 try:  # optional, CUDA only; every use below has a plain PyTorch form that gives the same result
@@ -49,18 +50,45 @@ try:
 except ImportError:
     FlashFFTConv = None
 
-
 HALF = (torch.float16, torch.bfloat16)
+SETTINGS = {  # annotation -> what may be given for it, the least value, how that is called
+    bool: ((bool, np.bool_), False, "True or False"),
+    int: (Integral, 1, "a positive integer"),
+    float: (Real, 0, "a finite number >= 0"),
+}
 
 
-def on_cuda(t: Tensor) -> bool:  # the one switch to the CUDA routes, so that a test can throw it on a CPU
+def on_cuda(t):  # the one switch to the CUDA routes, so that a test can throw it on a CPU
     return t.is_cuda
+
+
+def checked(function):
+    """The one door for settings: what is annotated bool, int or float arrives as exactly that (numpy's
+    numbers too), or ValueError says what is wrong. A default is right as it is: None, where there is one."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        for name, value in given.items():
+            parameter = signature.parameters[name]
+            kind = (typing.get_args(parameter.annotation) or [parameter.annotation])[0]  # of int | None: int
+            if kind in SETTINGS and value is not parameter.default:
+                types, least, wanted = SETTINGS[kind]
+                number = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
+                if not number or not least <= value < math.inf:
+                    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+                given[name] = kind(value)
+        return function(**given)
+
+    return call
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The filters: eigenvectors of a Hankel matrix that is never built
 #
-# Z_ij = 2 / ((i+j)^3 - (i+j)) = ∫_0^1 (1-α)^2 α^(i+j-2) dα is a sum over decays α of rank-one terms.
+# Z_ij = 2 / ((i+j)^3 - (i+j)) = ∫_0^1 (1-α)² α^(i+j-2) dα, i, j = 1..L, is a sum over decays α of rank-one
+# terms; Hankel-L is that over decays of both signs, Z_ij = ∫_-1^1 (1-α²)² α^(i+j-2) dα (2312.06837, appendix).
 # Substitute α = exp(-e^x), and the trapezoid rule over x converges exponentially: Z = G Gᵀ with one column of
 # G for each decay, G[t, m] = √w_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z.
 # This matters: the eigenvalues of Z fall below 1e-16 of the largest after 16 filters (L = 40) to 20 (128),
@@ -68,475 +96,481 @@ def on_cuda(t: Tensor) -> bool:  # the one switch to the CUDA routes, so that a 
 # filter of norm 1 is right to 1e-5 for K up to 24 at L = 40, up to 27 at L = 64. Later ones are noise too.
 
 
-def get_hankel(seq_len: int, use_hankel_L: bool = False) -> Tensor:
-    """The matrix Z itself, [L, L] float64, to check with (2312.06837; Hankel-L: its appendix)."""
-    i_plus_j = torch.arange(1, seq_len + 1, dtype=torch.float64)[:, None] + torch.arange(1, seq_len + 1)
-    if use_hankel_L:  # ∫_-1^1 (1-α²)² α^(i+j-2) dα: decays of both signs
-        return ((-1) ** i_plus_j + 1) * 8 / ((i_plus_j + 3) * (i_plus_j - 1) * (i_plus_j + 1))
-    return 2 / (i_plus_j**3 - i_plus_j)
-
-
-def get_spectral_filters(
-    seq_len: int, K: int, use_hankel_L: bool = False, device=None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+@checked
+def get_spectral_filters(seq_len: int, K: int, use_hankel_L: bool = False, device=None, dtype=torch.float32):
     """The top K eigenvectors of Z, leading one first, each times (its eigenvalue)^¼ (the papers' scale):
     [seq_len, K]. Computed in float64 from G, in O(seq_len) memory: 4 GB at 2^20."""
-    if not (isinstance(seq_len, int) and isinstance(K, int) and 1 <= K <= seq_len):
-        raise ValueError(f"need integers 1 <= K <= seq_len, got K = {K} filters for seq_len = {seq_len}")
-    slowest = max(-12 - math.log(seq_len), -21)
-    rate = np.exp(np.arange(3.8, slowest, -0.1))  # [m]: -ln α = e^x at m nodes x, from 45 to 6e-6 / L
+    if K > seq_len or not dtype.is_floating_point:
+        raise ValueError(f"need K <= seq_len and a floating-point dtype, got {K = }, {seq_len = }, {dtype}")
+    # -ln α = e^x at nodes x. The slowest: over L steps nothing of α^t is lost (1 - e^-12), or so near to 1
+    # that (1-α)² w, of order (e^-21)³, is nothing in float64
+    rate = np.exp(np.arange(3.8, max(-12 - math.log(seq_len), -21), -0.1))  # [m]
     root_w = np.sqrt(0.1 * rate * np.exp(-rate))  # w = |dα| = e^x α dx, in steps dx = 0.1
-    if use_hankel_L:  # entries of odd i+j vanish: an eigenvector lives on the even lags or on the odd lags
-        step, weight = (
-            2,
-            -math.sqrt(2) * root_w * np.expm1(-2 * rate),
-        )  # one column for α and -α: √(2w) (1-α²)
-    else:
-        step, weight = 1, -root_w * np.expm1(-rate)  # √w (1-α)
-    filters, sigmas = [], []
+    step = 2 if use_hankel_L else 1  # one column for α and -α; a filter lives on the even or on the odd lags
+    weight = -root_w * np.expm1(-step * rate) * step**0.5  # √w (1-α), Hankel-L: √(2w) (1-α²)
+    found = []  # (eigenvalue^½, filter)
     for first in range(min(step, seq_len)):
         lags = np.arange(first, seq_len, step)
         Q, R = torch.linalg.qr(torch.from_numpy(np.exp(-lags[:, None] * rate) * weight))  # of G, O(L m²)
         U, sigma, _ = np.linalg.svd(R.numpy())  # [m, m]: G = (Q U) diag(σ) Vᵀ
         phi = np.zeros((seq_len, len(sigma[:K])))
         phi[lags] = Q.numpy() @ U[:, :K] * sigma[:K] ** 0.5  # √σ = λ^¼
-        filters.append(phi * np.where(phi[first] < 0, -1.0, 1.0))  # positive at the first lag
-        sigmas.append(sigma[:K])
-    order = np.argsort(-np.concatenate(sigmas), kind="stable")[:K]
-    if len(order) < K:
-        raise ValueError(f"length {seq_len} has only {len(order)} filters that can be found, got K = {K}")
-    return torch.from_numpy(np.concatenate(filters, axis=1)[:, order]).to(device=device, dtype=dtype)
+        found += zip(sigma, (phi * np.where(phi[first] < 0, -1, 1)).T)  # positive at the first lag
+    found = sorted(found, key=lambda pair: -pair[0])[:K]
+    if len(found) < K:
+        raise ValueError(f"length {seq_len} has only {len(found)} filters that can be found, got K = {K}")
+    return torch.from_numpy(np.stack([phi for _, phi in found], axis=1)).to(device=device, dtype=dtype)
 
 
+@checked
 def get_tensorized_spectral_filters(
-    n: int, k: int, use_hankel_L: bool = False, device=None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Kronecker products φ_i ⊗ φ_j of k' = min(k, s) filters of length s = ⌈√(n-2)⌉ (as published:
-    rows past s² are zero): [n, k'^2]."""
-    if n < 1 or k < 1:
-        raise ValueError(f"need at least one filter of length at least 1, got k = {k}, n = {n}")
-    s = max(1, math.ceil(math.sqrt(max(n - 2, 0))))
-    small = get_spectral_filters(s, min(k, s), use_hankel_L, dtype=torch.float64)
-    bank = torch.kron(small, small)[:n]  # [min(s², n), k'²]
+    n: int, k: int, use_hankel_L: bool = False, device=None, dtype=torch.float32
+):  # fmt: skip
+    """Kronecker products φ_i ⊗ φ_j of k' = min(k, side) filters of length side = ⌈√(n-2)⌉ (as published:
+    rows past side² are zero): [n, k'^2]."""
+    side = max(1, math.ceil(max(n - 2, 0) ** 0.5))
+    small = get_spectral_filters(side, min(k, side), use_hankel_L, dtype=torch.float64)
+    bank = torch.kron(small, small)[:n]  # [min(side², n), k'²]
     return F.pad(bank, (0, 0, 0, n - len(bank))).to(device=device, dtype=dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The same filters as a linear dynamical system
-#
-# Every filter is a mixture of decays, so a bank of them is the impulse response of one system with poles ±α:
-#     S_t = A S_{t-1} + b u_t,   y_t = C S_t,   that is   Φ[t] = C A^t b.
-# With the textbooks' diagonal A the states of slow poles are large, nearly equal, and cancel in y: in float32
-# the weakest filters are lost. We keep the poles and take orthonormal coordinates (the Takenaka-Malmquist
-# basis): a chain of all-pass sections, one for each pole p. A section holds one number s of the state; a
-# signal v enters it and a signal z leaves for the next section, the first v being the input u:
-#     s ← p s + √(1-p²) v,     z = √(1-p²) s - p v     (the old s in both).
-# The n states answer an impulse with orthonormal signals ψ(t) = A^t b on t = 0..∞, so |C_f| is the norm of
-# filter f over all t, never large, and a float32 state reproduces the layer's convolution to 1e-6.
-# Orthonormality also gives the energy beyond lag L in closed form, Σ_{t>=L} ψ(t) ψ(t)ᵀ = A^L A^Lᵀ. So the
-# least-squares fit of the filters on t < L, with a penalty `fade`² on the energy past L (where the filters
-# are undefined, and their natural continuation grows), is one small linear solve.
+def both_signs(phi):
+    """φ [L, K] -> the bank Φ = [φ, (-1)^t φ], [L, 2K]."""
+    return torch.cat([phi, (-1.0) ** torch.arange(len(phi), device=phi.device)[:, None] * phi], dim=1)
 
 
-class SpectralLDS(NamedTuple):
-    powers: Tensor  # A^0 .. A^block: [block + 1, n, n]
-    b: Tensor  # [n]
-    C: Tensor  # [F, n]
-    error: float  # max |Φ[t, f] - C_f A^t b| over t < L
+def stu_formula(x, phi, M):
+    """The layer as the papers define it (2312.06837, section 2; 2409.10489, equation 1), slow and obvious.
 
-
-def spectral_lds(filters: Tensor, n_pairs: int = 0, block: int = 64, fade: float = 1e-5) -> SpectralLDS:
-    """The system (A, b, C) of n = 2 n_pairs states that answers an impulse with `filters` [L, F], then fades.
-
-    0 pairs: as many as fit spectral filters of any K to 1e-7 (tried: 128 at L = 8192, 48 at 2^19). block: how
-    many powers of A to make for lds_scan. Float64; diag(A) are the poles."""
-    L = len(filters)
-    n = 2 * (n_pairs or max(56, round(5 * math.log(8 * L))))
-    rate = np.exp(np.linspace(-math.log(L), math.log(8), n // 2))  # memories from L steps to 1/8 step
-    A, b = np.zeros((n, n)), np.zeros(n)
-    v_state, v_input = np.zeros(n), 1.0  # v = v_state · S + v_input u: what enters section i
-    for i, p in enumerate(np.stack([np.exp(-rate), -np.exp(-rate)], axis=1).ravel()):
-        gain = math.sqrt((1 - p) * (1 + p))
-        A[i], b[i] = gain * v_state, gain * v_input
-        A[i, i] = p
-        v_state, v_input = -p * v_state, -p * v_input  # z, the v of section i + 1
-        v_state[i] = gain
-    psi, power = b[:, None], A  # [n, 1]: ψ(0)
-    while psi.shape[1] < L:  # ψ(t + s) = A^s ψ(t), doubling s
-        psi, power = np.concatenate([psi, power @ psi], axis=1), power @ power
-    psi, A_L = psi[:, :L], np.linalg.matrix_power(A, L)  # [n, L], [n, n]
-    filters = filters.double().cpu().numpy()
-    C = np.linalg.solve(np.eye(n) - (1 - fade**2) * A_L @ A_L.T, psi @ filters).T
-    powers = np.stack([np.linalg.matrix_power(A, i) for i in range(block + 1)])
-    error = np.abs(psi.T @ C.T - filters).max().item()
-    return SpectralLDS(*(torch.from_numpy(a) for a in (powers, b, C)), error)
-
-
-def lds_scan(u: Tensor, S: Tensor, lds: SpectralLDS, M: Tensor) -> tuple[Tensor, Tensor]:
-    """The convolution as a recurrence over blocks, from state S: for input in pieces and past seq_len.
-
-    u [B, T, d], S [B, n, d] -> y [B, T, d_out], S after the last input. With M [F, d] (STU-T) channel c is
-    filtered by Σ_f M[f, c] Φ_f and d_out = d; with M [F, d, d_out] (full STU) every filter output has its own
-    matrix."""
-    powers, b, C, _ = lds
-    block = min(u.shape[1], len(powers) - 1)
-    psi = powers[:block] @ b  # [block, n], ψ(t) = A^t b
-    blocks = []  # of each, its inputs (zeros after the last) and the state S before it: [B, block + n, d]
-    for piece in u.split(block, dim=1):
-        r = piece.shape[1]
-        blocks.append(torch.cat([F.pad(piece, (0, 0, 0, block - r)), S], dim=1))
-        S = powers[r] @ S + psi[:r].flip(0).T @ piece  # A^r S + Σ_i A^(r-1-i) b u_i: [n, r] @ [B, r, d]
-    # Within a block y_t = Σ_{s<=t} C A^(t-s) b u_s + C A^(t+1) S: one matrix for inputs and state
-    lag = torch.arange(block, device=u.device)[:, None] - torch.arange(block, device=u.device)
-    toeplitz = (psi @ C.T)[lag.clamp(min=0)] * (lag >= 0)[..., None]  # [t, s, F]
-    to_filters = torch.cat([toeplitz.transpose(1, 2), C @ powers[1 : block + 1]], dim=2)  # [t, F, block + n]
-    if M.ndim == 2:  # all blocks at once: [blocks, B, block, d]
-        to_outputs = torch.einsum("tfs,fd->tsd", to_filters, M)
-        y = torch.einsum("tsd,jbsd->jbtd", to_outputs, torch.stack(blocks)).unbind()
-    else:  # one by one, for the filter outputs of a block are large: [B, block, F·d] @ [F·d, d_out]
-        y = [torch.einsum("tfs,bsd->btfd", to_filters, v).flatten(2) @ M.flatten(0, 1) for v in blocks]
-    return torch.cat(y, dim=1)[:, : u.shape[1]], S
-
-
-def make_bank(phi: Tensor, use_hankel_L: bool = False) -> tuple[Tensor, SpectralLDS | None]:
-    """Base filters φ [L, K] -> the bank Φ [L, F] and its recurrent form, or None where none fits to 1e-6 and
-    fades past L (Kronecker products)."""
-    bank = phi.detach().double().cpu()
-    if not use_hankel_L:
-        alternating = bank.clone()
-        alternating[1::2] *= -1
-        bank = torch.cat([bank, alternating], dim=1)
-    lds = spectral_lds(bank)
-    past_L = (lds.C @ torch.linalg.matrix_power(lds.powers[1], len(bank))).norm(dim=1).max()
-    fits = lds.error < 1e-6 * bank.abs().max() and past_L < 0.05 * bank.norm(dim=0).max()
-    return bank, lds if fits else None
-
-
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _standard_bank(seq_len, K, use_hankel_L, use_tensorized):
-    make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
-    return make_bank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
+    x [B, T, d_in], filters phi [>= T, K], M [2K, d_in, d_out] = M⁺_1..M⁺_K, M⁻_1..M⁻_K -> y [B, T, d_out]:
+        y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk,  U⁺_tk = Σ_i φ_k(i) x_{t-i},  U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
+    All that follows computes the same, faster. Hankel-L has no second branch: give M [K, d_in, d_out]."""
+    bank, y = both_signs(phi)[:, : len(M)], []  # [L, F]
+    for t in range(x.shape[1]):
+        past = x[:, : t + 1].flip(1)  # x_t, x_{t-1}, ..., x_0: [B, t + 1, d_in]
+        U = torch.einsum("if,bid->bfd", bank[: t + 1], past)
+        y.append(torch.einsum("bfd,fdo->bo", U, M))
+    return torch.stack(y, dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. The same filters as a convolution: FFT over the whole sequence, for training
+# 2. The same as a convolution: FFT over the whole sequence, for training
 #
-# y_t = Σ_{s<=t} h_{t-s} u_s for t < T needs an FFT of at least 2T - 1 points, or its end wraps around.
+# y_t = Σ_i h_i u_{t-i} for t < T needs an FFT of at least 2T - 1 points, or its end wraps around.
 
 
-def fft_size(n: int) -> int:
+def fft_size(n):
     """The smallest 2^a, 3·2^a, 5·2^a, 9·2^a or 15·2^a that is >= n: the lengths on which FFTs are fast."""
     return min(m << max(0, math.ceil(math.log2(n / m))) for m in (1, 3, 5, 9, 15))
 
 
-class _FFTConv(torch.autograd.Function):
-    """Causal convolution of each channel: u [B, d, T], h [d, <= T] -> [B, d, T]. The backward is one more
-    rfft and two irffts (PyTorch's own derivative of rfft runs a full complex FFT of twice the work)."""
+class FFTConv(torch.autograd.Function):
+    """u [B, d, T], h [d, <= T] -> y [B, d, T], y_f = u_f · h_f; the spectra at n points are given conjugated.
+
+    PyTorch's derivative of rfft is a complex FFT; the backward here is one rfft and two irffts. The spectra
+    are arguments, so that the derivative of this derivative (of any order) finds its way through them."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, u, h, n):
-        ctx.n, ctx.lengths = n, (u.shape[-1], h.shape[-1])
-        u_f, h_f = torch.fft.rfft(u, n=n), torch.fft.rfft(h, n=n)
-        y = torch.fft.irfft(u_f * h_f, n=n)[..., : u.shape[-1]]
-        ctx.save_for_backward(u_f.conj_physical_(), h_f.conj_physical_())  # in place: no second spectrum
-        return y
+    def forward(u, h, u_conj, h_conj, n):
+        return irfft((u_conj * h_conj).conj_physical_(), n=n)[..., : u.shape[-1]]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output):
+        u, h, u_conj, h_conj, n = inputs
+        ctx.sizes = u.shape[-1], h.shape[-1], n
+        ctx.save_for_backward(u_conj, h_conj)
+
+    @staticmethod
     def backward(ctx, grad):
-        u_conj, h_conj = ctx.saved_tensors
-        grad_f = torch.fft.rfft(grad, n=ctx.n)
-        grad_u = torch.fft.irfft(grad_f * h_conj, n=ctx.n)[..., : ctx.lengths[0]]
-        grad_h = torch.fft.irfft(grad_f.mul_(u_conj).sum(0), n=ctx.n)[..., : ctx.lengths[1]]
-        return grad_u, grad_h, None
+        (u_conj, h_conj), (T, T_h, n) = ctx.saved_tensors, ctx.sizes
+        grad_f = rfft(grad, n=n)
+        grad_u = irfft(grad_f * h_conj, n=n)[..., :T]
+        grad_h = irfft((grad_f * u_conj).sum(0), n=n)[..., :T_h]
+        return grad_u, grad_h, None, None, None
 
 
-def fft_conv(u: Tensor, h: Tensor, tile: int | None = None) -> Tensor:
-    """The same, at most `tile` channels at a time, and so few that the CPU's cache holds their spectra: up to
-    1.7 times faster."""
+def fft_conv(u, h, tile=None):
+    """Causal convolution of each channel: u [B, d, T], h [d, <= T] -> [B, d, T]; at most `tile` channels at a
+    time, and so few that the CPU's cache holds their spectra: up to 1.7 times faster."""
     n = fft_size(u.shape[-1] + h.shape[-1] - 1)
-    size = max(1, min(tile or u.shape[1], (2**24 if u.is_cuda else 2**20) // max(1, len(u) * n)))
-    pieces = zip(u.split(size, dim=1), h.split(size))
-    return torch.cat([_FFTConv.apply(*piece, n) for piece in pieces], dim=1)
+    size = max(1, min(tile or u.shape[1], (2**24 if u.is_cuda else 2**20) // (len(u) * n)))
+    tiles = zip(u.split(size, dim=1), h.split(size))
+    return torch.cat(
+        [FFTConv.apply(*pair, *(rfft(t, n=n).conj_physical_() for t in pair), n) for pair in tiles], 1
+    )
 
 
-def full_conv(x: Tensor, filters: Tensor, M: Tensor, block: int = 64) -> Tensor:
+def piece_by_piece(function, *tensors):
+    """[function(a_i, b_i, ...) for the pieces a_i, b_i, ... of `tensors`]; where there are several, each is
+    computed again in the backward pass, so that what it makes on the way exists for one piece at a time."""
+    if len(tensors[0]) > 1 and torch.is_grad_enabled():
+        function = functools.partial(checkpoint, function, use_reentrant=False)
+    return [function(*pieces) for pieces in zip(*tensors)]
+
+
+def full_conv(x, filters, M, band=64):
     """Σ_f (Φ_f * x) M_f for x [B, T, d_in], filters [<= T, F], M [F, d_in, d_out] -> [B, T, d_out].
 
     At each frequency ω the layer is one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in]
-    are never formed. The matrices are made for `block` frequencies at a time, and again for the backward
-    pass. Real and imaginary parts (index c) are kept apart: M is real, and complex products would cost twice
-    as much."""
+    are never formed. These matrices are made for `band` frequencies at a time."""
 
-    def mix(x_f, filters_f):  # [block, 2, B, d_in], [block, 2, F] -> [block, B, d_out, 2]
-        matrices = torch.einsum("kcf,fio->kcio", filters_f, M)
-        by_re, by_im = (x_f.flatten(1, 2)[:, None] @ matrices).unflatten(2, x_f.shape[1:3]).unbind(1)
-        return torch.stack([by_re[:, 0] - by_im[:, 1], by_re[:, 1] + by_im[:, 0]], dim=-1)
+    def mix(x_f, filters_f):  # [band, B, d_in], [2, band, F] -> [band, B, d_out]
+        matrices = torch.complex(*(filters_f @ M.flatten(1)))  # M is real: real and imaginary part apart
+        return x_f @ matrices.unflatten(1, M.shape[1:])
 
     n = fft_size(x.shape[1] + len(filters) - 1)
-    x_f = torch.view_as_real(torch.fft.rfft(x, n=n, dim=1)).permute(1, 3, 0, 2)  # [n/2 + 1, 2, B, d_in]
-    filters_f = torch.view_as_real(torch.fft.rfft(filters, n=n, dim=0)).transpose(1, 2)  # [n/2 + 1, 2, F]
-    run = functools.partial(checkpoint, mix, use_reentrant=False) if torch.is_grad_enabled() else mix
-    y_f = torch.cat([run(*chunk) for chunk in zip(x_f.split(block), filters_f.split(block))])
-    y_f = torch.view_as_complex(y_f).transpose(0, 1)  # [B, n/2 + 1, d_out]
-    return torch.fft.irfft(y_f, n=n, dim=1)[:, : x.shape[1]]
+    x_f = rfft(x, n=n, dim=1).transpose(0, 1)  # [n/2 + 1, B, d_in]
+    filters_f = torch.view_as_real(rfft(filters, n=n, dim=0)).movedim(2, 0)  # [2, n/2 + 1, F]
+    y_f = torch.cat(piece_by_piece(mix, x_f.split(band), filters_f.split(band, dim=1)))
+    return irfft(y_f.transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. The STU layer
+# 3. The STU layer
 #
-# STU:    y = Σ_k (φ_k * x) M⁺_k + Σ_k s·(φ_k * (s·x)) M⁻_k with s_t = (-1)^t
-# Since s·(φ * (s·x)) = (s·φ) * x exactly, the second branch is a convolution with the alternating filter s·φ,
-# and both are one sum over the bank Φ = [φ, s·φ]: y = Σ_f (Φ_f * x) M_f.
+# By the formula above both branches are one sum over the bank Φ = [φ, (-1)^t φ]:  y = Σ_f (Φ_f * x) M_f.
 # STU-T:  M_f = M_inputs · diag(M_filters[f]), hence y = (x M_inputs) * (Φ M_filters): one filter a channel.
 # Each branch has its own rows of M_filters: with shared rows the kernel would be ∝ 1 + (-1)^t, blind to odd
 # lags.
+
+
+class FilterBank:
+    """A bank Φ [L, F] and its form as a recurrence (section 4), None where none fits: one object for all the
+    layers that use it. Kept in float64 on the CPU, never changed; `on` hands out copies."""
+
+    def __init__(self, filters, **fit):
+        self.filters, self.copies = filters.detach().double().cpu(), {}
+        self.lds = fit_recurrence(self.filters, **fit)
+
+    def __getstate__(self):  # for copy.deepcopy and pickle
+        return self.__dict__ | {"copies": {}}
+
+    def on(self, u):
+        """Filters and recurrence for an input u. Never below float32: poles near 1 would coincide."""
+        key = u.device, torch.promote_types(u.dtype, torch.float32)
+        if key in self.copies:
+            return self.copies[key]
+        with torch.inference_mode(False):  # wherever this is called first, one can train afterwards
+            copy = self.filters.to(*key), self.lds and SpectralLDS(*(t.to(*key) for t in self.lds))
+        if type(copy[0]) is Tensor:  # not a fake one, of torch.compile or of a dry run
+            self.copies[key] = copy
+        return copy
+
+
+@functools.lru_cache(maxsize=32)
+def standard_bank(seq_len, K, use_hankel_L, use_tensorized):
+    make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
+    with torch.inference_mode(False), torch.device("cpu"):
+        phi = make(seq_len, K, use_hankel_L, dtype=torch.float64)
+        return FilterBank(phi if use_hankel_L else both_signs(phi))
+
+
+class LayerState(NamedTuple):
+    """What a layer remembers between two pieces of a sequence."""
+
+    tensors: tuple  # [B, ...] each
+    layer: str  # its description: no other layer takes this state
+    seen: int = 0  # attention: inputs so far, padding included
+
+
+def check_mask(mask, batch, length):
+    """attention_mask [batch, >= length], 1 at tokens and 0 at padding -> True and False."""
+    right = mask.ndim == 2 and len(mask) == batch and mask.shape[1] >= length
+    if not right or not (mask.dtype == torch.bool or ((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"attention_mask must be [{batch}, at least {length}], 1 at tokens and 0 at padding, "
+                         f"got {mask.dtype} {list(mask.shape)}")  # fmt: skip
+    return mask.bool()
+
+
+def check_input(layer, x, width, state, mask):
+    """The door of both kinds of layers: x [B, T, width] -> x, zero at padding whatever stood there."""
+    if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != width or not x.is_floating_point():
+        raise ValueError(f"input must be floating-point [batch, length >= 1, {width} channels], "
+                         f"got {x.dtype} {list(x.shape)}")  # fmt: skip
+    if state and (state.layer != layer.extra_repr() or len(state.tensors[0]) != len(x)):
+        raise ValueError(f"the state of {len(state.tensors[0])} sequences in a layer ({state.layer}) does not "
+                         f"fit {len(x)} sequences in a layer ({layer.extra_repr()})")  # fmt: skip
+    if mask is None:
+        return x
+    return x.masked_fill(~check_mask(mask, *x.shape[:2])[:, -x.shape[1] :, None], 0)
 
 
 class STU(nn.Module):
     """Spectral transform unit: [B, T, d_in] -> [B, T, d_out] for any T >= 1, causal. seq_len: filter length.
 
     use_approx=True is STU-T (one filter per channel), False the full STU. use_tensorized takes Kronecker
-    filters, precomputed_filters base filters of your own, [seq_len, K], or a bank and its recurrent form, as
-    make_bank gives them. d_out_tile bounds the channels of one FFT (STU-T), d_in_tile · d_out_tile the
-    matrices made at once (full STU): less memory, same result. A call without a state and with T <= seq_len
-    takes the route `backend`, "fft" (a convolution) or "lds" (a recurrence over blocks); all others recur.
+    filters, precomputed_filters base filters of your own, [seq_len, K], or a FilterBank. d_out_tile bounds
+    the channels of one FFT (STU-T), d_in_tile · d_out_tile the matrices made at once (full STU): less memory,
+    same result. A call without a state and with T <= seq_len takes the route `backend`, "fft" (a convolution),
+    "lds" (a recurrence over chunks) or "auto" (the faster one); all others recur.
 
     stu(x) -> y;  stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size,
-    with state=None first. The state is S [B, n, d_out] (full STU: d_in), or the last seq_len - 1 inputs where
+    with state=None first. The state holds S [B, n, d_out] (full STU: d_in), or the last seq_len inputs where
     no recurrence fits. attention_mask [B, >= T] is 0 where an input is padding, its last column is for the
     last input."""
 
+    @checked
     def __init__(
         self, d_in: int, d_out: int, seq_len: int, num_eigh: int = 24, use_hankel_L: bool = False,
-        use_approx: bool = True, use_tensorized: bool = False,
-        precomputed_filters: Tensor | tuple[Tensor, SpectralLDS | None] | None = None,
-        d_in_tile: int | None = None, d_out_tile: int | None = None,
-        use_flash_fft: bool = True, backend: str = "fft",
+        use_approx: bool = True, use_tensorized: bool = False, precomputed_filters=None,
+        d_in_tile: int | None = None, d_out_tile: int | None = None, use_flash_fft: bool = True, backend="auto",
     ):  # fmt: skip
         super().__init__()
-        if backend not in ("fft", "lds"):
-            raise ValueError(f'backend must be "fft" or "lds", got {backend!r}')
-        if any(size is not None and size < 1 for size in (d_in, d_out, d_in_tile, d_out_tile)):
-            got = f"{d_in}, {d_out}, {d_in_tile}, {d_out_tile}"
-            raise ValueError(f"d_in, d_out, d_in_tile, d_out_tile must be at least 1, got {got}")
-        self.d_in, self.d_out, self.seq_len, self.use_approx = d_in, d_out, seq_len, use_approx
-        self.d_in_tile, self.d_out_tile = d_in_tile, d_out_tile
-        self.use_flash_fft, self.backend = use_flash_fft, backend
         bank = precomputed_filters
         if bank is None:
-            bank = _standard_bank(seq_len, num_eigh, use_hankel_L, use_tensorized)
-        elif torch.is_tensor(bank):
-            if bank.ndim != 2 or len(bank) != seq_len:
-                expected = f"[seq_len, K] with seq_len = {seq_len}"
-                raise ValueError(f"precomputed_filters must be {expected}, got {list(bank.shape)}")
-            bank = make_bank(bank, use_hankel_L)
-        if len(bank[0]) != seq_len:
-            raise ValueError(f"precomputed_filters are of length {len(bank[0])}, seq_len is {seq_len}")
-        self._bank = bank  # (Φ [L, F], its recurrent form or None), float64 on the CPU
-        n_filters = bank[0].shape[1]
+            bank = standard_bank(seq_len, num_eigh, use_hankel_L, use_tensorized)
+        elif isinstance(bank, Tensor):
+            bank = FilterBank(bank if use_hankel_L else both_signs(bank))
+        length, n_filters = bank.filters.shape
+        if length != seq_len or backend not in ("auto", "fft", "lds"):
+            needed = f'precomputed_filters of length seq_len = {seq_len} and backend "auto", "fft" or "lds"'
+            raise ValueError(f"need {needed}, got length {length} and backend {backend!r}")
+        self.d_in, self.d_out, self.seq_len, self.use_approx = d_in, d_out, seq_len, use_approx
+        self.bank, self.backend, self.use_flash_fft = bank, backend, use_flash_fft
+        self.d_in_tile, self.d_out_tile = d_in_tile or d_in, d_out_tile or d_out
         if use_approx:
             self.M_inputs = nn.Parameter(torch.empty(d_in, d_out))
             self.M_filters = nn.Parameter(torch.empty(n_filters, d_out))
         else:
             self.M = nn.Parameter(torch.empty(n_filters, d_in, d_out))
         self.reset_parameters()
-        self._place_filters()
 
     def reset_parameters(self):
         """White input of unit variance gives output of about unit variance, whatever the filters' scales."""
-        energy = self._bank[0].square().sum().item()  # Σ_f |Φ_f|²
+        gain = self.bank.filters.norm().item()  # √ Σ_f |Φ_f|²
         if self.use_approx:
             nn.init.normal_(self.M_inputs, std=self.d_in**-0.5)
-            nn.init.normal_(self.M_filters, std=energy**-0.5)
+            nn.init.normal_(self.M_filters, std=1 / gain)
         else:
-            nn.init.normal_(self.M, std=(self.d_in * energy) ** -0.5)
+            nn.init.normal_(self.M, std=self.d_in**-0.5 / gain)
 
-    def _apply(self, fn, recurse=True):  # what .to, .cuda, .double, ... call
-        super()._apply(fn, recurse)
-        self._place_filters()
-        return self
+    def extra_repr(self):
+        kind, n_filters = "STU-T" if self.use_approx else "full STU", self.bank.filters.shape[1]
+        return f"{kind}, {self.d_in} -> {self.d_out}, {n_filters} filters of length {self.seq_len}"
 
-    @torch.inference_mode(False)  # wherever this is called first, one can train afterwards
-    def _place_filters(self):
-        """The bank goes where the weights are, but never below float32: poles near 1 would coincide."""
-        p = next(self.parameters())
-        to = {"device": p.device, "dtype": torch.promote_types(p.dtype, torch.float32)}
-        filters, lds = self._bank
-        self.filters = filters.to(**to)
-        self.lds = lds and SpectralLDS(*(t.to(**to) for t in lds[:3]), lds.error)
-
-    def forward(self, x: Tensor, state: Tensor | None = None, use_cache: bool = False, attention_mask=None):
-        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.d_in:
-            raise ValueError(f"input must be [batch, length >= 1, {self.d_in} channels], got {list(x.shape)}")
-        if self.filters.device != x.device:  # weights were placed one by one, not by .to: FSDP, transformers
-            self._place_filters()
-        if attention_mask is not None:  # a zero input leaves the zero state as it is: no trace of padding
-            x = x * attention_mask[:, -x.shape[1] :, None].to(x.dtype)
+    def forward(self, x, state=None, use_cache=False, attention_mask=None):
+        x = check_input(self, x, self.d_in, state, attention_mask)
         u, M = (x @ self.M_inputs, self.M_filters) if self.use_approx else (x, self.M)
-        # From here in float32 at least (on CUDA in TF32 if torch.set_float32_matmul_precision says so)
-        dtype, (B, T, d) = u.dtype, u.shape
-        u, M = u.to(self.filters.dtype), M.to(self.filters.dtype)
+        filters, lds = self.bank.on(u)
+        dtype, T, S = u.dtype, u.shape[1], state.tensors[0] if state else None
+        # Operations for a weight of the full STU: 2 d_out by FFT, whatever B; B (n + chunk + d_out) by
+        # recurrence, at 2 to 3 times the speed
+        few = self.backend == "auto" and not self.use_approx and 64 * len(x) <= self.d_out
         with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
-            if self.lds is None:
-                past = u if state is None else torch.cat([state, u], dim=1)
-                y = self._convolve(past, M, dtype)[:, -T:]
-                state = past[:, max(0, past.shape[1] - self.seq_len + 1) :].clone()  # not a view of it all
-            elif state is None and not use_cache and self.backend == "fft" and T <= self.seq_len:
-                y = self._convolve(u, M, dtype)
+            u, M = u.to(filters.dtype), M.to(filters.dtype)  # at least float32 (on CUDA in TF32, if allowed)
+            if lds is None:
+                u = u if S is None else torch.cat([S, u], dim=1)
+                y, S = self.convolve(u, filters, M, dtype)[:, -T:], u[:, -self.seq_len :].clone()
+            elif few or self.backend == "lds" or state or use_cache or T > self.seq_len:
+                y, S = recur(u, S, lds, M)
             else:
-                state = u.new_zeros(B, len(self.lds.b), d) if state is None else state
-                y, state = lds_scan(u, state, self.lds, M)
-        return (y.to(dtype), state) if use_cache else y.to(dtype)
+                y = self.convolve(u, filters, M, dtype)
+        return (y.to(dtype), LayerState((S,), self.extra_repr())) if use_cache else y.to(dtype)
 
-    def _convolve(self, u, M, dtype):
+    def convolve(self, u, filters, M, dtype):
         """Σ_f (Φ_f * u) M_f, with M [F, d] for STU-T; dtype is that of the layer's input."""
-        filters = self.filters[: u.shape[1]]  # [T, F]
-        if M.ndim == 3:
-            share = min(1, (self.d_in_tile or self.d_in) * (self.d_out_tile or self.d_out) / M[0].numel())
-            return full_conv(u, filters, M, block=max(1, int(64 * share)))
-        u, h = u.transpose(1, 2), M.T @ filters.T  # [B, d, T], [d, T]
+        (B, T, d), filters = u.shape, filters[: u.shape[1]]  # [T, F]
+        u = u if B else u.new_zeros(1, T, d)  # FFTs refuse an empty batch
+        if not self.use_approx:
+            band = 64 * self.d_in_tile * self.d_out_tile // (self.d_in * self.d_out)
+            return full_conv(u, filters, M, max(1, band))[:B]
+        u, h = u.transpose(1, 2), M.T @ filters.T  # [B, d, T], [d, <= T]
         if self.use_flash_fft and FlashFFTConv is not None and on_cuda(u) and dtype in HALF:
-            T = u.shape[-1]
-            padded = 1 << max(7, (T - 1).bit_length())  # its FFT has 2 · padded points, a power of two >= 256
-            u, h = (F.pad(t, (0, padded - t.shape[-1])).contiguous() for t in (u.to(dtype), h))
-            return _flash_fft_conv(2 * padded, dtype, u.device)(u, h)[..., :T].transpose(1, 2)
-        return fft_conv(u, h, self.d_out_tile).transpose(1, 2)
+            return flash_fft_conv(u.to(dtype), h).transpose(1, 2)[:B]
+        return fft_conv(u, h, self.d_out_tile).transpose(1, 2)[:B]
 
 
 @functools.lru_cache(maxsize=16)
-def _flash_fft_conv(size, dtype, device):  # not kept in the layer: its buffers would enter the state_dict
+def flash_fft(size, dtype, device):  # not kept in a layer: its buffers would enter the state_dict
     return FlashFFTConv(size, dtype=dtype).to(device)
+
+
+def flash_fft_conv(u, h):
+    """fft_conv by FlashFFTConv, for u in 16 bits: n points, a power of two >= 256; beyond 2^15 of them by 16
+    channels."""
+    T, n, spare = u.shape[-1], 2 ** max(8, (2 * u.shape[-1] - 1).bit_length()), -u.shape[1] % 16
+    u, h = F.pad(u, (0, n // 2 - T, 0, spare)), F.pad(h, (0, n // 2 - h.shape[-1], 0, spare))
+    return flash_fft(n, u.dtype, u.device)(u, h)[:, : u.shape[1] - spare, :T]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. The same filters as a linear dynamical system, for input in pieces and past seq_len
+#
+# Every filter is a mixture of decays, so a bank of them is the impulse response of one system with poles ±α:
+#     S_t = A S_{t-1} + b u_t,   y_t = C S_t,   that is   Φ[t] = C A^t b.
+# With the textbooks' diagonal A the states of slow poles are large, nearly equal, and cancel in y: in float32
+# the weakest filters are lost. We keep the poles and take orthonormal coordinates (the Takenaka-Malmquist
+# basis): a chain of all-pass sections, one for each pole p. Section i holds one number S_i of the state; a
+# signal v_i enters it and v_{i+1} leaves for the next section, the first being the input u:
+#     S_i ← p_i S_i + g_i v_i,     v_{i+1} = g_i S_i - p_i v_i     (the old S_i in both), g_i = √(1-p_i²).
+# Unrolled over the sections, with P_i = Π_{j<i} (-p_j):  A_ij = g_i P_i · g_j / P_{j+1} for j < i,  A_ii = p_i,
+# b_i = g_i P_i. The n states answer an impulse with signals ψ(t) = A^t b that are orthonormal on t = 0..∞, so
+# |C_f| is the norm of filter f over all t, never large, and a float32 state reproduces the layer's
+# convolution to 1e-6. Σ_t ψ(t) ψ(t)ᵀ is I, its part from lag L on A^L A^Lᵀ, the part before it I - A^L A^Lᵀ.
+# So the least-squares fit of the filters on t < L, with a penalty `fade`² on the energy past L (where the
+# filters are undefined, and their natural continuation grows), is one small linear solve.
+
+
+class SpectralLDS(NamedTuple):
+    powers: Tensor  # A^0 .. A^chunk: [chunk + 1, n, n]
+    b: Tensor  # [n]
+    C: Tensor  # [F, n]
+
+
+def fit_recurrence(filters, n_pairs=0, chunk=64, fade=1e-5, tolerance=1e-6):
+    """The system (A, b, C) of n = 2 n_pairs states that answers an impulse with `filters` [L, F], then fades;
+    None where it is wrong by more than `tolerance`, relative to the largest value, or does not fade (5% of
+    the norm at a tolerance of 1e-6), as for Kronecker products. diag(A) are the poles.
+
+    0 pairs: as many as fit spectral filters of any K to 1e-7 (tried: 128 at L = 8192, 48 at 2^19)."""
+    phi, L = filters.numpy(), len(filters)
+    n_pairs = n_pairs or max(56, round(5 * math.log(8 * L)))
+    decay = np.exp(-np.exp(np.linspace(-math.log(L), math.log(8), n_pairs)))  # memories: L to 1/8 steps
+    p = np.stack([decay, -decay], axis=1).ravel()
+    g, P = np.sqrt((1 - p) * (1 + p)), np.cumprod([1, *-p])
+    A, b = np.diag(p) + np.tril(np.outer(g * P[:-1], g / P[1:]), -1), g * P[:-1]
+    powers = np.stack([np.linalg.matrix_power(A, i) for i in range(chunk + 1)])
+    psi = [powers[:-1] @ b]  # [chunk, n]: ψ(t) = A^t b, and then ψ(t + chunk) = A^chunk ψ(t)
+    while len(psi) * chunk < L:
+        psi.append(psi[-1] @ powers[-1].T)
+    psi, A_L = np.concatenate(psi)[:L], np.linalg.matrix_power(A, L)  # [L, n], [n, n]
+    C = np.linalg.solve(np.eye(len(A)) - (1 - fade**2) * A_L @ A_L.T, psi.T @ phi).T
+    error = np.abs(psi @ C.T - phi).max() / np.abs(phi).max()
+    past_L = np.linalg.norm(C @ A_L, axis=1).max() / np.linalg.norm(phi, axis=0).max()
+    if max(error, 2e-5 * past_L) <= tolerance:
+        return SpectralLDS(*map(torch.from_numpy, (powers, b, C)))
+
+
+def recur(u, S, lds, M):
+    """Σ_f (Φ_f * u) M_f as a recurrence over chunks, from state S (None: zero).
+
+    u [B, T, d], S [B, n, d] -> y [B, T, d_out], S after the last input. With M [F, d] (STU-T) channel c is
+    filtered by Σ_f M[f, c] Φ_f and d_out = d; with M [F, d, d_out] (full STU) every filter output has its own
+    matrix."""
+    powers, b, C = lds
+    size = min(u.shape[1], len(powers) - 1)  # of a chunk
+    psi = powers[:size] @ b  # [size, n], ψ(t) = A^t b
+    S = u.new_zeros(len(u), len(b), u.shape[2]) if S is None else S
+    chunks = []  # of each, its inputs (zeros after the last) and the state S before it: [B, size + n, d]
+    for piece in u.split(size, dim=1):
+        r = piece.shape[1]
+        chunks.append(torch.cat([F.pad(piece, (0, 0, 0, size - r)), S], dim=1))
+        S = powers[r] @ S + psi[:r].flip(0).T @ piece  # A^r S + Σ_i A^(r-1-i) b u_i: [n, r] @ [B, r, d]
+    # Within a chunk y_t = Σ_{i<=t} C A^(t-i) b u_i + C A^(t+1) S: one matrix for inputs and state
+    t = torch.arange(size, device=u.device)
+    lag = t[:, None] - t
+    toeplitz = (C @ psi.T)[:, lag.clamp(min=0)] * (lag >= 0)  # [F, t, i]
+    to_filters = torch.cat([toeplitz.transpose(0, 1), C @ powers[1 : size + 1]], dim=2)  # [t, F, size + n]
+    if M.ndim == 2:  # all chunks at once: [chunks, B, size, d]
+        to_outputs = torch.einsum("tfi,fd->tid", to_filters, M)
+        y = torch.einsum("tid,cbid->cbtd", to_outputs, torch.stack(chunks)).unbind()
+    else:  # one by one, for the filter outputs of a chunk are large: [B, size, F·d] @ [F·d, d_out]
+        mix = lambda v: torch.einsum("tfi,bid->btfd", to_filters, v).flatten(2) @ M.flatten(0, 1)
+        y = piece_by_piece(mix, chunks)
+    return torch.cat(y, dim=1)[:, : u.shape[1]], S
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 5. Sliding-window attention
 #
-# Query i sees keys i-w..i. Three routes, one result: flash-attn where installed (16-bit on CUDA),
-# flex_attention in a compiled model on CUDA, else query blocks that look only at the keys they can see:
-# O(T·w), never O(T²).
+# Query i sees keys i-w..i. Two routes, one result: flash-attn where installed (16-bit on CUDA), else tiles of
+# queries that look only at the keys they can see.
 
 
-def rotary(x: Tensor, start: int) -> Tensor:
+def rotary(x, start):
     """Rotate channels (i, i + hd/2) of x [B, H, T, hd] by angles proportional to the position start + t."""
     half = x.shape[-1] // 2
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # float32 drifts past 10^5 tokens
-    inv_freq = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
-    angle = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * inv_freq  # [T, hd/2]
+    rate = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+    angle = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * rate  # [T, hd/2]
     cos, sin = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (angle.cos(), angle.sin()))
-    x1, x2 = x[..., :half], x[..., half:]
+    x1, x2 = x.split(half, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-def windowed_attention(q, k, v, window: int, softcap: float = 0.0, attention_mask=None, block: int = 128):
+def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=128):
     """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i sees key past + i and the `window` keys before it.
 
-    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T], its
-    last column for the last key, is 0 at padding: such a key is seen by its own query only (a softmax over
-    nothing is NaN)."""
+    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, past + T] is False
+    at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in time, and
+    backward too: k and v are cut into tiles once, for the gradient of a slice is as long as what it is of."""
+    q_tiles, y = q.split(tile, dim=2), []
+    cuts = [k.shape[2] - q.shape[2], *(q_i.shape[2] for q_i in q_tiles)]  # the past, then as the queries
+    k_tiles, v_tiles = k.split(cuts, dim=2), v.split(cuts, dim=2)
     if attention_mask is not None:
-        attention_mask = attention_mask[:, None, None, -k.shape[2] :].bool()  # [B, 1, 1, past + T]
-    past, outs = k.shape[2] - q.shape[2], []
-    block = q.shape[2] if q.is_meta else block  # one block where there is no data: faster
-    for start in range(0, q.shape[2], block):
-        q_i = q[:, :, start : start + block]
-        first, end = max(0, past + start - window), past + start + q_i.shape[2]
-        k_i, v_i = k[:, :, first:end], v[:, :, first:end]
-        at = torch.arange(first, end, device=q.device)
-        distance = at[past + start - first :, None] - at  # [rows, keys]
-        visible = (distance >= 0) & (distance <= window)
-        if attention_mask is not None:
-            visible = visible & (attention_mask[..., first:end] | (distance == 0))  # [B, 1, rows, keys]
+        mask_tiles = attention_mask[:, None, None].split(cuts, dim=3)
+    for i, q_i in enumerate(q_tiles):
+        near = slice(max(0, i + 1 - math.ceil(window / tile)), i + 2)  # the tiles that it can see
+        k_i, v_i = torch.cat(k_tiles[near], dim=2), torch.cat(v_tiles[near], dim=2)
+        T, keys = q_i.shape[2], k_i.shape[2]
+        causal = torch.ones(T, keys, dtype=torch.bool, device=q.device).tril(keys - T)
+        visible = causal.triu(keys - T - window)
+        if attention_mask is not None:  # [B, 1, T, keys]
+            visible = visible & torch.cat(mask_tiles[near], dim=3) | causal.triu(keys - T)
         if softcap:
             logits = softcap * torch.tanh(q_i @ k_i.transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap))
             logits = logits.masked_fill(~visible, -torch.inf)
             weights = logits.softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32))
-            outs.append(weights.to(v.dtype) @ v_i)
+            y.append(weights.to(v.dtype) @ v_i)
         else:
-            outs.append(F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible))
-    return torch.cat(outs, dim=2)
+            y.append(F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible))
+    return torch.cat(y, dim=2)
 
 
-WINDOWS = {}  # w -> mask of flex_attention, one object each: torch 2.9 cannot compile one made in forward
-
-
-def add_window(w: int) -> None:
-    WINDOWS.setdefault(w, lambda b, h, i, j: (i >= j) & (i - j <= w))
-
-
-def windowed_flex_attention(q, k, v, window: int, softcap: float):
-    """The same for whole sequences: torch.compile makes window and softcap part of one fused kernel."""
-    # imported here, because that takes seconds
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def cap(logit, b, h, i, j):
-        return softcap * torch.tanh(logit / softcap)
-
-    mask = create_block_mask(WINDOWS[window], None, None, q.shape[2], q.shape[2], device=q.device)
-    return flex_attention(q, k, v, block_mask=mask, score_mod=cap if softcap else None)
-
-
-def check_heads(d_model: int, n_heads: int) -> None:
-    if n_heads < 1 or d_model % (2 * n_heads):
-        fitting = [h for h in range(1, n_heads) if d_model % (2 * h) == 0]
-        advice = f"; {fitting[-1]} would" if fitting else ""
-        raise ValueError(f"n_heads = {n_heads} does not divide width {d_model} into even heads{advice}")
-
-
-def parse_window(window_size: int | tuple[int, int]) -> int:
-    """An int w, or flash-attn's (w, 0), -> w."""
-    left, *right = window_size if isinstance(window_size, (tuple, list)) else (window_size, 0)
-    if not isinstance(left, int) or left < 0 or right != [0]:
+def check_attention(width, n_heads, window_size):
+    """What attention demands of its sizes -> the window w, given as that or as flash-attn's (w, 0)."""
+    w, *right = window_size if isinstance(window_size, (tuple, list)) else (window_size, 0)
+    if not isinstance(w, Integral) or isinstance(w, bool) or w < 0 or right != [0]:
         raise ValueError(f"window_size must be w >= 0 or (w, 0), w tokens before: got {window_size!r}")
-    return left
+    if width % (2 * n_heads):
+        raise ValueError(f"n_heads = {n_heads} does not divide width {width} into heads of even width")
+    return int(w)
 
 
 class SlidingWindowAttention(nn.Module):
     """Causal multi-head attention over the last `window_size` tokens and oneself, [B, T, d] -> [B, T, d].
 
-    Rotary positions, RMS-normalised q and k. attn(x, state, use_cache=True) -> (y, state); the state is (k,
-    v) [B, H, <= w, hd] of the last w tokens and the number of tokens seen. attention_mask [B, >= keys] is 0
-    at padding, its last column is for the last key. Positions count padding too: they are relative, so a
-    shift changes nothing."""
+    Rotary positions, RMS-normalised q and k. attn(x, state, use_cache=True) -> (y, state); the state holds k
+    and v [B, H, <= w, hd] of the last w tokens. attention_mask [B, >= keys] is 0 at padding, its last column
+    is for the last key. Positions count padding too: they are relative, so a shift changes nothing."""
 
-    def __init__(self, d_model: int, n_heads: int, window_size=1024, softcap=50.0, bias: bool = False):
+    @checked
+    def __init__(
+        self, d_model: int, n_heads: int, window_size=1024, softcap: float = 50.0, bias: bool = False
+    ):
         super().__init__()
-        check_heads(d_model, n_heads)
-        self.n_heads, self.window, self.softcap = n_heads, (w := parse_window(window_size)), softcap
-        add_window(w)
+        self.window = check_attention(d_model, n_heads, window_size)
+        self.d_model, self.n_heads, self.softcap = d_model, n_heads, softcap
         self.c_attn = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.c_proj = nn.Linear(d_model, d_model, bias=bias)
         self.q_norm = nn.RMSNorm(d_model // n_heads, eps=1e-6)
         self.k_norm = nn.RMSNorm(d_model // n_heads, eps=1e-6)
 
-    def forward(self, x: Tensor, state: tuple | None = None, use_cache: bool = False, attention_mask=None):
-        T, w = x.shape[1], self.window
-        past_k, past_v, seen = state or (None, None, 0)
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1))  # [B, T, 3, H, hd]
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, T, hd]
-        q, k = (rotary(norm(t), seen).to(v.dtype) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+    def extra_repr(self):
+        return f"{self.d_model} channels, {self.n_heads} heads, window {self.window}"
+
+    def forward(self, x, state=None, use_cache=False, attention_mask=None):
+        x = check_input(self, x, self.d_model, state, attention_mask)
+        T, w, seen = x.shape[1], self.window, state.seen if state else 0
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # [B, T, H, hd]
+        q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, hd]
+        q, k = rotary(q, seen).to(v.dtype), rotary(k, seen).to(v.dtype)
         if state:
-            k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-        fast = on_cuda(q) and attention_mask is None  # padding differs from row to row
-        if fast and flash_attn_func is not None and q.dtype in HALF:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(state.tensors, (k, v)))
+        if attention_mask is not None:
+            attention_mask = check_mask(attention_mask, len(x), k.shape[2])[:, -k.shape[2] :]
+        if flash_attn_func is not None and on_cuda(q) and q.dtype in HALF and attention_mask is None:
             q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
-            y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=self.softcap).transpose(1, 2)
-        elif fast and torch.compiler.is_compiling() and not (use_cache or state) and q.shape[-1] >= 16:
-            y = windowed_flex_attention(q, k, v, w, self.softcap)  # its heads are at least 16 wide
+            y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=self.softcap)
         else:
-            y = windowed_attention(q, k, v, w, self.softcap, attention_mask)
-        y = self.c_proj(y.transpose(1, 2).flatten(2))
+            y = windowed_attention(q, k, v, w, self.softcap, attention_mask).transpose(1, 2)
+        y = self.c_proj(y.flatten(2))
         if not use_cache:
             return y
-        k, v = (t[:, :, max(0, t.shape[2] - w) :] for t in (k, v))
-        if T > 1:  # let go of the rest of a long piece
-            k, v = k.clone(), v.clone()
-        return y, (k, v, seen + T)
-
-    def __setstate__(self, state):  # unpickled in another process
-        super().__setstate__(state)
-        add_window(self.window)
+        last = tuple(t[:, :, max(0, t.shape[2] - w) :].clone() for t in (k, v))  # let go of the rest
+        return y, LayerState(last, self.extra_repr(), seen + T)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -570,36 +604,32 @@ class FlashSTUConfig:
     torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters; train with float32 and autocast
 
     def __post_init__(self):
-        if isinstance(self.torch_dtype, str):
-            self.torch_dtype = getattr(torch, self.torch_dtype.removeprefix("torch."), self.torch_dtype)
         if isinstance(self.window_size, list):  # JSON has no tuples
             self.window_size = tuple(self.window_size)
-        optional = [] if self.stu_mlp_hidden_size is None else ["stu_mlp_hidden_size"]
-        for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size", *optional):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"FlashSTUConfig: {name} must be a positive integer, got {value!r}")
-        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        L = self.seq_len
-        for name, right, wanted in (
-            ("torch_dtype", self.torch_dtype in floats, "a floating-point dtype"),
-            ("use_attn", self.use_stu or self.use_attn, "True where use_stu is False: no layer is left"),
-            ("num_eigh", not self.use_stu or self.use_tensorized or self.num_eigh <= L, f"<= seq_len = {L}"),
-            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("softcap", self.softcap >= 0, "at least 0, which turns it off"),
-            ("mlp_scale", self.mlp_scale > 0, "positive"),
+        dtype = getattr(torch, str(self.torch_dtype).removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"torch_dtype must be a floating-point dtype, got {self.torch_dtype!r}")
+        self.torch_dtype = dtype
+        many = self.use_stu and self.num_eigh > self.seq_len and not self.use_tensorized
+        if (
+            many
+            or not (self.use_stu or self.use_attn)
+            or not self.dropout < 1 <= self.n_embd * self.mlp_scale
         ):
-            if not right:
-                raise ValueError(f"FlashSTUConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
-        parse_window(self.window_size)
+            needed = "num_eigh <= seq_len, use_stu or use_attn, dropout < 1, mlp_scale >= 1 / n_embd"
+            raise ValueError(f"needed: {needed}; got {self}")
         if self.use_attn:
-            check_heads(self.n_embd, self.n_heads)
+            check_attention(self.n_embd, self.n_heads, self.window_size)
 
-    def to_dict(self) -> dict:
+    def to_dict(self):
         return asdict(self) | {"torch_dtype": str(self.torch_dtype).removeprefix("torch.")}
 
 
+FlashSTUConfig.__init__ = checked(FlashSTUConfig.__init__)
+
+
 class SwiGLU(nn.Module):
-    def __init__(self, d_model: int, d_hidden: int, bias: bool = False):
+    def __init__(self, d_model, d_hidden, bias=False):
         super().__init__()
         self.gate_proj = nn.Linear(d_model, d_hidden, bias=bias)
         self.up_proj = nn.Linear(d_model, d_hidden, bias=bias)
@@ -612,40 +642,63 @@ class SwiGLU(nn.Module):
 class FlashSTUBlock(nn.Module):
     """x + mixer(norm(x)), then x + SwiGLU(norm(x)), of [B, T, d_model]; the mixer is an STU or attention.
 
-    Stands alone: FlashSTUBlock(d_model=512, sequence_length=2048); `options` are the fields of FlashSTUConfig
-    that concern one layer (the others change nothing here)."""
+    FlashSTUBlock(d_model=512, sequence_length=2048) stands alone; `options` are the fields of FlashSTUConfig
+    that concern one layer (the others change nothing here). A model gives its config instead."""
 
-    def __init__(self, d_model: int, sequence_length: int, num_filters=24, use_attention=False, **options):
+    def __init__(
+        self, d_model=None, sequence_length=None, num_filters=24, use_attention=False, config=None, **options
+    ):  # fmt: skip
         super().__init__()
-        options |= {"use_attn": use_attention, "use_stu": not use_attention}
-        c = FlashSTUConfig(n_embd=d_model, seq_len=sequence_length, num_eigh=num_filters, **options)
-        d_hidden, self.sandwich = int(d_model * c.mlp_scale), None
+        c = config or FlashSTUConfig(
+            n_embd=d_model, seq_len=sequence_length, num_eigh=num_filters, use_attn=use_attention,
+            use_stu=not use_attention, **options,
+        )  # fmt: skip
+        d, d_hidden, self.sandwich = c.n_embd, int(c.n_embd * c.mlp_scale), None
         if use_attention:
-            self.mixer = SlidingWindowAttention(d_model, c.n_heads, c.window_size, c.softcap, c.bias)
+            self.mixer = SlidingWindowAttention(d, c.n_heads, c.window_size, c.softcap, c.bias)
         else:
-            d = d_model
+            width = d
             if c.stu_enable_mlp_sandwich:
-                d = c.stu_mlp_hidden_size or d_hidden
-                self.sandwich = nn.ModuleList([nn.Linear(d_model, d, c.bias), nn.Linear(d, d_model, c.bias)])
-            self.mixer = STU(
-                d, d, c.seq_len, c.num_eigh, c.use_hankel_L, c.use_approx, c.use_tensorized,
-                d_in_tile=c.d_in_tile, d_out_tile=c.d_out_tile, use_flash_fft=c.use_flash_fft,
-            )  # fmt: skip
-        self.mixer_norm, self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6), nn.RMSNorm(d_model, eps=1e-6)
-        self.mlp = SwiGLU(d_model, d_hidden, c.bias)
-        self.dropout = nn.Dropout(c.dropout)
+                width = c.stu_mlp_hidden_size or d_hidden
+                self.sandwich = nn.ModuleList([nn.Linear(d, width, c.bias), nn.Linear(width, d, c.bias)])
+            kind = c.num_eigh, c.use_hankel_L, c.use_approx, c.use_tensorized
+            self.mixer = STU(width, width, c.seq_len, *kind, None, c.d_in_tile, c.d_out_tile, c.use_flash_fft)
+        self.mixer_norm, self.mlp_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+        self.mlp, self.dropout = SwiGLU(d, d_hidden, c.bias), nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, state=None, use_cache=False, attention_mask: Tensor | None = None):
+    def forward(self, x, state=None, use_cache=False, attention_mask=None):
+        up, down = self.sandwich or (None, None)
         h = self.mixer_norm(x)
-        if self.sandwich:
-            h = F.silu(self.sandwich[0](h))
-        h = self.mixer(h, state, use_cache, attention_mask)
+        h = self.mixer(F.silu(up(h)) if up else h, state, use_cache, attention_mask)
         h, state = h if use_cache else (h, None)
-        if self.sandwich:
-            h = self.sandwich[1](h)
-        x = x + self.dropout(h)
+        x = x + self.dropout(down(h) if down else h)
         x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return (x, state) if use_cache else x
+
+
+def check_ids(ids, name="input_ids", shortest=1):
+    """The door of token ids and labels [B, T] -> int64."""
+    tensor = isinstance(ids, Tensor)
+    integers = tensor and not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not integers or ids.ndim != 2 or ids.shape[1] < shortest:
+        got = f"{ids.dtype} {list(ids.shape)}" if tensor else f"a {type(ids).__name__}"
+        raise ValueError(f"{name} must be a tensor of integers, [batch, length >= {shortest}], got {got}")
+    return ids.long()
+
+
+class TiedEmbedding(nn.Embedding):
+    """Token ids [B, T] -> their rows [B, T, d]; hidden states [..., d] -> logits [..., vocab_size]. Input and
+    output share the matrix, and it is read nowhere but here: whoever moves or shards it hooks this module."""
+
+    def forward(self, x):
+        if x.is_floating_point():
+            return F.linear(x, self.weight)
+        try:
+            return super().forward(x)
+        except IndexError:
+            raise ValueError(
+                f"token ids {x.min()} to {x.max()} do not lie in [0, {len(self.weight)})"
+            ) from None
 
 
 class Output(NamedTuple):
@@ -653,201 +706,203 @@ class Output(NamedTuple):
 
     loss: Tensor | None = None
     logits: Tensor | None = None  # [B, T, vocab_size]; None when labels are given
-    state: list | None = None  # one entry a layer; None unless use_cache
+    state: list | None = None  # with use_cache: a LayerState for each layer, and the last output [B, 1, d]
 
     def __getitem__(self, key):
         return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
 
 
 # What config.json says to transformers (section 7)
-HF_CONFIG = {"model_type": "flash_stu", "architectures": ["FlashSTUForCausalLM"]}
-HF_CONFIG["auto_map"] = {
-    "AutoConfig": "stu.FlashSTUPretrainedConfig",
-    "AutoModelForCausalLM": "stu.FlashSTUForCausalLM",
-}
+HF_CONFIG = {"model_type": "flash_stu", "architectures": ["FlashSTUForCausalLM"], "auto_map": {
+    "AutoConfig": "stu.FlashSTUPretrainedConfig", "AutoModelForCausalLM": "stu.FlashSTUForCausalLM",
+}}  # fmt: skip
 
 
 class FlashSTU(nn.Module):
     """The language model: embedding, n_layers blocks, norm, and the embedding again as output matrix."""
 
-    def __init__(self, config: FlashSTUConfig):
+    def __init__(self, config):
         super().__init__()
-        self.config = config
-        options = config.to_dict()
-        d, L, K = (options.pop(name) for name in ("n_embd", "seq_len", "num_eigh"))
-        self.tok_emb = nn.Embedding(config.vocab_size, d)
-        self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            FlashSTUBlock(d, L, K, config.use_attn and (i % 2 == 1 or not config.use_stu), **options)
-            for i in range(config.n_layers)
-        )
-        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.config = c = config
+        self.tok_emb, self.dropout = TiedEmbedding(c.vocab_size, c.n_embd), nn.Dropout(c.dropout)
+        attention = [c.use_attn and (i % 2 == 1 or not c.use_stu) for i in range(c.n_layers)]
+        self.layers = nn.ModuleList(FlashSTUBlock(config=c, use_attention=a) for a in attention)
+        self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        last = ("sandwich.1.weight",) if config.stu_enable_mlp_sandwich else ("M_filters", "mixer.M")
+        last = ("sandwich.1.weight",) if c.stu_enable_mlp_sandwich else ("M_filters", "mixer.M")
         for name, p in self.named_parameters():
             if name.endswith(("c_proj.weight", "down_proj.weight", *last)):
-                p.data *= (2 * config.n_layers) ** -0.5  # so many branches add up in the residual stream
-        self.to(config.torch_dtype)
+                p.data *= (2 * c.n_layers) ** -0.5  # so many branches add up in the residual stream
+        self.to(c.torch_dtype)
 
-    def hidden(self, input_ids: Tensor, state=None, use_cache=False, attention_mask=None, trace=None):
+    def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None, trace=None):
         """Token ids [B, T] -> normalised output of the last layer [B, T, d] and, with use_cache, the state to
         go on from. attention_mask [B, past + T] is 0 at padding; `trace`: a list, for every layer's input."""
-        if input_ids.ndim != 2 or 0 in input_ids.shape:
-            raise ValueError(f"input_ids must be [batch >= 1, length >= 1], got {list(input_ids.shape)}")
-        if state and len(state) != len(self.layers):
-            raise ValueError(f"state is of a model with {len(state)} layers, this one has {len(self.layers)}")
-        x, new_state = self.dropout(self.tok_emb(input_ids)), []
-        for layer, s in zip(self.layers, state or [None] * len(self.layers)):
+        x, n, states = self.dropout(self.tok_emb(check_ids(input_ids))), len(self.layers), []
+        if state and len(state) != n + 1:
+            raise ValueError(f"state is of a model with {len(state) - 1} layers, this one has {n}")
+        if attention_mask is not None:
+            attention_mask = check_mask(attention_mask, *input_ids.shape)
+        for layer, layer_state in zip(self.layers, state or [None] * n):
             if trace is not None:
                 trace.append(x)
+            if self.config.use_gradient_checkpointing and self.training and torch.is_grad_enabled():
+                layer = functools.partial(checkpoint, layer, use_reentrant=False)
+            x = layer(x, layer_state, use_cache, attention_mask)
             if use_cache:
-                x, s = layer(x, s, True, attention_mask)
-                new_state.append(s)
-            elif self.config.use_gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, s, False, attention_mask, use_reentrant=False)
-            else:
-                x = layer(x, s, False, attention_mask)
-        return self.norm(x), new_state if use_cache else None
+                x, layer_state = x
+                states.append(layer_state)
+        x = self.norm(x)
+        return x, [*states, x[:, -1:].clone()] if use_cache else None
 
-    def head(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.tok_emb.weight)
+    def head(self, x):
+        """Hidden states [..., d] -> logits [..., vocab_size]."""
+        return self.tok_emb(x)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, state=None, use_cache=False) -> Output:
+    def forward(self, input_ids, labels=None, state=None, use_cache=False):
         """input_ids [B, T] -> logits [B, T, vocab_size]. With labels [B, T] -> instead, the mean
         cross-entropy (nats) of predicting labels[:, t+1] at t: pass labels = input_ids, the shift is made
         here; -100 is ignored."""
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
-            return Output(logits=self.head(x), state=state)
-        if labels.shape != input_ids.shape or labels.shape[1] < 2:
-            shapes = f"{list(labels.shape)} and {list(input_ids.shape)}"
-            raise ValueError(f"labels must have the shape of input_ids and at least 2 tokens, got {shapes}")
+            return Output(None, self.head(x), state)
+        ids, labels = check_ids(input_ids), check_ids(labels, "labels", shortest=2)
+        if labels.shape != ids.shape:
+            raise ValueError(
+                f"labels {list(labels.shape)} are not of the shape of input_ids {list(ids.shape)}"
+            )
         # the last token has no label: leave it out, so that seq_len + 1 tokens train seq_len positions
-        x, state = self.hidden(input_ids if use_cache else input_ids[:, :-1], state, use_cache)
-        x = x[:, : labels.shape[1] - 1]
-        return Output(loss=self.loss(x.flatten(0, 1), labels[:, 1:].flatten()), state=state)
+        x, state = self.hidden(ids if use_cache else ids[:, :-1], state, use_cache)
+        targets = labels[:, 1:]
+        return Output(self.loss(x[:, : targets.shape[1]].flatten(0, 1), targets.flatten()), None, state)
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of x [N, d] against targets [N], over chunks of tokens: N x vocab_size logits never
-        exist in one piece; a chunk's are made again in the backward pass."""
+    def loss(self, x, targets):
+        """Mean cross-entropy of x [N, d] against targets [N], over chunks of tokens: N x vocab_size logits
+        never exist in one piece."""
 
         def chunk_loss(x, targets):
             return F.cross_entropy(self.head(x).float(), targets, ignore_index=-100, reduction="sum")
 
         size = max(1, 2**26 // self.config.vocab_size)  # at most 2^26 logits at a time, 256 MB
-        run = chunk_loss if len(x) <= size else functools.partial(checkpoint, chunk_loss, use_reentrant=False)
-        total = sum(run(*chunk) for chunk in zip(x.split(size), targets.split(size)))
+        total = sum(piece_by_piece(chunk_loss, x.split(size), targets.split(size)))
         return total / (targets != -100).sum().clamp(min=1)
 
+    def read(self, input_ids, state):
+        """Logits [B, vocab_size] of the token after input_ids (of none: after the state), in eval mode. A
+        long prompt is read in pieces. `state`, a list, is where reading starts; it is updated in place."""
+        training, now = self.training, state
+        if training:
+            self.eval()
+        try:
+            for piece in (
+                input_ids.split(self.config.seq_len, dim=1) if input_ids.shape[1] or not state else ()
+            ):
+                _, now = self.hidden(piece, now, use_cache=True)
+            state[:] = now
+            return self.head(state[-1][:, 0]).float()
+        finally:
+            if training:
+                self.train()
+
+    @checked
     @torch.no_grad()
     def stream(
-        self, input_ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, stop_token: int | None = None, use_cache: bool = True, generator=None,
-    ) -> Iterator[Tensor]:  # fmt: skip
+        self, input_ids, max_new_tokens, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+        stop_token=None, use_cache: bool = True, generator=None, state=None,
+    ):  # fmt: skip
         """Yield the next token of every row, [B], one after another; temperature 0 is greedy. With use_cache
-        each token costs the same however long the context; without, the whole sequence is computed again.
-        Ends early when every row has produced stop_token (rows that have, repeat it)."""
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [batch, length >= 1], got {list(input_ids.shape)}")
-        fits = (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
-        if max_new_tokens < 0 or temperature < 0 or not fits:
-            need = "max_new_tokens >= 0, temperature >= 0, top_k >= 1, 0 < top_p <= 1"
-            raise ValueError(f"need {need}; got {max_new_tokens}, {temperature}, {top_k}, {top_p}")
-        was_training, state, unread = self.training, None, input_ids
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
-                # With a state, long prompts are read in pieces: memory does not grow with the prompt
-                for piece in unread.split(self.config.seq_len, dim=1) if use_cache else [unread]:
-                    x, state = self.hidden(piece, state, use_cache)
-                token = sample(self.head(x[:, -1]).float(), temperature, top_k, top_p, generator)  # [B]
-                if stop_token is not None:
-                    token = token.masked_fill(done, stop_token)
-                    done |= token == stop_token
-                yield token
-                if done.all():
-                    return
-                unread = token[:, None] if use_cache else torch.cat([unread, token[:, None]], dim=1)
-        finally:
-            self.train(was_training)
+        each token costs the same however long the context; without, the whole sequence is read again.
+        Ends early when every row has produced stop_token (rows that have, repeat it).
 
-    def generate(
-        self, input_ids: Tensor, max_length: int | None = None, max_new_tokens: int | None = None, **options
-    ) -> Tensor:
+        state: a list, empty or as an earlier call left it. The text goes on from there, and whenever a token
+        is yielded the list has been updated in place, that token read: stop anywhere, and give it to the next
+        call, with what is new (ids of length 0 if nothing is)."""
+        if max_new_tokens < 0 or not (stop_token is None or 0 <= stop_token < self.config.vocab_size):
+            raise ValueError(f"need {max_new_tokens = } >= 0, {stop_token = } in the vocabulary")
+        state = [] if state is None else state
+        unread, done = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        logits = self.read(input_ids, state)
+        for _ in range(max_new_tokens):
+            token = sample(logits, temperature, top_k, top_p, generator)  # [B]
+            if stop_token is not None:
+                token = token.masked_fill(done, stop_token)
+                done |= token == stop_token
+            unread = token[:, None]
+            if not use_cache:
+                state, input_ids = [], torch.cat([input_ids, unread], dim=1)
+                unread = input_ids
+            logits = self.read(unread, state)
+            yield token
+            if stop_token is not None and done.all():
+                return
+
+    def generate(self, input_ids, max_length=None, max_new_tokens=None, **options):
         """Prompt [B, T] -> prompt and continuation, at most max_length tokens in all or max_new_tokens new
         ones. Options: see `stream`."""
         if (max_length is None) == (max_new_tokens is None):
             raise ValueError("give max_length (prompt included) or max_new_tokens, one of the two")
         if max_length is not None:
-            max_new_tokens = max_length - input_ids.shape[-1]
-            if max_new_tokens < 0:
-                raise ValueError(f"max_length = {max_length} is below the prompt by {-max_new_tokens} tokens")
+            max_new_tokens = max_length - input_ids.shape[1]
         new = [token[:, None] for token in self.stream(input_ids, max_new_tokens, **options)]
         return torch.cat([input_ids, *new], dim=1)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder):
         """Write model.safetensors, config.json and, for transformers (section 7), generation_config.json and
         a copy of this file. Each replaces its predecessor only when it is whole."""
-        folder = Path(folder)
+        from safetensors.torch import save_file
+
+        folder, dtype = Path(folder), str(self.tok_emb.weight.dtype).removeprefix("torch.")
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        dtype = {"torch_dtype": str(self.tok_emb.weight.dtype).removeprefix("torch.")}  # after any .to(dtype)
-        texts = {"config.json": json.dumps(self.config.to_dict() | HF_CONFIG | dtype, indent=2) + "\n"}
-        texts["stu.py"] = Path(__file__).read_text(encoding="utf-8")
+        config = self.config.to_dict() | HF_CONFIG | {"torch_dtype": dtype}
+        texts = {"config.json": json.dumps(config, indent=2), "stu.py": Path(__file__).read_text("utf-8")}
         if not (folder / "generation_config.json").exists():  # else it may know the end-of-text token
-            texts["generation_config.json"] = "{}\n"
-        _safetensors().save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+            texts["generation_config.json"] = "{}"
+        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
         for name, text in texts.items():
-            (folder / f"{name}.tmp").write_text(text, encoding="utf-8")
+            (folder / f"{name}.tmp").write_text(text, "utf-8")
         for name in ("model.safetensors", *texts):
             os.replace(folder / f"{name}.tmp", folder / name)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, device: str | torch.device = "cpu") -> "FlashSTU":
+    def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote, ours or that of transformers. Runs no code from the folder."""
-        config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-        shards = [] if weights.is_file() else sorted(Path(folder).glob("model-*-of-*.safetensors"))
-        for path in (*(shards or [weights]), config):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist: {folder} was not made by save_pretrained")
-        load_file, tensors = _safetensors().load_file, {}
+        from safetensors.torch import load_file
+
+        path, weights, tensors = Path(folder) / "config.json", Path(folder) / "model.safetensors", {}
         try:  # whatever goes wrong, `path` is the file that is being read
-            values = json.loads(path.read_text(encoding="utf-8"))
-            dtype = {"torch_dtype": values.get("dtype", values.get("torch_dtype", "float32"))}
-            known = {f.name for f in fields(FlashSTUConfig)}
-            theirs = "transformers_version" in values  # they write fields of their own
-            ours = {k: v for k, v in values.items() if k in known or not (theirs or k in HF_CONFIG)}
-            model = cls(FlashSTUConfig(**(ours | dtype)))
-            for path in shards or [weights]:
+            values = json.loads(path.read_text("utf-8"))
+            settings = {f.name: values[f.name] for f in fields(FlashSTUConfig) if f.name != "torch_dtype"}
+            dtype = values.get("dtype") or values["torch_dtype"]  # transformers' name, ours
+            model = cls(FlashSTUConfig(**settings, torch_dtype=dtype))
+            shards = sorted(path.parent.glob("model-*-of-*.safetensors"))  # of a large model of transformers
+            for path in shards if shards and not weights.is_file() else [weights]:
                 tensors |= load_file(path)
             model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()})
+        except OSError:  # it cannot be read, which says nothing about what it holds
+            raise
         except Exception as e:  # noqa: BLE001
-            raise ValueError(f"{path} is damaged, or of another model: {e}. Restore it from a copy") from None
+            raise ValueError(
+                f"{path} is damaged, or of another model: {e!r}. Restore it from a copy"
+            ) from None
         return model.to(device)
 
 
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("saving and loading models needs safetensors: pip install safetensors") from None
-    return safetensors.torch
-
-
-def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator=None) -> Tensor:
+def sample(logits, temperature, top_k=None, top_p=None, generator=None):
     """Logits [B, V] -> one token a row, [B]. top_p keeps the likeliest tokens that together reach top_p."""
+    best = logits.amax(-1, keepdim=True)
+    if not best.isfinite().all():
+        raise ValueError("the logits are not finite: do the weights hold NaN or infinite values?")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
-        probs, order = logits.softmax(-1).sort(-1, descending=True)
-        beyond = probs.cumsum(-1) - probs >= top_p  # the likelier tokens already hold top_p
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    probs = ((logits - best) / temperature).softmax(-1)
+    if top_k is None and top_p is None:
+        return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    probs, tokens = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]))  # likeliest first
+    if top_p is not None:  # what the likelier ones hold already
+        before = (probs.cumsum(-1) - probs) / probs.sum(-1, keepdim=True)
+        probs = probs.masked_fill((before >= top_p) & (before > 0), 0)
+    return tokens.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -952,169 +1007,3 @@ def __getattr__(name):  # called for names this file lacks
         made.__qualname__ = made.__name__  # as if it stood at the top of this file: it can be pickled
         globals()[made.__name__] = made
     return globals()[name]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 8. python stu.py: this file against the usual route, on this machine
-
-
-def usual_stu(x, phi, M):
-    """The paper's formula: two branches stacked, channels last, torch FFT. phi [T, K], M [2K, d(, d_out)]."""
-    T, K = phi.shape
-    n = 1 << (2 * T - 1).bit_length()
-    sign = (-1.0) ** torch.arange(T, device=x.device)[:, None]
-    x_f = torch.fft.rfft(torch.stack([x, x * sign], dim=-1), n=n, dim=1)  # [B, n/2 + 1, d, 2]
-    if M.ndim == 2:
-        h_f = torch.fft.rfft(torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1), n=n, dim=0)  # [n/2 + 1, d, 2]
-        plus, minus = torch.fft.irfft(x_f * h_f, n=n, dim=1)[:, :T].unbind(-1)
-        return plus + sign * minus
-    phi_f = torch.fft.rfft(phi, n=n, dim=0)  # [n/2 + 1, K]
-    u = torch.fft.irfft(x_f[:, :, None] * phi_f[None, :, :, None, None], n=n, dim=1)[:, :T]  # [B, T, K, d, 2]
-    plus, minus = (torch.tensordot(u[..., i], M[i * K : (i + 1) * K], dims=([2, 3], [0, 1])) for i in (0, 1))
-    return plus + sign * minus
-
-
-def timed(run, repeats=6):
-    """Median seconds of run(), and what it returns; of several runs the first is a warm-up."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return np.median(times[1:] or times).item(), result
-
-
-def peak_bytes(run):
-    """The most memory that run() holds at once, beyond what was held before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with open(os.devnull) as nowhere, os.fdopen(os.dup(2)) as stderr:
-        os.dup2(nowhere.fileno(), 2)  # the profiler logs its start and stop there
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as p:
-            run()
-        os.dup2(stderr.fileno(), 2)
-    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
-
-
-def row(what, ours, usual, *notes):
-    """A line of the table: what, the seconds of both routes, notes."""
-    times = f"{ours * 1e3:>9.1f} ms {usual * 1e3:>9.1f} ms {usual / ours:>6.1f}x"
-    print(f"{what:<44} {times}   {', '.join(notes)}", flush=True)
-
-
-def benchmark_filters(L, K=24):
-    """Against `eigh` of the Hankel matrix; the error is that of the worst filter, each scaled to norm 1."""
-    import mpmath  # comes with torch
-
-    ours, filters = timed(lambda: get_spectral_filters(L, K, dtype=torch.float64))
-    eigh = lambda: torch.linalg.eigh(get_hankel(L)).eigenvectors[:, -K:].flip(1)
-    usual, usual_filters = timed(eigh, 2 if L < 8192 else 1)
-    unit = [phi / phi.norm(dim=0) * phi[0].sign() for phi in (filters, usual_filters)]
-    notes = [f"differ by {(unit[0] - unit[1]).abs().max():.0e}"]
-    if L == 64:
-        with mpmath.workdps(50):
-            Z = [[mpmath.mpf(2) / (n**3 - n) for n in range(i + 2, i + L + 2)] for i in range(L)]
-            vectors = mpmath.eigsy(mpmath.matrix(Z))[1]
-        exact = torch.tensor(vectors.tolist(), dtype=torch.float64).flip(1)[:, :K]
-        notes = [f"{(phi - exact * exact[0].sign()).abs().max():.0e}" for phi in unit]
-    row(f"{K} filters, L = {L}", ours, usual, *notes)
-
-
-def benchmark_filtering(B, T, d, approx, device):
-    """Forward and backward of a layer's convolution on the same weights; the error is relative to float64."""
-    layer = STU(d, d, T, use_approx=approx).to(device)
-    x, grad = torch.randn(2, B, T, d, device=device)
-    x.requires_grad_()
-    M, phi = (layer.M_filters if approx else layer.M), layer.filters[:, :24]
-    exact = usual_stu(x[:1].detach().double(), phi.double(), M.detach().double())
-    routes = (lambda: layer._convolve(x, M, x.dtype)), (lambda: usual_stu(x, phi, M))
-    notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
-    steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
-    notes.append("peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps)))
-    ours, usual = (timed(step)[0] for step in steps)
-    n = fft_size(2 * T - 1)
-    flops = (4 * B + 2) * 2.5 * d * n * math.log2(n)  # a real FFT of n points: 5/2 n log2 n; 4 of x, 2 of h
-    if not approx:  # and the matrices of n/2 frequencies: made twice, and their gradient back to M
-        flops += 3 * 2 * n * M.numel()
-    moved = 4 * x.numel() * x.element_size()  # the least: input and output, and the gradient of each
-    notes.append(f"{moved / ours / 1e9:.1f} GB/s of the least traffic, {flops / ours / 1e9:.0f} GFLOP/s")
-    row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", ours, usual, *notes)
-
-
-def benchmark_training(B, T, device, dtype):
-    """A training step: the hybrid, and attention in every layer at the same width and about the same size."""
-    seconds, ids = [], torch.randint(8192, (B, T + 1), device=device)
-    for name, options in ("hybrid", {}), ("attention only", {"use_stu": False, "mlp_scale": 3.5}):
-        config = FlashSTUConfig(
-            n_embd=384, n_layers=12, n_heads=6, seq_len=T, window_size=T // 4, vocab_size=8192, softcap=0.0,
-            torch_dtype=dtype, **options,
-        )  # fmt: skip
-        model = FlashSTU(config).to(device)
-        seconds.append(timed(lambda model=model: model(ids, labels=ids).loss.backward(), 4)[0])
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"   {name}: {size:.1f}M parameters, {B * T / seconds[-1]:,.0f} tokens/s")
-    row(f"training step, T = {T}, against attention only", *seconds)
-
-
-def benchmark_generation(contexts, device, dtype):
-    """One token from the state, against reading the context again -> seconds of both for each context."""
-    config = FlashSTUConfig(
-        n_embd=256, n_layers=4, n_heads=4, seq_len=2048, window_size=256, vocab_size=256, torch_dtype=dtype
-    )
-    model, seconds = FlashSTU(config).to(device), []
-    for context in contexts:
-        tokens = model.stream(torch.randint(256, (1, context), device=device), 33)
-        reading, _ = timed(lambda tokens=tokens: next(tokens), 1)  # the first token is due after the context
-        seconds.append((timed(lambda tokens=tokens: next(tokens), 32)[0], reading))
-        row(f"next token at context {context}", *seconds[-1])
-    return seconds
-
-
-def draw(path, contexts, seconds, where):
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit("drawing needs matplotlib: pip install matplotlib") from None
-    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for times, label in zip(zip(*seconds), ("from the state", "reading the context again")):
-        axis.loglog(contexts, np.array(times) * 1e3, marker="o", label=label)
-    axis.set(xlabel="context (tokens)", ylabel="milliseconds per token", title=where)
-    axis.grid(alpha=0.25), axis.legend(), figure.savefig(path, dpi=110)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Time this file against the usual route, 80 s on a CPU.")
-    parser.add_argument("--full", action="store_true", help="with eigh at L = 8192, a minute more on a CPU")
-    parser.add_argument("--draw", metavar="FILE", help="only draw the time per token against the context")
-    args = parser.parse_args()
-    if args.draw:
-        open(args.draw, "ab").close()  # fails before the work, not after it
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}")
-    print(f"\n{'':<44} {'this file':>12} {'usual route':>12} {'ratio':>7}   error: ours, usual")
-    contexts = [512, 2048, 8192, 32768, 131072]
-    if not args.draw:
-        for L in (64, 2048, 8192) if args.full else (64, 2048):
-            benchmark_filters(L)
-        small, large = [(2, 4096, 512), (8, 512, 256)], [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)]
-        for shape in large if cuda else small:
-            benchmark_filtering(*shape, True, device)
-        benchmark_filtering(8, 1024, 128, False, device)
-        benchmark_training(16 if cuda else 2, 1024, device, dtype)
-    seconds = benchmark_generation(contexts, device, dtype)
-    if args.draw:
-        draw(args.draw, contexts, seconds, where)
-
-
-if __name__ == "__main__":
-    main()
