@@ -648,6 +648,14 @@ class FlashSTUBlock(nn.Module):
         return (x, state) if use_cache else x
 
 
+class TiedEmbedding(nn.Embedding):
+    """The one matrix [vocab_size, d] of both ends: token ids -> its rows, hidden states -> their logits. Both
+    in its own forward, so that whoever brings weights just in time (offloading, FSDP) is told of both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
 class Output(NamedTuple):
     """outputs.loss, outputs["loss"] and loss, logits, state = outputs all work."""
 
@@ -675,7 +683,7 @@ class FlashSTU(nn.Module):
         self.config = config
         options = config.to_dict()
         d, L, K = (options.pop(name) for name in ("n_embd", "seq_len", "num_eigh"))
-        self.tok_emb = nn.Embedding(config.vocab_size, d)
+        self.tok_emb = TiedEmbedding(config.vocab_size, d)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             FlashSTUBlock(d, L, K, config.use_attn and (i % 2 == 1 or not config.use_stu), **options)
@@ -710,7 +718,7 @@ class FlashSTU(nn.Module):
         return self.norm(x), new_state if use_cache else None
 
     def head(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.tok_emb.weight)
+        return self.tok_emb(x)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, state=None, use_cache=False) -> Output:
         """input_ids [B, T] -> logits [B, T, vocab_size]. With labels [B, T] -> instead, the mean
