@@ -681,6 +681,7 @@ class FlashSTU(nn.Module):
     def __init__(self, config: FlashSTUConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = config.use_gradient_checkpointing  # the switch, so called by transformers
         options = config.to_dict()
         d, L, K = (options.pop(name) for name in ("n_embd", "seq_len", "num_eigh"))
         self.tok_emb = TiedEmbedding(config.vocab_size, d)
@@ -711,7 +712,7 @@ class FlashSTU(nn.Module):
             if use_cache:
                 x, s = layer(x, s, True, attention_mask)
                 new_state.append(s)
-            elif self.config.use_gradient_checkpointing and self.training and torch.is_grad_enabled():
+            elif self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(layer, x, s, False, attention_mask, use_reentrant=False)
             else:
                 x = layer(x, s, False, attention_mask)

@@ -666,7 +666,7 @@ def test_chunked_loss_has_the_gradients_of_the_whole_and_never_holds_all_logits(
 def test_gradient_checkpointing_changes_no_gradient(options):
     model, ids = small_model(**options).train(), torch.randint(61, (2, 48))
     gradients = []
-    for model.config.use_gradient_checkpointing in (False, True):
+    for model.gradient_checkpointing in (False, True):
         loss = model(ids, labels=ids).loss
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*gradients):
