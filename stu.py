@@ -28,6 +28,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 try:  # optional, CUDA only; every use below has a plain PyTorch form that gives the same result
@@ -671,6 +673,7 @@ class Output(NamedTuple):
 HF_CONFIG = {"model_type": "flash_stu", "architectures": ["FlashSTUForCausalLM"]}
 HF_CONFIG["auto_map"] = {
     "AutoConfig": "stu.FlashSTUPretrainedConfig",
+    "AutoModel": "stu.FlashSTUModel",
     "AutoModelForCausalLM": "stu.FlashSTUForCausalLM",
 }
 
@@ -681,7 +684,7 @@ class FlashSTU(nn.Module):
     def __init__(self, config: FlashSTUConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = config.use_gradient_checkpointing  # the switch, so called by transformers
+        self.gradient_checkpointing = config.use_gradient_checkpointing  # transformers throws this switch
         options = config.to_dict()
         d, L, K = (options.pop(name) for name in ("n_embd", "seq_len", "num_eigh"))
         self.tok_emb = TiedEmbedding(config.vocab_size, d)
@@ -862,38 +865,15 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
 # ------------------------------------------------------------------------------------------------------------
 # 7. Hugging Face: the same model as transformers wants to see it. Nothing above needs this; skip it freely
 #
-# A saved folder holds a copy of this file, and its config.json says which classes transformers may ask it
-# for. They are made when first asked for, so importing this file does not import transformers. The cache is
-# our state.
+# A saved folder holds a copy of this file, and its config.json names these classes. They exist where
+# transformers was imported first, as it is when it loads a folder; by hand: `import transformers, stu`.
 
+if "transformers" in sys.modules:
+    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.utils import can_return_tuple
 
-class FlashSTUCache(list):
-    """The state, one entry a layer, with what the generation of transformers asks of a cache."""
-
-    length = 0  # tokens seen, padding included
-    is_compileable = is_croppable = False
-
-    def get_seq_length(self, layer_idx=0):
-        return self.length
-
-    def reorder_cache(self, rows):  # beam search: row i goes on from row rows[i]
-        def pick(t):
-            return t.index_select(0, rows.to(t.device)) if torch.is_tensor(t) else t
-
-        self[:] = [pick(s) if torch.is_tensor(s) else tuple(map(pick, s)) for s in self]
-
-
-def __getattr__(name):  # called for names this file lacks
-    if name not in ("FlashSTUForCausalLM", "FlashSTUPretrainedConfig"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-    except ImportError:
-        raise ImportError(f"{name} needs transformers: pip install transformers") from None
-
-    # without the dtype, which transformers keeps itself
-    names = [f.name for f in fields(FlashSTUConfig) if f.name != "torch_dtype"]
+    OPTIONS = [f.name for f in fields(FlashSTUConfig) if f.name != "torch_dtype"]  # the dtype it keeps itself
 
     class FlashSTUPretrainedConfig(PretrainedConfig):
         model_type, _auto_class = HF_CONFIG["model_type"], "AutoConfig"
@@ -902,65 +882,116 @@ def __getattr__(name):  # called for names this file lacks
             "max_position_embeddings": "seq_len",
         }  # fmt: skip
 
-        def __init__(self, **options):
-            ours = asdict(FlashSTUConfig(**{name: options.pop(name) for name in names if name in options}))
-            super().__init__(**{name: ours[name] for name in names}, **options)
+        def __init__(self, tie_word_embeddings=True, auto_map=HF_CONFIG["auto_map"], **options):
+            options = {self.attribute_map.get(name, name): value for name, value in options.items()}
+            ours = FlashSTUConfig(**{name: options.pop(name) for name in OPTIONS if name in options})
+            options |= {name: getattr(ours, name) for name in OPTIONS}
+            super().__init__(tie_word_embeddings=tie_word_embeddings, auto_map=auto_map, **options)
 
-    class FlashSTUForCausalLM(PreTrainedModel, GenerationMixin):
+    @dataclass
+    class FlashSTUCache:  # a call goes on from it and leaves it as it is: several texts can share a prefix
+        state: list
+        length: int  # tokens read, padding included
+        is_compileable = is_croppable = False
+        is_linear = (False,)  # generate, given all ids again, leaves out those that have been read
+        get_seq_length = lambda self, layer_idx=0: self.length
+
+        def reorder_cache(self, rows):  # beam search: row i goes on from row rows[i]
+            self.state = tree_map_only(Tensor, lambda t: t.index_select(0, rows.to(t.device)), self.state)
+
+        def crop(self, *_):
+            raise ValueError("FlashSTU cannot take back a token: no assisted decoding, as model or assistant")
+
+    class FlashSTUPreTrainedModel(PreTrainedModel):
         config_class, base_model_prefix = FlashSTUPretrainedConfig, "model"
-        _auto_class, _no_split_modules = "AutoModelForCausalLM", ["FlashSTUBlock"]
-        supports_gradient_checkpointing, _is_stateful = True, True  # stateful: it cannot go back a token
+        supports_gradient_checkpointing, _is_stateful = True, True  # stateful: it cannot take back a token
         _supports_default_dynamic_cache, _input_embed_layer = (lambda self: False), "tok_emb"
-
-        def __init__(self, config):
-            super().__init__(config)
-            ours = {name: getattr(config, name) for name in names}
-            self.model = FlashSTU(FlashSTUConfig(**ours, torch_dtype=torch.get_default_dtype()))
-            self.gradient_checkpointing = config.use_gradient_checkpointing
-            for module in self.modules():  # the weights are there already, unless they are about to be loaded
-                module._is_hf_initialized = not self.model.tok_emb.weight.is_meta
-            self.post_init()
+        _no_split_modules, _skip_keys_device_placement = ("FlashSTUBlock",), ("past_key_values", "cache")
 
         def _init_weights(self, module):  # weights that a checkpoint lacks, embeddings that a resize adds
             module.reset_parameters() if isinstance(module, STU) else super()._init_weights(module)
 
+    def unpack(ids, position_ids):
+        """Rows of documents, each from where position_ids start again -> a row for each document, padded on
+        the right, so that none sees another; and what brings outputs back into rows [B, T, d]."""
+        starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).expand_as(ids)
+        starts = starts.flatten().nonzero().flatten()
+        lengths = starts.diff(append=starts.new_tensor([ids.numel()])).tolist()
+        rows = nn.utils.rnn.pad_sequence(ids.flatten().split(lengths), batch_first=True)
+        return rows, lambda h: torch.cat([row[:n] for row, n in zip(h, lengths)]).unflatten(0, ids.shape)
+
+    class FlashSTUModel(FlashSTUPreTrainedModel):
+        _auto_class, hidden = "AutoModel", FlashSTU.hidden
+
+        def __init__(self, config):
+            super().__init__(config)
+            ours = {name: getattr(config, name) for name in OPTIONS}
+            model = FlashSTU(FlashSTUConfig(**ours, torch_dtype=torch.get_default_dtype()))
+            self.gradient_checkpointing = model.gradient_checkpointing
+            for name, child in model.named_children():
+                self.add_module(name, child)
+            for module in self.modules():  # the weights are there already, unless they are about to be loaded
+                module._is_hf_initialized = not self.tok_emb.weight.is_meta
+            self.post_init()
+
+        @can_return_tuple
         def forward(
-            self, input_ids=None, attention_mask=None, past_key_values=None, labels=None, use_cache=None,
-            output_hidden_states=None, return_dict=None, logits_to_keep=0, num_items_in_batch=None,
-            cache=None, **_,
+            self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
+            output_hidden_states=None, cache=None, inputs_embeds=None, output_attentions=None, seq_idx=None,
+            cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None,
         ):  # fmt: skip
-            if input_ids is None:
-                raise ValueError("give input_ids: FlashSTU takes no inputs_embeds")
-            past = past_key_values if cache is None else cache  # so called since transformers 5.24
-            if not isinstance(past, FlashSTUCache):  # an empty cache of transformers, which can hold no state
-                if past is not None and (isinstance(past, tuple) or past.get_seq_length()):
-                    raise ValueError(f"the cache must come from this model, got a {type(past).__name__}")
-                past = FlashSTUCache()
-            use_cache = len(past) > 0 if use_cache is None else use_cache
-            length = past.length + input_ids.shape[1]
+            if input_ids is None or inputs_embeds is not None or output_attentions:
+                raise ValueError("FlashSTU takes input_ids, no inputs_embeds, and has no attention weights")
+            past = past_key_values if cache is None else cache  # its name since transformers 5.24
+            if not isinstance(past, FlashSTUCache | None):
+                raise ValueError("past_key_values must be FlashSTU's own, or None at first")  # noqa: TRY004
+            use_cache = past is not None if use_cache is None else use_cache
+            state, seen = (past.state, past.length) if past else (None, 0)
+            (B, T), rows, pack = input_ids.shape, input_ids, lambda h: h
             if attention_mask is not None:
-                shape = [len(input_ids), length]  # the cached tokens and the new ones
-                if list(attention_mask.shape) != shape:
-                    raise ValueError(f"attention_mask must be {shape}, got {list(attention_mask.shape)}")
+                if (got := list(attention_mask.shape)) != [B, seen + T]:
+                    raise ValueError(f"attention_mask must be {[B, seen + T]}, past and new, got {got}")
                 # nobody sees padding on the right, unless the state goes on from there
                 padding = attention_mask == 0 if use_cache else attention_mask.int().diff(dim=1) > 0
-                attention_mask = attention_mask.bool() if padding.any() else None
-            self.model.config.use_gradient_checkpointing = self.gradient_checkpointing
+                attention_mask = attention_mask if padding.any() else None
+            elif position_ids is not None and not use_cache:  # positions are relative: only new starts matter
+                rows, pack = unpack(input_ids, position_ids)
+            elif seq_idx is not None or cu_seq_lens_q is not None:
+                raise ValueError("documents packed into rows want position_ids, and no cache")
             trace = [] if output_hidden_states or self.config.output_hidden_states else None
-            x, state = self.model.hidden(input_ids, past, use_cache, attention_mask, trace)
-            logits, loss, new = self.model.head(x[:, -logits_to_keep:]), None, None  # x[:, -0:] is all of x
-            if labels is not None:
-                loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch)
-            if use_cache:
-                new = FlashSTUCache(state)
-                new.length = length
-            output = CausalLMOutputWithPast(loss, logits, new, trace and (*trace, x))
-            return output.to_tuple() if return_dict is False else output
+            x, state = self.hidden(rows, state, use_cache, attention_mask, trace)
+            new = FlashSTUCache(state, seen + T) if use_cache else None
+            return BaseModelOutputWithPast(pack(x), new, trace and tuple(map(pack, [*trace, x])))
 
-    for made in (FlashSTUPretrainedConfig, FlashSTUForCausalLM):
-        made.__qualname__ = made.__name__  # as if it stood at the top of this file: it can be pickled
-        globals()[made.__name__] = made
-    return globals()[name]
+    class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
+        _auto_class, _tied_weights_keys = "AutoModelForCausalLM", {"lm_head.weight": "model.tok_emb.weight"}
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = FlashSTUModel(config)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.post_init()
+
+        def prepare_inputs_for_generation(self, ids, next_sequence_length=None, tokenizer=None, **kwargs):
+            if next_sequence_length is not None and next_sequence_length < 1:  # so many ids are new
+                raise ValueError("give all ids: those that past_key_values has read, and at least one more")
+            return super().prepare_inputs_for_generation(ids, next_sequence_length, **kwargs)
+
+        @can_return_tuple
+        def forward(
+            self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
+            use_cache=None, output_hidden_states=None, logits_to_keep=0, shift_labels=None,
+            num_items_in_batch=None, cache=None, **options,
+        ):  # fmt: skip
+            inputs = (input_ids, attention_mask, position_ids, past_key_values, use_cache)
+            out = self.model(*inputs, output_hidden_states, cache, return_dict=True, **options)
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits, loss = self.lm_head(out.last_hidden_state[:, keep]), None  # x[:, -0:] is all of x
+            if labels is not None or shift_labels is not None:
+                counts = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+                loss = self.loss_function(logits, labels, logits.shape[-1], **counts)
+            new = out.get("cache", out.get("past_key_values"))
+            return CausalLMOutputWithPast(loss, logits, new, out.hidden_states)
 
 
 # ------------------------------------------------------------------------------------------------------------
