@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+hf_home = tempfile.TemporaryDirectory()
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": hf_home.name}
 with contextlib.suppress(ImportError):  # before stu, which then has the classes for it
     import transformers  # noqa: F401
 
@@ -1119,8 +1122,7 @@ def test_the_hybrid_remembers_beyond_the_attention_window():
 
 
 @pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
+def hf():
     return pytest.importorskip("transformers")
 
 
