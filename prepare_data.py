@@ -104,9 +104,9 @@ def get_tokenizer(name: str) -> ByteTokenizer | TiktokenTokenizer:
 def save_tokenizer(tokenizer: ByteTokenizer | TiktokenTokenizer, folder: str | Path) -> None:
     """Write it as transformers reads it into a saved model's folder; its end of text ends generation too.
 
-    The same ids, but "<|endoftext|>" in a text is that token, unless split_special_tokens=True. Padding is byte
-    FF, which no text holds, not the end of text, which a model must learn; it stands on the right, for
-    training: batches to generate from want padding_side="left"."""
+    The same ids, but "<|endoftext|>" in a text is that token, unless split_special_tokens=True. Padding is
+    byte FF, which no text holds, not the end of text, which a model must learn; it stands on the right, to
+    train: batches to generate from want padding_side="left"."""
     transformers = need("transformers")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode

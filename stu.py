@@ -936,9 +936,9 @@ if "transformers" in sys.modules:
 
         @can_return_tuple
         def forward(
-            self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
-            output_hidden_states=None, cache=None, inputs_embeds=None, output_attentions=None, seq_idx=None,
-            cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None,
+            self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+            use_cache=None, output_hidden_states=None, cache=None, inputs_embeds=None, output_attentions=None,
+            seq_idx=None, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None,
         ):  # fmt: skip
             if input_ids is None or inputs_embeds is not None or output_attentions:
                 raise ValueError("FlashSTU takes input_ids, no inputs_embeds, and has no attention weights")

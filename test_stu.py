@@ -1479,8 +1479,9 @@ def test_trl_trains_it(hf, saved, tmp_path, kind):
     model = load(hf, saved[2])
     kind, trainer_class = kind.removesuffix(" SFT"), getattr(trl, f"{kind.split()[-1]}Trainer")
     arguments = {
-        "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "bf16": False,
-        "report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "trust_remote_code": True,
+        "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
+        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True,
+        "trust_remote_code": True,
     }  # fmt: skip
     text = ["the quick brown fox jumps over the lazy dog. " * n for n in (1, 2, 1, 1)] * 6
     rows, options = [{"text": t} for t in text], {}
