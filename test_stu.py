@@ -1344,9 +1344,7 @@ def test_dtype_is_that_of_the_checkpoint_or_the_one_asked_for(hf, saved, dtype):
     assert theirs.dtype == torch.float32
     ids, dtype = torch.randint(256, (1, 20)), getattr(torch, dtype)
     other = load(hf, folder, dtype=dtype)
-    filters = other.model.layers[0].mixer.filters
     assert other.dtype == dtype and torch.equal(other(ids).logits, copy.deepcopy(model).to(dtype)(ids).logits)
-    assert filters.dtype == torch.promote_types(dtype, torch.float32)  # never below float32
     made = hf.AutoModelForCausalLM.from_config(theirs.config, trust_remote_code=True, dtype=dtype)
     spread, expected = (m.layers[0].mixer.M_filters.std() for m in (made.model, FlashSTU(model.config)))
     assert made.dtype == dtype and 0.8 < spread / expected < 1.25  # initialised as FlashSTU does
