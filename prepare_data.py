@@ -102,8 +102,11 @@ def get_tokenizer(name: str) -> ByteTokenizer | TiktokenTokenizer:
 
 
 def save_tokenizer(tokenizer: ByteTokenizer | TiktokenTokenizer, folder: str | Path) -> None:
-    """Write it as transformers reads it, same token ids, into a saved model's folder; its end of text ends
-    generation too."""
+    """Write it as transformers reads it into a saved model's folder; its end of text ends generation too.
+
+    The same ids, but "<|endoftext|>" in a text is that token, unless split_special_tokens=True. Padding is
+    byte FF, which no text holds, not the end of text, which a model must learn; it stands on the right, to
+    train: batches to generate from want padding_side="left"."""
     transformers = need("transformers")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -112,9 +115,10 @@ def save_tokenizer(tokenizer: ByteTokenizer | TiktokenTokenizer, folder: str | P
     if isinstance(tokenizer, ByteTokenizer):
         ranks, special = {bytes([i]): i for i in range(1, 256)}, {"<|endoftext|>": 0}
     else:
-        ranks, special = tokenizer.encoding._mergeable_ranks, tokenizer.encoding._special_tokens
+        ranks, special = dict(tokenizer.encoding._mergeable_ranks), dict(tokenizer.encoding._special_tokens)
         steps.insert(0, pre_tokenizers.Split(Regex(tokenizer.encoding._pat_str), "isolated"))
     eot = next(name for name, token in special.items() if token == tokenizer.eot)
+    pad = special["<|padding|>"] = ranks.pop(b"\xff")
     characters = bytes_to_unicode()  # its vocabularies write each byte as a printable character
     printable = {token: "".join(characters[byte] for byte in token) for token in ranks}
     vocab = {printable[token]: rank for token, rank in ranks.items()} | special
@@ -125,11 +129,10 @@ def save_tokenizer(tokenizer: ByteTokenizer | TiktokenTokenizer, folder: str | P
     fast = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, eos_token=eot, pad_token=eot, padding_side="left",
+        tokenizer_object=fast, eos_token=eot, pad_token="<|padding|>", padding_side="right",
         clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)  # fmt: skip
-    ends = {"eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
-    transformers.GenerationConfig(**ends).save_pretrained(folder)
+    transformers.GenerationConfig(eos_token_id=tokenizer.eot, pad_token_id=pad).save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
