@@ -49,6 +49,12 @@ try:
 except ImportError:
     FlashFFTConv = None
 
+HALF = (torch.float16, torch.bfloat16)
+
+
+def on_cuda(t):  # the one switch to the CUDA libraries, so that a test can throw it on a CPU
+    return t.is_cuda
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The filters: eigenvectors of a Hankel matrix that is never built
@@ -179,11 +185,14 @@ class STU(nn.Module):
     def __init__(self, d_in, d_out, seq_len=None, num_eigh=24, *, precomputed_filters=None, backend="auto",
                  config=None, **options):  # fmt: skip
         super().__init__()
-        self.config = c = config or FlashSTUConfig(
-            d_in, seq_len=seq_len, num_eigh=num_eigh, use_attn=False, **options
+        self.d_in, self.d_out, self.backend = (
+            setting("d_in", d_in, int),
+            setting("d_out", d_out, int),
+            backend,
         )
+        options |= {"seq_len": seq_len, "num_eigh": num_eigh, "use_attn": False}
+        self.config = c = config or FlashSTUConfig(**options)
         self.bank = make_bank(c, precomputed_filters)
-        self.d_in, self.d_out, self.backend = d_in, d_out, backend
         L, n_filters = self.bank.filters.shape
         if L != c.seq_len or backend not in ("auto", "fft", "lds"):
             needed = f'filters of length seq_len = {c.seq_len} and backend "auto", "fft" or "lds"'
@@ -235,7 +244,7 @@ class STU(nn.Module):
         if not c.use_approx:
             return full_conv(u, filters, M, tile * (c.d_in_tile or self.d_in))
         u, h = u.transpose(1, 2), M.T @ filters.T  # [B, d, T], [d, <= T]
-        flash = c.use_flash_fft and FlashFFTConv is not None and on_cuda(u, dtype) and self.d_out % 16 == 0
+        flash = c.use_flash_fft and FlashFFTConv is not None and on_cuda(u) and dtype in HALF
         return (flash_fft_conv(u.to(dtype), h) if flash else fft_conv(u, h, tile)).transpose(1, 2)
 
 
@@ -414,11 +423,10 @@ class SlidingWindowAttention(nn.Module):
     and v [B, H, <= w, hd] of the last w tokens. attention_mask [B, >= keys] is 0 at padding, its last column
     is for the last key. Positions count padding too: they are relative, so a shift changes nothing."""
 
-    def __init__(self, d_model=None, n_heads=None, window_size=1024, config=None, **options):
+    def __init__(self, d_model=None, n_heads=None, window_size=1024, softcap=50.0, bias=False, config=None):
         super().__init__()
-        self.config = c = config or FlashSTUConfig(
-            d_model, n_heads=n_heads, window_size=window_size, **options
-        )
+        options = {"window_size": window_size, "softcap": softcap, "bias": bias}
+        self.config = c = config or FlashSTUConfig(n_embd=d_model, n_heads=n_heads, **options)
         self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, c.bias)
         self.c_proj = nn.Linear(c.n_embd, c.n_embd, c.bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(c.n_embd // c.n_heads, eps=1e-6) for _ in "qk")
@@ -436,7 +444,7 @@ class SlidingWindowAttention(nn.Module):
             k, v = (cat(pair, dim=2) for pair in zip(state.tensors, (k, v)))
         if attention_mask is not None:
             attention_mask = check_mask(attention_mask, len(x), k.shape[2])[:, -k.shape[2] :]
-        if flash_attn_func is not None and on_cuda(q, q.dtype) and attention_mask is None:
+        if flash_attn_func is not None and on_cuda(q) and q.dtype in HALF and attention_mask is None:
             q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
             y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=c.softcap)
         else:
@@ -509,6 +517,18 @@ SETTINGS = {  # annotation -> what may be given for it, the least value, how tha
 }
 
 
+def setting(name, value, annotation):
+    """The one door: a bool, int or float as exactly that (numpy's numbers too), or None where it may be."""
+    kind, *none = get_args(annotation) or [annotation]
+    if kind not in SETTINGS or (none and value is None):
+        return value
+    types, least, wanted = SETTINGS[kind]
+    number = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
+    if not number or not least <= value < inf:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return kind(value)
+
+
 @dataclass
 class FlashSTUConfig:
     n_embd: int = 1536  # width d
@@ -536,15 +556,8 @@ class FlashSTUConfig:
     torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters; train with float32 and autocast
 
     def __post_init__(self):
-        """The one door for settings: each becomes exactly what its annotation says, or is refused by name."""
         for f in fields(self):
-            value, kind = getattr(self, f.name), (get_args(f.type) or [f.type])[0]  # of int | None: int
-            if kind in SETTINGS and value is not f.default:
-                types, least, wanted = SETTINGS[kind]
-                number = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
-                if not number or not least <= value < inf:
-                    raise ValueError(f"{f.name} must be {wanted}, got {value!r}")
-                setattr(self, f.name, kind(value))
+            setattr(self, f.name, setting(f.name, getattr(self, f.name), f.type))
         dtype = getattr(torch, str(self.torch_dtype).removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"torch_dtype must be a floating-point dtype, got {self.torch_dtype!r}")
@@ -581,9 +594,9 @@ def check_input(layer, x, width, state, mask):
     if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != width or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}"
         raise ValueError(f"input must be floating-point [batch, length >= 1, {width} channels], got {got}")
-    if state and (state.layer != f"{layer}" or len(state.tensors[0]) != len(x)):
-        whose = f"{len(state.tensors[0])} sequences in {state.layer}"
-        raise ValueError(f"the state is of {whose}, it does not fit {len(x)} in {layer}")
+    if state and (state.layer != layer.extra_repr() or len(state.tensors[0]) != len(x)):
+        whose = f"{len(state.tensors[0])} sequences in a layer ({state.layer})"
+        raise ValueError(f"the state of {whose} does not fit {len(x)} in one ({layer.extra_repr()})")
     return x if mask is None else x.masked_fill(~check_mask(mask, *x.shape[:2])[:, -x.shape[1] :, None], 0)
 
 
@@ -593,10 +606,6 @@ def check_ids(ids, name="input_ids", shortest=1):
     if "int" not in got or ids.ndim != 2 or ids.shape[1] < shortest:
         raise ValueError(f"{name} must be a tensor of integers, [batch, length >= {shortest}], got {got}")
     return ids.long()
-
-
-def on_cuda(t, dtype):  # the one switch to the CUDA libraries, so that a test can throw it on a CPU
-    return t.is_cuda and dtype in (torch.float16, torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------------------
