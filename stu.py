@@ -124,6 +124,27 @@ def fft_size(n):
     return min(m << max(0, ceil(log2(n / m))) for m in (1, 3, 5, 9, 15))
 
 
+class Spectrum(torch.autograd.Function):
+    """u [..., T] -> its spectrum at n points, conjugated. As torch.fft.rfft, without keeping u padded."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u, n):
+        return rfft(u, n=n).conj_physical_()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.T, ctx.n = inputs[0].shape[-1], inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:  # as always in a first backward
+            return None, None
+        return torch.fft.ifft(grad.conj(), n=ctx.n, norm="forward").real[..., : ctx.T], None
+
+
 class FFTConv(torch.autograd.Function):
     """u [B, d, T], h [d, <= T] -> y [B, d, T], y_f = u_f · h_f; the spectra at n points are given conjugated.
 
@@ -157,7 +178,7 @@ def fft_conv(u, h, tile):
     n, y = fft_size(u.shape[2] + h.shape[1] - 1), []
     tile = max(1, min(tile, (2**24 if u.is_cuda else 2**20) // (len(u) * n)))
     for u_i, h_i in zip(u.split(tile, dim=1), h.split(tile)):
-        spectra = (rfft(t, n=n).conj_physical_() for t in (u_i, h_i))
+        spectra = (Spectrum.apply(t, n) for t in (u_i, h_i))
         y.append(FFTConv.apply(u_i, h_i, *spectra, n))
     return cat(y, dim=1)
 

@@ -1,5 +1,6 @@
 """What holds, by name: each test states an identity of one of the other files, and checks it."""
 
+import argparse
 import contextlib
 import copy
 import gzip
@@ -233,6 +234,22 @@ def formula(layer, x, hankel_L=False):
     return stu_formula(x.double(), phi, M.double())
 
 
+def usual_stu(x, phi, M):
+    """The usual route: two branches stacked, channels last, torch's FFT. phi [T, K], M [2K, d(, d_out)]."""
+    T, K = phi.shape
+    n = 1 << (2 * T - 1).bit_length()
+    sign = (-1.0) ** torch.arange(T, device=x.device)[:, None]
+    x_f = torch.fft.rfft(torch.stack([x, x * sign], dim=-1), n=n, dim=1)  # [B, n/2 + 1, d, 2]
+    if M.ndim == 2:
+        h_f = torch.fft.rfft(torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1), n=n, dim=0)  # [n/2 + 1, d, 2]
+        plus, minus = torch.fft.irfft(x_f * h_f, n=n, dim=1)[:, :T].unbind(-1)
+        return plus + sign * minus
+    phi_f = torch.fft.rfft(phi, n=n, dim=0)  # [n/2 + 1, K]
+    u = torch.fft.irfft(x_f[:, :, None] * phi_f[None, :, :, None, None], n=n, dim=1)[:, :T]  # [B, T, K, d, 2]
+    plus, minus = (torch.tensordot(u[..., i], M[i * K : (i + 1) * K], dims=([2, 3], [0, 1])) for i in (0, 1))
+    return plus + sign * minus
+
+
 KINDS = [
     {},
     {"use_hankel_L": True},
@@ -248,8 +265,12 @@ kinds = pytest.mark.parametrize("options", KINDS, ids=lambda o: "+".join(o) or "
 def test_stu_equals_its_formula(options):
     for L, T, B in ((1, 1, 1), (33, 33, 2), (50, 20, 1), (64, 64, 3)):
         layer, x = make_stu(L, 5, 7, **options), torch.randn(B, T, 5)
-        expected = formula(layer, x, options.get("use_hankel_L", False))
+        expected = formula(layer, x, hankel_L := options.get("use_hankel_L", False))
         assert relative_error(layer(x).double(), expected) < 2e-6
+        if T > 1 and not hankel_L:  # and so does the usual route, by which the benchmark measures
+            u, M = (x @ layer.M_inputs, layer.M_filters) if layer.config.use_approx else (x, layer.M)
+            phi = layer.bank.filters[:T, : layer.bank.filters.shape[1] // 2]
+            assert relative_error(usual_stu(u.double(), phi, M.double()), expected) < 2e-6
 
 
 @kinds
@@ -2096,3 +2117,186 @@ def test_weights_and_biases_is_told_what_the_log_is_told(data, tmp_path, monkeyp
     picture.unlink()
     code, output = run_train(data, tmp_path / "run", f"--draw {tmp_path / 'run'}")
     assert code == 0 and picture.stat().st_size > 5000, output
+
+
+# ------------------------------------------------------------------------------------------------------------
+# python test_stu.py: stu.py against the usual route, on this machine
+
+
+def timed(run, repeats=6):
+    """Median seconds of run(), and what it returns; of several runs the first is a warm-up."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return np.median(times[1:] or times).item(), result
+
+
+def peak_bytes(run):
+    """The most memory that run() holds at once, beyond what was held before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with open(os.devnull) as nowhere, os.fdopen(os.dup(2)) as stderr:
+        os.dup2(nowhere.fileno(), 2)  # the profiler logs its start and stop there
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as p:
+            run()
+        os.dup2(stderr.fileno(), 2)
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
+
+
+def row(what, ours, usual, *notes):
+    """A line of the table: what, the seconds of both routes, notes."""
+    times = f"{ours * 1e3:>9.1f} ms {usual * 1e3:>9.1f} ms {usual / ours:>6.1f}x"
+    print(f"{what:<44} {times}   {', '.join(notes)}", flush=True)
+
+
+def benchmark_filters(L, K=24):
+    """Against `eigh` of the Hankel matrix; the error is that of the worst filter, each scaled to norm 1."""
+    ours, filters = timed(lambda: get_spectral_filters(L, K, dtype=torch.float64))
+    eigh = lambda: torch.linalg.eigh(get_hankel(L)).eigenvectors[:, -K:].flip(1)
+    usual, usual_filters = timed(eigh, 2 if L < 8192 else 1)
+    unit = [phi / phi.norm(dim=0) * phi[0].sign() for phi in (filters, usual_filters)]
+    notes = [f"differ by {(unit[0] - unit[1]).abs().max():.0e}"]
+    if L == 64:
+        exact = reference_filters(L, K, False)
+        notes = [f"{(phi - exact / exact.norm(dim=0)).abs().max():.0e}" for phi in unit]
+    row(f"{K} filters, L = {L}", ours, usual, *notes)
+
+
+def benchmark_filtering(B, T, d, approx, device):
+    """Forward and backward of a layer's convolution on the same weights; the error is relative to float64."""
+    layer = STU(d, d, T, use_approx=approx).to(device)
+    x, grad = torch.randn(2, B, T, d, device=device)
+    x.requires_grad_()
+    M, (filters, _) = (layer.M_filters if approx else layer.M), layer.bank.on(x)
+    phi = filters[:, :24]
+    exact = usual_stu(x[:1].detach().double(), phi.double(), M.detach().double())
+    routes = (lambda: layer.convolve(x, filters, M, x.dtype)), (lambda: usual_stu(x, phi, M))
+    notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
+    steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
+    notes.append("peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps)))
+    ours, usual = (timed(step)[0] for step in steps)
+    moved = 4 * x.numel() * x.element_size()  # the least: input and output, and the gradient of each
+    notes.append(f"{moved / ours / 1e9:.1f} GB/s of the least traffic")
+    row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", ours, usual, *notes)
+
+
+KINDS_OF_MODEL = {  # of about the same size
+    "hybrid": {}, "STU only": {"use_attn": False}, "window attention": {"use_stu": False, "mlp_scale": 2.25},
+    "full attention": {"use_stu": False, "mlp_scale": 2.25},
+}  # fmt: skip
+
+
+def benchmark_length(lengths, device, dtype):
+    """Tokens a second of training steps on one sequence of each length -> for each kind of model."""
+    sizes = {
+        "n_embd": 192,
+        "n_layers": 6,
+        "n_heads": 6,
+        "window_size": 128,
+        "vocab_size": 256,
+        "softcap": 0.0,
+    }
+    windowed, speeds = stu.windowed_attention, {name: [] for name in KINDS_OF_MODEL}
+    print(f"\n{'tokens/s of a training step at length':<44}", *(f"{T:>9,}" for T in lengths))
+    for name, options in KINDS_OF_MODEL.items():
+        if name == "full attention":  # torch's own
+            stu.windowed_attention = lambda q, k, v, *_: F.scaled_dot_product_attention(
+                q, k, v, is_causal=True
+            )
+        for T in lengths:
+            if name == "full attention" and T > 2**14 and device == "cpu":
+                break  # minutes
+            config = FlashSTUConfig(
+                **(sizes | {"seq_len": T, "mlp_scale": 2.75, "torch_dtype": dtype} | options)
+            )
+            model, ids = FlashSTU(config).to(device), torch.randint(256, (1, T + 1), device=device)
+            seconds, _ = timed(
+                lambda m=model, ids=ids: m(ids, labels=ids).loss.backward(), 4 if T < 2**14 else 2
+            )
+            speeds[name].append(T / seconds)
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{f'{name}, {size:.1f}M parameters':<44}", *(f"{s:>9,.0f}" for s in speeds[name]), flush=True)
+    stu.windowed_attention = windowed
+    return speeds
+
+
+def benchmark_generation(contexts, device, dtype):
+    """One token from the state, against reading the context again -> seconds of both for each context."""
+    config = FlashSTUConfig(
+        n_embd=256, n_layers=4, n_heads=4, seq_len=2048, window_size=256, vocab_size=256, torch_dtype=dtype
+    )
+    model, seconds = FlashSTU(config).to(device), []
+    for context in contexts:
+        ids, state = torch.randint(256, (1, context), device=device), []
+        reading, _ = timed(lambda ids=ids, state=state: model.generate(ids, max_new_tokens=0, state=state), 1)
+        tokens = model.stream(ids[:, :0], 33, state=state)
+        seconds.append((timed(lambda tokens=tokens: next(tokens), 32)[0], reading))
+        row(f"next token at context {context}", *seconds[-1])
+    return seconds
+
+
+def draw_costs(path, where, contexts, seconds, lengths, speeds):
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (times, label) in enumerate(zip(zip(*seconds), ("from the state", "reading the context again"))):
+        milliseconds = np.array(times) * 1e3
+        left.loglog(contexts, milliseconds, marker="o", color=f"C{i}")
+        left.annotate(
+            label, (contexts[2], milliseconds[2]), (0, 8), textcoords="offset points", color=f"C{i}"
+        )
+    for i, (name, values) in enumerate(speeds.items()):
+        right.semilogx(lengths[: len(values)], values, marker="o", color=f"C{i}")
+        at = lengths[len(values) - 1], values[-1]
+        right.annotate(name, at, (6, 0), textcoords="offset points", color=f"C{i}", va="center")
+    left.set_title("A token costs the same at any context", loc="left")
+    left.set(xlabel="context (tokens)", ylabel="milliseconds per token", ylim=(1, None))
+    right.set_title("Training: near-linear cost in length", loc="left")
+    right.set(
+        xlabel="length (tokens)", ylabel="tokens per second", ylim=(0, None), xlim=(None, lengths[-1] * 6)
+    )
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(where, fontsize=8, color="0.4", x=0.99, ha="right")
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time stu.py against the usual route, two minutes on a CPU.")
+    parser.add_argument("--full", action="store_true", help="with eigh at L = 8192 and lengths to 32,768")
+    parser.add_argument("--draw", metavar="FILE", help="only the costs of context and length, drawn to FILE")
+    args = parser.parse_args()
+    if args.draw:
+        open(args.draw, "ab").close()  # fails before the work, not after it
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}")
+    print(f"\n{'':<44} {'stu.py':>12} {'usual route':>12} {'ratio':>7}   error: ours, usual")
+    if not args.draw:
+        for L in (64, 2048, 8192) if args.full else (64, 2048):
+            benchmark_filters(L)
+        small, large = [(2, 4096, 512), (8, 512, 256)], [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)]
+        for shape in large if cuda else small:
+            benchmark_filtering(*shape, True, device)
+        benchmark_filtering(8, 1024, 128, False, device)
+    contexts = [512, 2048, 8192, 32768, 131072]
+    lengths = [2**i for i in range(10, 16 if args.full or args.draw or cuda else 14)]
+    seconds, speeds = benchmark_generation(contexts, device, dtype), benchmark_length(lengths, device, dtype)
+    if args.draw:
+        draw_costs(args.draw, where, contexts, seconds, lengths, speeds)
+
+
+if __name__ == "__main__":
+    main()
