@@ -58,9 +58,8 @@ def convolve(u: Tensor, h: Tensor) -> Tensor:
 
 class LDS(nn.Module):
     """h_t = A h_{t-1} + B u_t, y_t = C h_t: [batch, T, input_dim] -> [batch, T, output_dim], or unbatched.
-
     A [n]: real poles, what an STU is for, or with diagonal=False [n, n], complex poles; B [n, input_dim],
-    C [output_dim, n], first state h0 [n]. In pieces: lds(u, state, use_cache=True) -> (y, state [batch, n])."""
+    C [output_dim, n], first state h0 [n]. Pieces: lds(u, state, use_cache=True) -> (y, state [batch, n])."""
 
     def __init__(self, state_dim: int, input_dim: int, output_dim: int, dtype: torch.dtype = torch.float32,
                  device=None, *, diagonal: bool = True):  # fmt: skip
@@ -183,17 +182,19 @@ class MiniSTU(nn.Module):
         y = check_input(targets, self.output_dim, "targets").double()
         if x.shape[:2] != y.shape[:2]:
             raise ValueError(f"inputs {list(x.shape)}, targets {list(y.shape)}: not equally many and long")
-        f = [convolve(x, phi[: x.shape[1], None].to(x)) for phi in self.bank.T]  # F times [N, T, in]
-        f = torch.stack(f, dim=2).flatten(2).flatten(0, 1)  # [N T, F · in]
-        # white filters: the normal equations are as well conditioned as the inputs, and lose no digits
-        M = torch.linalg.pinv(f.T @ f, rtol=1e-13, hermitian=True) @ (f.T @ y.flatten(0, 1))
+        gram, moment = 0, 0  # normal equations: in white coordinates as well conditioned as the inputs
+        for u, target in zip(x.split(16), y.split(16)):
+            f = [convolve(u, phi[: u.shape[1], None].to(u)) for phi in self.bank.T]  # F times [16, T, in]
+            f = torch.stack(f, dim=2).flatten(2).flatten(0, 1)  # [16 T, F · in]
+            gram, moment = gram + f.T @ f, moment + f.T @ target.flatten(0, 1)
+        M = torch.linalg.pinv(gram, rtol=1e-13, hermitian=True) @ moment  # [F · in, out]
         self.stu.M.copy_(M.view_as(self.stu.M))
         return self
 
     @torch.no_grad()
     def to_lds(self) -> LDS:
-        """The same map as a diagonal LDS in float64, for any length: Σ_n α_n^t R_n = Σ_f Φ[t, f] M_f at t < L, for
-        residues R [n, in, out], large and cancelling; 300 lags out to 40 L ask the response to fade."""
+        """The same map as a diagonal LDS in float64, for any length: Σ_n α_n^t R_n = Σ_f Φ[t, f] M_f, t < L,
+        with residues R [n, in, out], large and cancelling; 300 lags out to 40 L ask the response to fade."""
         if len(self.mlp) or self.stu.lds is None:
             raise ValueError("to_lds converts a mixture of decays: no use_mlp=True, and no filters that ring")
         L, poles, M = self.seq_len, self.poles, self.stu.M.double().cpu()
@@ -227,17 +228,16 @@ def unseen_error(model: nn.Module, lds: LDS, seq_len: int, batch_size: int = 64)
     return mse, mse.detach() / y.var()
 
 
-def descend(model: nn.Module, measure, num_steps: int, rate: float, label="", left=0.0) -> list:
-    """Minimise the loss in measure(model) -> (loss, number to watch), on new data each step; returns them all.
+def descend(model: nn.Module, measure, num_steps: int, rate: float, label="", after=0.0) -> list:
+    """Minimise the loss in measure(model) -> (loss, number to watch), on new data each step -> all of these.
     Muon for matrices in blocks, Adam for the rest; the rate is constant for half of the steps, then falls to
-    zero. With a label, a live line counts down `left` seconds. A loss that is not finite ends it."""
+    zero. With a label, a live line: time left, `after` seconds more. A loss that is not finite ends it."""
     blocks = [m for m in model.modules() if isinstance(m, FlashSTUBlock)]
     inner = [p for m in blocks for name, p in m.named_parameters() if p.ndim == 2 and "filters" not in name]
     optimizers = [torch.optim.Adam([p for p in model.parameters() if all(p is not q for q in inner)])]
     if inner:  # scaled so that one rate suits both
         optimizers.append(torch.optim.Muon(inner, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     terminal, start, watched = sys.stdout.isatty(), time.perf_counter(), []
-    bars = 20 if terminal else 5  # in a terminal the line redraws itself
     model.train()
     for step in range(1, num_steps + 1):
         loss, number = measure(model)
@@ -249,10 +249,11 @@ def descend(model: nn.Module, measure, num_steps: int, rate: float, label="", le
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * min(1, 2 - 2 * (step - 1) / num_steps)
             optimizer.step()
-        if label and step * bars // num_steps > (step - 1) * bars // num_steps:
-            s, bar = max(0, round(left - time.perf_counter() + start)), "█" * (20 * step // num_steps)
-            line = f"{label:<26} step {step}/{num_steps} {number:8.2g} {bar:·<20} {s // 60}:{s % 60:02} left"
-            print(line, end="\r" if terminal and step < num_steps else "\n", flush=True)
+        if label and 20 * step // num_steps > 20 * (step - 1) // num_steps:
+            s = round((time.perf_counter() - start) * (num_steps / step - 1) + after)
+            bar = f"{'█' * (20 * step // num_steps):·<20} {s // 60}:{s % 60:02} left"
+            end = "\r" if terminal and step < num_steps else "\n"  # in a terminal the line redraws itself
+            print(f"{label:<26} step {step}/{num_steps} {number:8.2g} {bar}", end=end, flush=True)
     model.eval()
     return watched
 
@@ -277,10 +278,10 @@ def race(makers: dict, measure, judge, steps: int, rates: tuple, seed: int, same
     makers: name -> a function that makes the model; judge(model) -> {column: number}. same_time gives all the
     time of the first one's steps. Says first what it costs, last a table -> name -> the numbers watched."""
 
-    def attempt(name, rate, steps, label="", left=0.0):
+    def attempt(name, rate, steps, label="", after=0.0):
         torch.manual_seed(seed + 1)  # the same weights and the same data at every rate
         model, start = makers[name](), time.perf_counter()
-        return model, rate, descend(model, measure, steps, rate, label, left), time.perf_counter() - start
+        return model, rate, descend(model, measure, steps, rate, label, after), time.perf_counter() - start
 
     cost, runs, scores, final, rows = {}, [], {}, {}, {}
     for name in makers:
@@ -291,7 +292,7 @@ def race(makers: dict, measure, judge, steps: int, rates: tuple, seed: int, same
     print(f"{len(runs)} runs, {torch.get_num_threads()} CPU threads: about {sum(due) / 60:.1f} minutes")
     for i, (name, rate, n) in enumerate(runs):
         rate = rate or min(rates, key=lambda r: scores.get((name, r), 0))
-        final[name] = attempt(name, rate, n, f"{name}, rate {rate}", sum(due[i:]))
+        final[name] = attempt(name, rate, n, f"{name}, rate {rate}", sum(due[i + 1 :]))
         scores[name, rate] = sum(loss for loss, _ in final[name][2][-10:])
     for name, (model, rate, watched, seconds) in final.items():
         torch.manual_seed(seed + 2)  # the same data for every model
@@ -374,8 +375,8 @@ def linear(args: argparse.Namespace, figure) -> None:
     lds = random_LDS(args.state_dim, *sizes, args.lower_bound, spectral_radius=args.spectral_radius)
     makers, rates = {"STU": lambda: MiniSTU(L, K, *sizes)}, (args.learning_rate,)
     if args.compare:
-        lds.C.data /= sample(lds, 64, L)[1].std()  # no model has to find the scale of the outputs
         rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+        lds.C.data /= sample(lds, 64, L)[1].std()  # no model has to find the scale of the outputs
         makers["S4D"] = lambda: S4D(*sizes, 24)
         makers["Mamba-2"] = lambda: Mamba2(*sizes, 44)
         makers["attention"] = lambda: stack("A", 1, 1.0, *sizes, 16, L)
@@ -480,8 +481,7 @@ def quiz(model: nn.Module, task: str, n: int) -> tuple[Tensor, Tensor]:
         keys, order = (torch.rand(n, m).argsort(1)[:, :8, None] for m in (32, 8))
         pairs = torch.cat([keys, torch.randint(32, 64, (n, 8, 1))], dim=2)
         ids = torch.cat([pairs, pairs.gather(1, order.expand_as(pairs))], dim=1).flatten(1)  # [n, 32]
-        asked = torch.arange(31) % 2 == 0  # of each second half, of all pairs the value
-        ids, labels = ids[:, :-1], ids[:, 1:].where(asked & (torch.arange(31) >= 16), -1)
+        ids, labels = ids[:, :-1], ids[:, 1:].where((torch.arange(31) > 15) & (torch.arange(31) % 2 == 0), -1)
     elif task == "induction":  # random tokens, repeated with a random period: what followed the last time?
         at, period = torch.arange(49), torch.randint(8, 24, (n, 1))
         ids = torch.randint(64, (n, 24)).gather(1, at % period)
