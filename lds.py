@@ -1,27 +1,29 @@
 """
-Watch a spectral transform unit learn a linear dynamical system.
+Watch a spectral transform unit learn: linear systems, a robot, recall.
 
-    python lds.py               an STU learns a system in closed form and by gradient descent, then becomes a
-                                recurrence; under a minute on two cores, the picture goes to lds.png
-    python lds.py --compare     a larger one, for S4D, a selective SSM, attention and the system itself too
-    python lds.py --backends    the cost of the layer as a convolution and as a recurrence, where they cross
-    python lds.py --help        every dimension, the seed, the spectral radius, the number of steps
+    python lds.py              an STU learns a linear system in closed form and by descent; a picture, lds.png
+    python lds.py --compare    a larger system, for S4D, Mamba-2, attention and the system itself too
+    python lds.py --ant        each kind of layer predicts MuJoCo's Ant: pip install "gymnasium[mujoco]"
+    python lds.py --recall     what needs attention: associative recall, induction, selective copying
 
-The task. A hidden state h of n numbers turns inputs u into outputs y, and only u and y are seen:
+In a linear system a hidden state h of n numbers turns inputs u into outputs y, and only u and y are seen,
     h_t = A h_{t-1} + B u_t,    y_t = C h_t,    that is    y_t = Σ_s C A^s B u_{t-s}.
-Learning A, B, C is hard: when the spectral radius of A (its largest |eigenvalue|) is near 1 the memory is
-long, and the loss is anything but convex in A. An STU does not learn A. It filters u with the few fixed
-signals that span all decays α^t (stu.py, section 1) and learns a linear map on top, so its loss is a
-parabola, with a bottom one can compute.
+When the spectral radius of A (its largest |eigenvalue|) is near 1 the memory is long, and the loss anything
+but convex in A. An STU does not learn A: it filters u with the few fixed signals that span all decays α^t
+(stu.py, section 1) and learns a linear map on top, so its loss is a parabola with a bottom one can compute.
+
+What it can learn: real poles of both signs, as every symmetric A has. The Hankel integral runs over α in
+[0, 1], the alternating filters add -α. A pole r e^(iθ) rings, r^t cos θt, and slow ringing (r near 1) away
+from θ = 0° and 180° is no mixture of decays: the demo shows the error by angle.
 
 The letters, as in stu.py: B batch (and the input matrix), T time, L seq_len, K base filters, Φ [L, F] the
-filter bank, M [F, d_in, d_out] the learned map. Responses are written [in, out]: C A^t B for all t is
-[T, in, out].
+filter bank, M [F, d_in, d_out] the learned map. Responses are written [in, out]: C A^t B is [T, in, out].
 """
 
 import argparse
 import functools
 import math
+import os
 import sys
 import time
 
@@ -29,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stu import STU, FilterBank, SlidingWindowAttention, get_spectral_filters
+from stu import STU, FilterBank, FlashSTU, FlashSTUBlock, FlashSTUConfig, get_spectral_filters
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The system to learn
@@ -40,8 +42,7 @@ def check_input(x: Tensor, width: int, name: str = "input", seq_len: float = mat
     if x.ndim not in (2, 3) or x.shape[-1] != width or x.shape[-2] < 1:
         raise ValueError(f"{name} must be [batch (optional), length >= 1, {width}], got {list(x.shape)}")
     if x.shape[-2] > seq_len:
-        advice = "make a model with a longer one, or run this one as a recurrence: to_lds()"
-        raise ValueError(f"{name} of length {x.shape[-2]} is longer than seq_len = {seq_len}: {advice}")
+        raise ValueError(f"{name} of length {x.shape[-2]} is longer than {seq_len = }: make it a to_lds()")
     if not x.isfinite().all():
         raise ValueError(f"{name} holds {(~x.isfinite()).sum()} NaN or infinite values of {x.numel()}")
     return x if x.ndim == 3 else x[None]
@@ -49,23 +50,19 @@ def check_input(x: Tensor, width: int, name: str = "input", seq_len: float = mat
 
 def convolve(u: Tensor, h: Tensor) -> Tensor:
     """y_t = Σ_s h_s u_{t-s}: u [B, T, in], h [T, in, out] -> [B, T, out]; h [T, d] is a filter a channel."""
-    T = u.shape[1]
-    n = 2 * T  # a shorter FFT would wrap the end around to the beginning
+    T, n = u.shape[1], 2 * u.shape[1]  # a shorter FFT would wrap the end around to the beginning
     u_f, h_f = torch.fft.rfft(u, n=n, dim=1), torch.fft.rfft(h, n=n, dim=0)
     y_f = u_f * h_f if h.ndim == 2 else torch.einsum("bfi,fio->bfo", u_f, h_f)
     return torch.fft.irfft(y_f, n=n, dim=1)[:, :T]
 
 
 class LDS(nn.Module):
-    """h_t = A h_{t-1} + B u_t, y_t = C h_t from h = 0: u [batch, T, input_dim] -> y [batch, T, output_dim].
+    """h_t = A h_{t-1} + B u_t, y_t = C h_t: [batch, T, input_dim] -> [batch, T, output_dim], or unbatched.
+    A [n]: real poles, what an STU is for, or with diagonal=False [n, n], complex poles; B [n, input_dim],
+    C [output_dim, n], first state h0 [n]. Pieces: lds(u, state, use_cache=True) -> (y, state [batch, n])."""
 
-    A [n, n], with diagonal=True its diagonal [n]; B [n, input_dim], C [output_dim, n]; all are learnable.
-    Unbatched u [T, input_dim] gives [T, output_dim]. ValueError if u is misshapen or not finite."""
-
-    def __init__(
-        self, state_dim: int, input_dim: int, output_dim: int, dtype: torch.dtype = torch.float32,
-        device=None, diagonal: bool = False,
-    ):  # fmt: skip
+    def __init__(self, state_dim: int, input_dim: int, output_dim: int, dtype: torch.dtype = torch.float32,
+                 device=None, *, diagonal: bool = True):  # fmt: skip
         super().__init__()
         if min(state_dim, input_dim, output_dim) < 1:
             raise ValueError(f"dimensions must be at least 1, got {state_dim}, {input_dim}, {output_dim}")
@@ -75,49 +72,49 @@ class LDS(nn.Module):
         self.A = nn.Parameter(A)  # diagonal: uniform in [-1, 1]; dense: of spectral radius about 0.9
         self.B = nn.Parameter(torch.randn(n, d_in, **to) / d_in)
         self.C = nn.Parameter(torch.randn(d_out, n, **to) / n)
+        self.h0 = nn.Parameter(torch.zeros(n, **to))
 
-    def impulse_response(self, T: int) -> Tensor:
-        """C A^t B for t < T: [T, in, out]. No loop over time: powers of the poles, or log2(T) doublings."""
+    dtype, device = property(lambda self: self.B.dtype), property(lambda self: self.B.device)
+
+    def powers(self, V: Tensor, T: int) -> Tensor:
+        """A^t V for t < T: V [n, k] -> [T, n, k], by powers of the poles or log2(T) doublings, no loop."""
         if self.A.ndim == 1:
-            powers = self.A ** torch.arange(T, device=self.A.device)[:, None]
-            return torch.einsum("tn,ni,on->tio", powers, self.B, self.C)
-        X, power = self.B[:, None], self.A  # [n, t, in]: A^s B for s < t
-        while X.shape[1] < T:
-            X, power = torch.cat([X, torch.einsum("mn,nti->mti", power, X)], dim=1), power @ power
-        return torch.einsum("on,nti->tio", self.C, X[:, :T])
+            return (self.A ** torch.arange(T, device=V.device)[:, None])[..., None] * V
+        X, power = V[None], self.A
+        while len(X) < T:
+            X, power = torch.cat([X, power @ X]), power @ power
+        return X[:T]
 
-    def forward(self, u: Tensor) -> Tensor:
-        x = check_input(u, self.input_dim).to(self.B)
-        y = convolve(x, self.impulse_response(x.shape[1]))
-        return y if u.ndim == 3 else y[0]
+    def forward(self, u: Tensor, state: Tensor | None = None, use_cache: bool = False):
+        h, y = self.h0[:, None] if state is None else state.to(self.B).T, []  # h [n, 1 or batch]
+        for x in check_input(u, self.input_dim).to(self.B).split(1024, dim=1):  # so that memory is bounded
+            X = self.powers(torch.cat([self.B, h], dim=1), x.shape[1] + 1)  # inputs, and h, t steps later
+            of_input, of_h = X[:-1, :, : self.input_dim], X[1:, :, self.input_dim :]
+            y.append(convolve(x, (self.C @ of_input).transpose(1, 2)) + (self.C @ of_h).permute(2, 0, 1))
+            h = of_h[-1] + torch.einsum("tni,bti->nb", of_input.flip(0), x)
+        y = torch.cat(y, dim=1) if u.ndim == 3 else torch.cat(y, dim=1)[0]
+        return (y, h.T) if use_cache else y
 
 
-def random_LDS(
-    state_dim: int, input_dim: int, output_dim: int, lower_bound: float = 0.1, device=None,
-    spectral_radius: float = 0.99,
-) -> LDS:  # fmt: skip
+def random_LDS(state_dim: int, input_dim: int, output_dim: int, lower_bound: float = 0.1, device=None, *,
+               spectral_radius: float = 0.99) -> LDS:  # fmt: skip
     """A diagonal system, poles ±α: α uniform in [lower_bound, spectral_radius], one at the upper end."""
     if not 0 <= lower_bound <= spectral_radius <= 1:
         raise ValueError(f"need 0 <= {lower_bound = } <= {spectral_radius = } <= 1")
-    lds = LDS(state_dim, input_dim, output_dim, device=device, diagonal=True)
-    with torch.no_grad():
-        lds.A.copy_(lds.A.sign() * (lower_bound + (spectral_radius - lower_bound) * lds.A.abs()))
-        lds.A[0] = spectral_radius * lds.A[0].sign()
+    lds = LDS(state_dim, input_dim, output_dim, device=device)
+    lds.A.data = lds.A.data.sign() * (lower_bound + (spectral_radius - lower_bound) * lds.A.data.abs())
+    lds.A.data[0] = spectral_radius * lds.A[0].sign()
     return lds
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. The learner: an STU in white coordinates
 #
-# What limits gradient descent here is scale. get_spectral_filters scales φ_k by λ_k^(1/4), and φ_k overlaps
-# with the alternating filters: the curvature of the loss differs between directions by more than 1e12, and no
-# number of steps reaches the flat ones. But only the span of the filters matters, so choose coordinates in
-# which white input (independent, of unit variance) gives uncorrelated features of equal size. At time t a
-# filter has seen lags 0..t only; averaged over the sequence, lag s counts with weight w_s = (L - s)/L, and
-# the features of white input have covariance Φᵀ diag(w) Φ. Gram-Schmidt under that product turns Φ into white
-# filters: the curvature is about 1 in every direction, and plain Adam converges. Directions 1e-5 below the
-# first are dropped: they carry 1e-13 of the variance of a stable system's outputs, and float32 and the
-# recurrent form have no digits there.
+# What limits gradient descent is scale: the filters, scaled by λ_k^(1/4), overlap, and the curvature of the
+# loss differs between directions by more than 1e12. Only their span matters, so choose coordinates in which
+# white input gives uncorrelated features of variance 1. Time t sees lags 0..t only, so over a sequence lag s
+# counts with weight w_s = (L - s)/L; Gram-Schmidt under that weight gives white filters, and Adam converges.
+# Directions 1e-5 below the first are dropped: they carry 1e-13 of a stable system's variance.
 
 
 def white_filters(phi: Tensor, use_hankel_L: bool = False) -> Tensor:
@@ -132,18 +129,17 @@ def white_filters(phi: Tensor, use_hankel_L: bool = False) -> Tensor:
 
 
 class MiniSTU(nn.Module):
-    """A full STU, and an optional MLP on its outputs: [batch, T, input_dim] -> [batch, T, output_dim].
+    """A full STU, and an MLP on its outputs: [batch, T <= seq_len, input_dim] -> [batch, T, output_dim].
 
-    T is at most seq_len. Unbatched input [T, input_dim] gives [T, output_dim]. precomputed_filters [seq_len,
-    num_filters]: base filters instead of the Hankel matrix's. backend: "spectral" (FFT) or "lds" (recurrence
-    over blocks), the same function. ValueError if an argument or an input does not fit."""
+    num_filters: K, for each sign; K = 24 at L = 128 keeps 34 of 48 white directions, all but 7e-5 of a map
+    with random weights. precomputed_filters [seq_len, num_filters]: other base filters. backend: "spectral"
+    (FFT) or "lds" (recurrence), the same function. Unbatched input works, too."""
 
-    def __init__(
-        self, seq_len: int, num_filters: int, input_dim: int, output_dim: int, use_hankel_L: bool = False,
-        use_mlp: bool = False, mlp_hidden_dim: int | None = None, mlp_num_layers: int = 2,
-        mlp_dropout: float = 0.0, mlp_activation: str = "relu", dtype: torch.dtype = torch.float32,
-        device=None, precomputed_filters: Tensor | None = None, backend: str = "spectral",
-    ):  # fmt: skip
+    def __init__(self, seq_len: int, num_filters: int, input_dim: int, output_dim: int, *,
+                 use_hankel_L: bool = False, use_mlp: bool = False, mlp_hidden_dim: int | None = None,
+                 mlp_num_layers: int = 2, mlp_dropout: float = 0.0, mlp_activation: str = "relu",
+                 dtype: torch.dtype = torch.float32, device=None, precomputed_filters: Tensor | None = None,
+                 backend: str = "spectral"):  # fmt: skip
         super().__init__()
         routes, units = {"spectral": "fft", "lds": "lds"}, {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
         for name, value, known in (("backend", backend, routes), ("mlp_activation", mlp_activation, units)):
@@ -152,17 +148,14 @@ class MiniSTU(nn.Module):
         if not 1 <= num_filters <= seq_len or mlp_num_layers < 1:
             got = f"{num_filters} filters for length {seq_len}, {mlp_num_layers} layers"
             raise ValueError(f"need 1 <= num_filters <= seq_len and mlp_num_layers >= 1, got {got}")
-        phi = precomputed_filters
-        if phi is None:
+        if (phi := precomputed_filters) is None:
             phi = get_spectral_filters(seq_len, num_filters, use_hankel_L, dtype=torch.float64)
         if phi.shape != (seq_len, num_filters):
             raise ValueError(f"precomputed_filters must be [{seq_len}, {num_filters}], got {list(phi.shape)}")
         self.seq_len, self.num_filters = seq_len, num_filters
         self.input_dim, self.output_dim = input_dim, output_dim
         self.bank = white_filters(phi, use_hankel_L)  # [L, F] float64
-        bank = FilterBank(
-            self.bank, n_pairs=40, chunk=32, fade=1e-6, tolerance=math.inf
-        )  # 80 states give 1e-4, and speed
+        bank = FilterBank(self.bank, n_pairs=40, chunk=32, fade=1e-6, tolerance=1e-2)  # 80 states: 1e-4
         options = {"precomputed_filters": bank, "backend": routes[backend]}
         self.stu = STU(input_dim, output_dim, seq_len, use_approx=False, **options)
         hidden = [mlp_hidden_dim or 2 * output_dim] * (mlp_num_layers - 1)
@@ -172,29 +165,26 @@ class MiniSTU(nn.Module):
         self.mlp = nn.Sequential(*layers[2:])  # a linear layer comes first; empty, it is the identity
         self.to(device=device, dtype=dtype)
 
+    def get_num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
     def forward(self, x: Tensor) -> Tensor:
-        u = check_input(x, self.input_dim, seq_len=self.seq_len)
-        y = self.mlp(self.stu(u.to(self.stu.M.dtype)))
+        y = self.mlp(self.stu(check_input(x, self.input_dim, seq_len=self.seq_len).to(self.stu.M.dtype)))
         return y if x.ndim == 3 else y[0]
 
     @torch.no_grad()
     def fit(self, inputs: Tensor, targets: Tensor) -> "MiniSTU":
-        """Set M by least squares on inputs [N, T, input_dim], targets [N, T, output_dim]; returns self.
-
-        The model is linear in M: this is a regression on the F · input_dim filter outputs, in float64. In
-        white coordinates the normal equations are as well conditioned as the inputs are, so they lose no
-        digits. ValueError with use_mlp=True, or if inputs and targets differ in number or length."""
+        """Set M by least squares on inputs [N, T, input_dim], targets [N, T, output_dim]; returns self."""
         if len(self.mlp):
             raise ValueError("fit solves a linear model; with use_mlp=True train by gradient descent")
-        x = check_input(inputs, self.input_dim, "inputs", self.seq_len)
-        y = check_input(targets, self.output_dim, "targets")
+        x = check_input(inputs, self.input_dim, "inputs", self.seq_len).double()
+        y = check_input(targets, self.output_dim, "targets").double()
         if x.shape[:2] != y.shape[:2]:
             raise ValueError(f"inputs {list(x.shape)}, targets {list(y.shape)}: not equally many and long")
-        bank = self.bank[: x.shape[1], None].to(x.device)  # [T, 1, F]: one channel to F filter outputs
-        gram, moment = 0, 0
-        for u, target in zip(x.double().split(16), y.double().split(16)):
-            f = convolve(u.transpose(1, 2).flatten(0, 1)[..., None], bank)  # [16 · in, T, F]
-            f = f.unflatten(0, (len(u), -1)).permute(0, 2, 3, 1).flatten(2).flatten(0, 1)  # [16 T, F · in]
+        gram, moment = 0, 0  # normal equations: in white coordinates as well conditioned as the inputs
+        for u, target in zip(x.split(16), y.split(16)):
+            f = [convolve(u, phi[: u.shape[1], None].to(u)) for phi in self.bank.T]  # F times [16, T, in]
+            f = torch.stack(f, dim=2).flatten(2).flatten(0, 1)  # [16 T, F · in]
             gram, moment = gram + f.T @ f, moment + f.T @ target.flatten(0, 1)
         M = torch.linalg.pinv(gram, rtol=1e-13, hermitian=True) @ moment  # [F · in, out]
         self.stu.M.copy_(M.view_as(self.stu.M))
@@ -202,26 +192,21 @@ class MiniSTU(nn.Module):
 
     @torch.no_grad()
     def to_lds(self) -> LDS:
-        """The same map as a diagonal LDS in float64, for inputs of any length; each input has its own poles.
-
-        Solves Σ_n α_n^t R_n = Σ_f Φ[t, f] M_f for the residues R [n, in, out] on t < L. They are large and
-        cancel, which float64 affords. Past L, 300 lags out to 40 L ask the response to fade instead of
-        growing. ValueError with use_mlp=True."""
-        if len(self.mlp):
-            raise ValueError("to_lds converts the linear model; one with use_mlp=True is no linear system")
+        """The same map as a diagonal LDS in float64, for any length: Σ_n α_n^t R_n = Σ_f Φ[t, f] M_f, t < L,
+        with residues R [n, in, out], large and cancelling; 300 lags out to 40 L ask the response to fade."""
+        if len(self.mlp) or self.stu.bank.lds is None:
+            raise ValueError("to_lds converts a mixture of decays: no use_mlp=True, and no filters that ring")
         L, M = self.seq_len, self.stu.M.double().cpu()
         poles = self.stu.bank.lds.powers[1].diagonal()
         far = L * 40 ** torch.linspace(0, 1, 301, dtype=torch.float64)
-        t = torch.cat([torch.arange(L), far[:-1].round()])
-        weight = torch.cat([torch.ones(L), 1e-6 * far.diff().sqrt()])
-        powers = weight[:, None] * poles ** t[:, None]  # [L + 300, n]
+        t, weight = torch.cat([torch.arange(L), far[:-1].round()]), 1e-6 * far.diff().sqrt()
+        powers = torch.cat([torch.ones(L), weight])[:, None] * poles ** t[:, None]  # [L + 300, n]
         kernel = F.pad(torch.einsum("tf,fio->tio", self.bank, M).flatten(1), (0, 0, 0, 300))
         residues = torch.linalg.lstsq(powers, kernel, rcond=1e-14, driver="gelsd").solution  # [n, in · out]
-        n, d_in, d_out = len(poles), self.input_dim, self.output_dim
-        lds = LDS(n * d_in, d_in, d_out, dtype=torch.float64, diagonal=True)
-        lds.A.copy_(poles.repeat_interleave(d_in))  # state (pole, input)
-        lds.B.copy_(torch.eye(d_in).repeat(n, 1))
-        lds.C.copy_(residues.reshape(n * d_in, d_out).T)
+        lds = LDS(len(poles) * self.input_dim, self.input_dim, self.output_dim, dtype=torch.float64)
+        lds.A.copy_(poles.repeat_interleave(self.input_dim))  # state (pole, input)
+        lds.B.copy_(torch.eye(self.input_dim).repeat(len(poles), 1))
+        lds.C.copy_(residues.reshape(lds.state_dim, self.output_dim).T)
         return lds.to(self.stu.M.device)
 
 
@@ -236,67 +221,100 @@ def sample(lds: LDS, batch_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
     return x, lds(x)
 
 
-@torch.no_grad()
-def unseen_error(model: nn.Module, lds: LDS, seq_len: int) -> tuple[float, float]:
-    """Mean squared error on 64 unseen sequences, and the same over the variance of their outputs."""
-    x, y = sample(lds, 64, seq_len)
-    mse = F.mse_loss(model(x), y).item()
-    return mse, mse / y.var().item()
+def unseen_error(model: nn.Module, lds: LDS, seq_len: int, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Mean squared error on new sequences, and the same over the variance of their outputs."""
+    x, y = sample(lds, batch_size, seq_len)
+    mse = F.mse_loss(model(x), y)
+    return mse, mse.detach() / y.var()
 
 
-def train(
-    model: nn.Module, lds: LDS, seq_len: int, num_steps: int, batch_size: int, learning_rate: float, label=""
-) -> list[float]:
-    """Adam on the mean squared error against lds, new white inputs at every step -> the loss at each step.
-
-    The learning rate is constant for half of the steps, then falls linearly to zero. With a label, a live
-    line. ValueError for numbers that are too small, FloatingPointError when the loss is no longer finite."""
-    if num_steps < 0 or batch_size < 1 or learning_rate <= 0:
-        raise ValueError(f"need {num_steps = } >= 0, {batch_size = } >= 1, {learning_rate = } > 0")
-    optimizer, losses = torch.optim.Adam(model.parameters()), []
-    terminal = sys.stdout.isatty()  # there the line redraws itself; a file or a log gets ten of them
-    interval = max(1, num_steps // (100 if terminal else 10))
+def descend(model: nn.Module, measure, num_steps: int, rate: float, label="", after=0.0) -> list:
+    """Minimise the loss in measure(model) -> (loss, number to watch), on new data each step -> all of these.
+    Muon for matrices in blocks, Adam for the rest; the rate is constant for half of the steps, then falls to
+    zero. With a label, a live line: time left, `after` seconds more. A loss that is not finite ends it."""
+    blocks = [m for m in model.modules() if isinstance(m, FlashSTUBlock)]
+    inner = [p for m in blocks for name, p in m.named_parameters() if p.ndim == 2 and "filters" not in name]
+    optimizers = [torch.optim.Adam([p for p in model.parameters() if all(p is not q for q in inner)])]
+    if inner:  # scaled so that one rate suits both
+        optimizers.append(torch.optim.Muon(inner, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    terminal, start, watched = sys.stdout.isatty(), time.perf_counter(), []
     model.train()
     for step in range(1, num_steps + 1):
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, 2 - 2 * (step - 1) / num_steps)
-        x, y = sample(lds, batch_size, seq_len)
-        loss = F.mse_loss(model(x), y)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}: lower {learning_rate = }")
-        optimizer.zero_grad()
+        loss, number = measure(model)
+        watched.append((loss.item(), number.item()) if loss.isfinite() else (math.inf, math.inf))
+        if not loss.isfinite():
+            break
+        model.zero_grad()
         loss.backward()
-        optimizer.step()
-        if label and (step % interval == 0 or step == num_steps):
-            line = f"{label:<22} step {step:5d}/{num_steps}  loss {losses[-1]:.2e}"
-            end = "\r" if terminal and step < num_steps else "\n"
-            print(f"{line}  [{'█' * (30 * step // num_steps):·<30}]", end=end, flush=True)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * min(1, 2 - 2 * (step - 1) / num_steps)
+            optimizer.step()
+        if label and 20 * step // num_steps > 20 * (step - 1) // num_steps:
+            s = round((time.perf_counter() - start) * (num_steps / step - 1) + after)
+            bar = f"{'█' * (20 * step // num_steps):·<20} {s // 60}:{s % 60:02} left"
+            end = "\r" if terminal and step < num_steps else "\n"  # in a terminal the line redraws itself
+            print(f"{label:<26} step {step}/{num_steps} {number:8.2g} {bar}", end=end, flush=True)
     model.eval()
-    return losses
+    return watched
 
 
-def train_stu_on_lds(
-    lds: LDS, seq_len: int, num_filters: int, num_steps: int = 1000, batch_size: int = 32,
-    learning_rate: float = 1e-3, verbose: bool = True, use_mlp: bool = False,
-    mlp_hidden_dim: int | None = None, mlp_num_layers: int = 2, mlp_dropout: float = 0.0,
-    mlp_activation: str = "relu",
-) -> tuple[MiniSTU, list[float]]:  # fmt: skip
-    """A MiniSTU trained to imitate lds -> (model, the loss at each step); errors as in MiniSTU and train."""
-    sizes = (seq_len, num_filters, lds.input_dim, lds.output_dim)
-    mlp = (use_mlp, mlp_hidden_dim, mlp_num_layers, mlp_dropout, mlp_activation)
-    stu = MiniSTU(*sizes, False, *mlp, lds.B.dtype, lds.B.device)
-    return stu, train(stu, lds, seq_len, num_steps, batch_size, learning_rate, "STU" if verbose else "")
+def train_stu_on_lds(lds: LDS, seq_len: int, num_filters: int, *, num_steps: int = 1000, batch_size: int = 32,
+                     learning_rate: float = 1e-3, verbose: bool = True, **options) -> tuple:  # fmt: skip
+    """A MiniSTU(..., **options) trained to imitate lds -> (model, list of the losses)."""
+    if num_steps < 0 or batch_size < 1 or learning_rate <= 0:
+        raise ValueError(f"need {num_steps = } >= 0, {batch_size = } >= 1, {learning_rate = } > 0")
+    options |= {"dtype": lds.dtype, "device": lds.device}
+    stu = MiniSTU(seq_len, num_filters, lds.input_dim, lds.output_dim, **options)
+    measure = functools.partial(unseen_error, lds=lds, seq_len=seq_len, batch_size=batch_size)
+    losses = [loss for loss, _ in descend(stu, measure, num_steps, learning_rate, "STU" if verbose else "")]
+    if not math.isfinite(sum(losses)):
+        raise FloatingPointError(f"the loss is {losses[-1]} at step {len(losses)}: lower {learning_rate = }")
+    return stu, losses
+
+
+def race(makers: dict, measure, judge, steps: int, rates: tuple, seed: int, same_time=False) -> dict:
+    """Train each model for a quarter of the steps at each of the rates, then for all of them at the best one.
+
+    makers: name -> a function that makes the model; judge(model) -> {column: number}. same_time gives all the
+    time of the first one's steps. Says first what it costs, last a table -> name -> the numbers watched."""
+
+    def attempt(name, rate, steps, label="", after=0.0):
+        torch.manual_seed(seed + 1)  # the same weights and the same data at every rate
+        model, start = makers[name](), time.perf_counter()
+        return model, rate, descend(model, measure, steps, rate, label, after), time.perf_counter() - start
+
+    cost, runs, scores, final, rows = {}, [], {}, {}, {}
+    for name in makers:
+        cost[name] = min(attempt(name, rates[0], 1)[-1] for _ in range(5))  # seconds of a step
+        full = round(steps * cost[next(iter(makers))] / cost[name]) if same_time else steps
+        runs += [(name, rate, full // 4 + 1) for rate in rates if len(rates) > 1] + [(name, None, full)]
+    due = [cost[name] * steps for name, _, steps in runs]
+    print(f"{len(runs)} runs, {torch.get_num_threads()} CPU threads: about {sum(due) / 60:.1f} minutes")
+    for i, (name, rate, n) in enumerate(runs):
+        rate = rate or min(rates, key=lambda r: scores.get((name, r), 0))
+        final[name] = attempt(name, rate, n, f"{name}, rate {rate}", sum(due[i + 1 :]))
+        scores[name, rate] = sum(loss for loss, _ in final[name][2][-10:])
+    for name, (model, rate, watched, seconds) in final.items():
+        torch.manual_seed(seed + 2)  # the same data for every model
+        size = sum(p.numel() for p in model.parameters())
+        row = {"params": size, "rate": rate, "steps": len(watched), "seconds": seconds}
+        rows[name] = row | torch.no_grad()(judge)(model)
+    table(rows)
+    return {name: [number for _, number in watched] for name, (_, _, watched, _) in final.items()}
+
+
+def table(rows: dict) -> None:  # name -> {column: number}
+    print(f"\n{'':<16}", *(f"{column:>8}" for column in next(iter(rows.values()))))
+    for name, row in rows.items():
+        print(f"{name:<16}", *(f"{float(value):>8.{6 if value > 99 else 2}g}" for value in row.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. What the papers compare with
-#
-# Each maps [B, T, d_in] to [B, T, d_out] and is as small as its idea allows: the task is linear, so whatever
-# is not part of the idea (MLPs, norms) is left out; it would only stand in the way.
+# 4. What the papers compare with (S4D is S4 without a low-rank term), and the experiments
 
 
 class S4D(nn.Module):
-    """d channels, each filtered by its own N complex exponentials (S4D-Lin of arXiv 2206.11893)."""
+    """d channels, each filtered by N complex exponentials: S4D-Lin (arXiv 2206.11893)."""
 
     def __init__(self, d_in: int, d_out: int, d: int = 24, N: int = 16):
         super().__init__()
@@ -304,8 +322,7 @@ class S4D(nn.Module):
         self.log_dt = nn.Parameter(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))
         self.log_decay = nn.Parameter(torch.full((d, N), math.log(0.5)))
         self.frequency = nn.Parameter(math.pi * torch.arange(N).repeat(d, 1).float())
-        self.C = nn.Parameter(torch.randn(d, N, 2) / N**0.5)
-        self.D = nn.Parameter(torch.ones(d))
+        self.C, self.D = nn.Parameter(torch.randn(d, N, 2) / N**0.5), nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.encode(x)
@@ -316,231 +333,221 @@ class S4D(nn.Module):
         return self.decode(convolve(u, kernel) + self.D * u)
 
 
-class SelectiveSSM(nn.Module):
-    """Mamba's layer (arXiv 2312.00752): short convolution, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t,
-    y_t = C_t h_t + D u_t, gate. Δ, B and C are functions of the input."""
+class Mamba2(nn.Module):
+    """Mamba-2's layer (arXiv 2405.21060): each of H heads has a state [N, d / H] and a scalar decay a_t, with
+    h_t = a_t h_{t-1} + Δ_t B_t u_tᵀ, a_t = exp(-Δ_t A), y_t = C_tᵀ h_t + D u_t, gated; Δ, B, C depend on the
+    input. Without a loop, in quadratic form: y_t = Σ_{s<=t} (C_t · B_s) (a_{s+1} ··· a_t) Δ_s u_s + D u_t."""
 
-    def __init__(self, d_in: int, d_out: int, d: int = 24, N: int = 8):
+    def __init__(self, d_in: int, d_out: int, d: int = 24, N: int = 16, H: int = 2):
         super().__init__()
-        self.encode, self.decode = nn.Linear(d_in, 2 * d), nn.Linear(d, d_out)
-        self.conv = nn.Conv1d(d, d, 4, padding=3, groups=d)
-        self.select = nn.Linear(d, 2 * N + 1, bias=False)  # B, C and one Δ, scaled and shifted by channel
-        self.dt = nn.Linear(1, d)
-        nn.init.uniform_(self.dt.bias, math.log(1e-3), math.log(1e-1))  # its softplus: about 1e-3 to 1e-1
-        self.log_A = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(d, 1))
-        self.D = nn.Parameter(torch.ones(d))
+        self.sizes, self.N = (d, d + 2 * N, H), N
+        self.encode, self.decode = nn.Linear(d_in, sum(self.sizes)), nn.Linear(d, d_out)
+        self.conv = nn.Conv1d(d + 2 * N, d + 2 * N, 4, padding=3, groups=d + 2 * N)
+        self.dt = nn.Parameter(torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)))  # softplus: about exp
+        self.log_A, self.D = nn.Parameter(torch.empty(H).uniform_(1, 16).log()), nn.Parameter(torch.ones(d))
 
-    def forward(self, x: Tensor) -> Tensor:
-        u, gate = self.encode(x).chunk(2, dim=-1)  # [B, T, d]
-        u = F.silu(self.conv(u.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
-        B, C, dt = self.select(u).split([self.log_A.shape[1]] * 2 + [1], dim=-1)
-        dt = F.softplus(self.dt(dt))  # [B, T, d]
-        a = torch.exp(-dt[..., None] * self.log_A.exp())  # [B, T, d, N]
-        h, states = torch.zeros_like(a[:, 0]), []
-        for a_t, v_t in zip(a.unbind(1), ((dt * u)[..., None] * B[:, :, None]).unbind(1)):
-            h = torch.addcmul(v_t, a_t, h)  # v_t + a_t h
-            states.append(h)
-        y = (torch.stack(states, dim=1) * C[:, :, None]).sum(-1) + self.D * u
-        return self.decode(y * F.silu(gate))
+    def forward(self, x: Tensor, *_) -> Tensor:
+        T, (d, _, H) = x.shape[1], self.sizes
+        gate, v, dt = self.encode(x).split(self.sizes, dim=-1)
+        v = F.silu(self.conv(v.transpose(1, 2))[..., :T].transpose(1, 2))  # of the last 4 inputs
+        u, B, C = v.split([d, self.N, self.N], dim=-1)
+        dt = F.softplus(dt + self.dt).transpose(1, 2)  # [B, H, T]
+        log_a = -(dt * self.log_A.exp()[:, None]).cumsum(-1)  # of the product a_1 ··· a_t
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        decay = (log_a[..., None] - log_a[..., None, :]).masked_fill(future, -torch.inf).exp()  # [B, H, t, s]
+        scores = (C @ B.transpose(1, 2))[:, None] * decay * dt[..., None, :]
+        y = (scores @ u.unflatten(-1, (H, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)  # [B, T, d]
+        return self.decode((y + self.D * u) * F.silu(gate))
 
 
-class Attention(nn.Module):
-    """Causal attention over the whole sequence, two heads, rotary positions; the input also passes by it."""
-
-    def __init__(self, d_in: int, d_out: int, seq_len: int, d: int = 24):
-        super().__init__()
-        self.encode, self.decode = nn.Linear(d_in, d), nn.Linear(d, d_out)
-        self.attention = SlidingWindowAttention(d, 2, seq_len, softcap=0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.encode(x)
-        return self.decode(u + self.attention(u))
+def stack(kinds: str, K: int, mlp_scale: float, d_in: int, d_out: int, d: int, L: int) -> nn.Module:
+    """Blocks between linear maps. kinds: a letter a block, T STU-T, S full STU, A attention, M Mamba-2."""
+    options = {"n_heads": 4, "window_size": L, "softcap": 0.0, "mlp_scale": mlp_scale}
+    blocks = [FlashSTUBlock(d, L, K, kind == "A", use_approx=kind != "S", **options) for kind in kinds]
+    for kind, block in zip(kinds, blocks):
+        block.mixer = Mamba2(d, d, d) if kind == "M" else block.mixer
+    return nn.Sequential(nn.Linear(d_in, d), *blocks, nn.RMSNorm(d), nn.Linear(d, d_out))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. What one watches: python lds.py, --compare, --backends
+def linear(args: argparse.Namespace, figure) -> None:
+    """An STU learns a linear system, in closed form and by descent; with --compare others of its size try."""
+    L, K, sizes = args.seq_len, args.num_filters, (args.input_dim, args.output_dim)
+    lds = random_LDS(args.state_dim, *sizes, args.lower_bound, spectral_radius=args.spectral_radius)
+    makers, rates = {"STU": lambda: MiniSTU(L, K, *sizes)}, (args.learning_rate,)
+    if args.compare:
+        rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+        lds.C.data /= sample(lds, 64, L)[1].std()  # no model has to find the scale of the outputs
+        makers["S4D"] = lambda: S4D(*sizes, 24)
+        makers["Mamba-2"] = lambda: Mamba2(*sizes, 44)
+        makers["attention"] = lambda: stack("A", 1, 1.0, *sizes, 16, L)
+        makers["dense system"] = lambda: LDS(38, *sizes, diagonal=False)
+        makers["diagonal system"] = lambda: random_LDS(118, *sizes)
+    else:  # the same functions, in the coordinates of the language model
+        makers["scaled filters"] = lambda: STU(*sizes, L, K, use_approx=False)
+    measure = functools.partial(unseen_error, lds=lds, seq_len=L, batch_size=args.batch_size)
+    judge = lambda model: dict(zip(("MSE", "/ var(y)"), unseen_error(model, lds, L)))
+    start, solved = time.perf_counter(), MiniSTU(L, K, *sizes).fit(*sample(lds, max(16, 2**14 // L), L))
+    print(f"least squares: {time.perf_counter() - start:.2f} s, MSE {judge(solved)['MSE']:.1e}")
+    axes = figure.subplot_mosaic([["loss"]] if args.compare else [["filters", "loss", "angle"], ["path"] * 3])
+    for name, curve in race(makers, measure, judge, args.steps, rates, args.seed).items():
+        axes["loss"].semilogy(curve, label=name)
+    axes["loss"].set(title="What is learned: a linear map", xlabel="step", ylabel="error / variance")
+    if args.compare:
+        return
+    (x, y), system, filters = sample(lds, 1, L), solved.to_lds(), get_spectral_filters(L, min(6, K))
+    print(f"as a recurrence of {len(system.A)} states: differs by {(system(x) - solved(x)).abs().max():.1e}")
+    axes["path"].plot(y[0, :, 0], color="0.7", linewidth=5, label="system")
+    axes["path"].plot(system(x)[0, :, 0].detach(), color="C3", label="STU")
+    for k, phi in enumerate((filters / filters.norm(dim=0)).T, 1):  # single points at the first lags
+        axes["filters"].semilogx(range(1, L + 1), phi, ".-", markevery=range(min(8, L)), label=f"$\\phi_{k}$")
+    ringing, stu, errors = LDS(2, 1, 1, diagonal=False), MiniSTU(L, K, 1, 1), {}
+    for degrees in (0, 1, 2, 5, 10, 20, 45, 90, 135, 160, 170, 175, 178, 179, 180):  # of poles 0.99 e^(±iθ)
+        ringing.A.data = 0.99 * torch.matrix_exp(math.radians(degrees) * torch.tensor([[0.0, -1], [1, 0]]))
+        errors[degrees] = unseen_error(stu.fit(*sample(ringing, 128, L)), ringing, L)[1].item()
+    table({"error by angle": {f"{degrees}°": errors[degrees] for degrees in (0, 1, 2, 5, 10, 20, 90)}})
+    axes["angle"].semilogy(errors.keys(), errors.values(), label="STU")
+    axes["filters"].set(title="What is fixed: the filters", xlabel="lag + 1")
+    axes["angle"].set(title="What it misses: slow ringing", xlabel="θ of poles 0.99 e^(±iθ)")
+    axes["path"].set(title="On input never seen, one output", xlabel="time")
 
 
-def timed(call, *args):
-    """call(*args), and the seconds it took."""
-    start = time.perf_counter()
-    return call(*args), time.perf_counter() - start
+def ant_trajectories(number: int, length: int, seed: int) -> Tensor:
+    """MuJoCo's Ant under smooth random torques, [number, length, 27 + 8 torques]; simulated but once."""
+    path = f"data/ant-{number}x{length}-{seed}.pt"
+    if not os.path.exists(path):
+        import gymnasium
+        import mujoco  # noqa: F401
+
+        print(f"simulating {number} trajectories of {length} steps, to {path}")
+        env = gymnasium.make("Ant-v5", terminate_when_unhealthy=False).unwrapped
+        torch.manual_seed(seed)
+        smooth, rows = 0.19**0.5 * 0.9 ** torch.arange(length), torch.empty(number, length, 35)
+        rows[..., 27:] = convolve(torch.randn(number, length, 8), smooth[:, None].expand(-1, 8)).tanh()
+        for i, row in enumerate(rows):
+            env.reset(seed=seed * number + i)
+            for step in row:
+                step[:27] = torch.tensor([*env.data.qpos[2:], *env.data.qvel])
+                env.step(step[27:].numpy())
+        os.makedirs("data", exist_ok=True)
+        torch.save(rows, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)  # whole or not at all
+    return torch.load(path)
 
 
-def count(model: nn.Module) -> int:
-    """The number of its parameters."""
-    return sum(p.numel() for p in model.parameters())
+def ant(args: argparse.Namespace, figure) -> None:
+    """Four blocks of a kind predict the robot's next state, at equal size and time, then 50 on their own."""
+    L, K, n = args.seq_len, args.num_filters, args.trajectories * 9 // 10  # n of them to train on
+    data = ant_trajectories(args.trajectories, L + 1, args.seed)
+    data = (data - data[:n].mean((0, 1))) / data[:n].std((0, 1))
+    kinds = {"STU-T": ("TTTT", K, 2.8), "full STU": ("SSSS", 4, 0.7), "hybrid": ("TATA", K, 2.4)}
+    kinds |= {"attention": ("AAAA", K, 2.0), "Mamba-2": ("MMMM", K, 2.1)}  # filters, size of the MLP
+
+    def predict(task, d, axes):  # the first d numbers of the state
+        state, change = data[..., :d], data[..., :d].diff(dim=1)
+        inputs, unit = torch.cat([state, data[..., 27:]], dim=2)[:, :-1], change[:n].std()
+        alone, rollouts = state[n:, -51:], []
+
+        error = lambda model, rows: F.mse_loss(unit * model(inputs[rows]), change[rows])
+        measure = lambda model: [error(model, torch.randint(n, (args.batch_size,)))] * 2
+
+        def judge(model):  # on the other trajectories: the last 50 states from those before, and the torques
+            x, path = inputs[n:].clone(), [alone[:, 0]]
+            for t in range(L - 50, L):
+                x[:, t, :d] = path[-1]
+                path.append(path[-1] + unit * model(x[:, : t + 1])[:, -1])
+            rollouts.append(torch.stack(path, dim=1))
+            errors = (rollouts[-1] - alone).square().mean((0, 2))
+            row = {"one step": error(model, slice(n, None))}
+            return row | {f"{k} alone": errors[k] for k in (1, 5, 10, 25, 50)}
+
+        print(f"\n{task}")
+        makers = {name: functools.partial(stack, *kind, d + 8, d, 64, L) for name, kind in kinds.items()}
+        race(makers, measure, judge, args.steps, (1e-2, 2e-2, 4e-2), args.seed, same_time=True)
+        table({"no change": judge(lambda x: torch.zeros(*x.shape[:2], d))})
+        for name, path in zip((*kinds, "no change"), rollouts):
+            axes[0].plot(path[0, :, 5], label=name)
+            axes[1].semilogy((path - alone).square().mean((0, 2))[1:], label=name)
+        axes[0].plot(alone[0, :, 5], "k", label="true")
+        axes[0].set(title=f"{task.capitalize()}: one joint", xlabel="steps on their own predictions")
+        axes[1].set(title=f"{task.capitalize()}: mean squared error", xlabel="steps on their own predictions")
+
+    for task, d, axes in zip(("the whole state", "positions only"), (27, 13), figure.subplots(2, 2)):
+        predict(task, d, axes)
 
 
-def terminal_plot(title: str, curves: dict[str, list], rows: int = 12, columns: int = 72) -> None:
-    """Curves as characters, where there is no display."""
-    curves = {name: curve for name, curve in curves.items() if curve and math.isfinite(sum(curve))}
-    low, high = (end((v for c in curves.values() for v in c), default=0) for end in (min, max))
-    grid = [[" "] * columns for _ in range(rows)]
-    for mark, curve in zip("o.x+*#", curves.values()):
-        for column in range(columns):
-            value = curve[column * (len(curve) - 1) // (columns - 1)]
-            grid[round((rows - 1) * (high - value) / max(high - low, 1e-30))][column] = mark
-    print(f"\n{title}:", *(f" {mark} {name}" for mark, name in zip("o.x+*#", curves)))
-    for i, line in enumerate(grid):
-        print(f"{high - (high - low) * i / (rows - 1):8.2f} │{''.join(line)}")
+def quiz(model: nn.Module, task: str, n: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and accuracy of a language model on n new questions: ids [n, T], labels where >= 0."""
+    if task == "associative recall":  # k v k v ..., then the keys in another order: each asks for its value
+        keys, order = (torch.rand(n, m).argsort(1)[:, :8, None] for m in (32, 8))
+        pairs = torch.cat([keys, torch.randint(32, 64, (n, 8, 1))], dim=2)
+        ids = torch.cat([pairs, pairs.gather(1, order.expand_as(pairs))], dim=1).flatten(1)  # [n, 32]
+        ids, labels = ids[:, :-1], ids[:, 1:].where((torch.arange(31) > 15) & (torch.arange(31) % 2 == 0), -1)
+    elif task == "induction":  # random tokens, repeated with a random period: what followed the last time?
+        at, period = torch.arange(49), torch.randint(8, 24, (n, 1))
+        ids = torch.randint(64, (n, 24)).gather(1, at % period)
+        ids, labels = ids[:, :-1], ids[:, 1:].masked_fill(at[:-1] < period, -1)
+    else:  # selective copying: 8 tokens among 40 of noise (62), to be said in order at blanks (63)
+        tokens, places = torch.randint(62, (n, 8)), torch.rand(n, 48).argsort(1)[:, :8].sort(1).values
+        ids = F.pad(torch.full((n, 48), 62).scatter(1, places, tokens), (0, 8), value=63)
+        labels = F.pad(tokens, (48, 0), value=-1)
+    logits, labels = model(ids).logits[labels >= 0], labels[labels >= 0]
+    return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean()
 
 
-def race(models: dict, rates: tuple, lds: LDS, args: argparse.Namespace, axis) -> MiniSTU:
-    """Solve an STU by least squares, train each model at its best rate; print the errors, draw the losses.
-
-    models: name -> a function that makes the model. Returns the solved STU."""
-    L = args.seq_len
-
-    def attempt(name, steps, rate, label=""):
-        torch.manual_seed(args.seed + 1)  # a model starts from the same weights at every rate
-        model = models[name]()
-        try:
-            return model, train(model, lds, L, steps, args.batch_size, rate, label)
-        except FloatingPointError as error:
-            print(f"{name}: {error}")
-            return model, [math.inf]
-
-    solved = MiniSTU(L, args.num_filters, lds.input_dim, lds.output_dim)
-    data = sample(lds, max(16, 2**14 // L), L)
-    rows, curves = [("STU, least squares", solved, "-", timed(solved.fit, *data)[1])], {}
-    for name in models:
-        rate = rates[0]
-        if len(rates) > 1:  # a quarter of the steps at each of them, then all of the steps at the best
-            rate = min(rates, key=lambda r: sum(attempt(name, 1 + args.steps // 4, r)[1][-10:]))
-        (model, losses), seconds = timed(attempt, name, args.steps, rate, name)
-        axis.semilogy(losses, label=name)
-        curves[name] = [math.log10(max(loss, 1e-30)) for loss in losses]
-        rows.append((name, model, rate, seconds))
-    print(f"\n{'on unseen input':<20} {'params':>6} {'rate':>6} {'time':>9} {'MSE':>8} {'MSE/var(y)':>10}")
-    for name, model, rate, seconds in rows:
-        torch.manual_seed(args.seed + 2)  # the same sequences for every model
-        mse, relative = unseen_error(model, lds, L)
-        print(f"{name:<20} {count(model):>6} {rate:>6} {seconds:>7.2f} s {mse:>8.1e} {relative:>10.1e}")
-        if model is solved:
-            axis.axhline(mse, color="black", linestyle="--", label=name)
-    print(f"{args.steps} steps of {args.batch_size} sequences; least squares: {len(data[0])} sequences")
-    print(f"time: without the search for the rate, {torch.get_num_threads()} CPU threads; rates:", *rates)
-    terminal_plot("log10 of the loss, step by step", curves)
-    axis.set(xlabel="step", ylabel="mean squared error")
-    axis.legend()
-    return solved
-
-
-def demo(lds: LDS, args: argparse.Namespace, figure) -> None:
-    """An STU learns lds by descent, in two systems of coordinates, then in closed form, and recurs."""
-    L, K, sizes = args.seq_len, args.num_filters, (lds.input_dim, lds.output_dim)
-    axes = figure.subplot_mosaic([["filters", "loss"], ["path", "path"]])
-    models = {  # the same functions in different coordinates
-        "STU, white filters": lambda: MiniSTU(L, K, *sizes),
-        "STU, scaled filters": lambda: STU(*sizes, L, K, use_approx=False),
-    }
-    solved = race(models, (args.learning_rate,), lds, args, axes["loss"])
-    (x, y), system = sample(lds, 1, L), solved.to_lds()
-    with torch.no_grad():
-        stu, recurrence = solved(x), system(x)
-    states, ends = f"{len(system.A)} states", f"{system.A.min():.4f} to {system.A.max():.4f}"
-    print(f"\nas a recurrence: {states}, {len(system.A) // sizes[0]} for each input, poles {ends}")
-    print(f"largest difference between STU and recurrence: {(recurrence - stu).abs().max():.1e}")
-    terminal_plot("unseen input", {"the system": y[0, :, 0].tolist(), "the STU": stu[0, :, 0].tolist()})
-    phi = get_spectral_filters(L, min(6, K))
-    names = [f"$\\phi_{k + 1}$" for k in range(phi.shape[1])]
-    axes["filters"].semilogx(range(1, L + 1), phi / phi.norm(dim=0), label=names)
-    axes["filters"].set(title="What is fixed: the filters (each of norm 1)", xlabel="lag + 1")
-    axes["loss"].set_title("What is learned: a linear map")
-    axes["path"].plot(y[0, :, 0], color="0.75", linewidth=6, label="the system's output")
-    axes["path"].plot(stu[0, :, 0], color="C3", linewidth=2, label="the STU's prediction")
-    axes["path"].plot(recurrence[0, :, 0], color="black", linestyle=":", label="the same STU as a recurrence")
-    axes["path"].set(title="On input never seen, one output", xlabel="time", xlim=(0, L - 1))
-    axes["filters"].legend(ncols=2)
-    axes["path"].legend(ncols=3)
-
-
-def compare(lds: LDS, args: argparse.Namespace, figure) -> None:
-    """Every kind of model on the same task, each at its best rate and with about as many parameters."""
-    L, K, sizes = args.seq_len, args.num_filters, (lds.input_dim, lds.output_dim)
-    with torch.no_grad():
-        lds.C /= sample(lds, 64, L)[1].std()  # outputs of unit variance: no model has to find their scale
-    budget = count(MiniSTU(L, K, *sizes))
-
-    models = {"STU": lambda: MiniSTU(L, K, *sizes)}
-    for name, make in {
-        "S4D": lambda n: S4D(*sizes, n),
-        "selective SSM": lambda n: SelectiveSSM(*sizes, n),
-        "attention": lambda n: Attention(*sizes, L, n),
-        "LDS, dense A": lambda n: LDS(n, *sizes),
-        "LDS, diagonal A": lambda n: random_LDS(n, *sizes),
-    }.items():
-        width = min(range(4, 260, 4), key=lambda n: abs(count(make(n)) - budget))  # nearest to the STU's size
-        models[name] = functools.partial(make, width)
-    axis = figure.subplots()
-    race(models, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), lds, args, axis)
-    what = f"state {lds.state_dim}, spectral radius {lds.A.abs().max():.2f}, length {L}"
-    axis.set_title(f"Learning a linear dynamical system: {what}")
-
-
-def backends(args: argparse.Namespace) -> None:
-    """Time the two backends, forward and training step, over lengths, widths and batches."""
-
-    def step(model, x):
-        model(x).square().mean().backward()
-
-    def milliseconds(call, models, x):
-        rounds = [[timed(call, m, x)[1] for m in models] for _ in range(8)]  # in turn: load slows both
-        return [1e3 * min(times) for times in zip(*rounds)]
-
-    gains = {}
-    print(f"{args.num_filters} filters, {torch.get_num_threads()} CPU threads, times in ms, best of 8")
-    print(f"{'':>20} |{'forward':^23} |{'training step':^23} |")
-    print("length  width  batch |spectral    lds  ratio |spectral    lds  ratio | disagree")
-    sizes = [(L, 64, 1) for L in (128, 256, 512, 1024, 2048, 4096)]
-    sizes += [(1024, d, 1) for d in (16, 32, 128, 256)] + [(1024, 64, batch) for batch in (2, 4, 8)]
-    for L, d, batch in sizes:
-        x = torch.randn(batch, L, d)
-        fft, lds = models = [MiniSTU(L, args.num_filters, d, d, backend=b) for b in ("spectral", "lds")]
-        lds.load_state_dict(fft.state_dict())
-        with torch.no_grad():
-            forward = milliseconds(MiniSTU.forward, models, x)
-            error = (lds(x) - fft(x)).norm() / fft(x).norm()
-        training = milliseconds(step, models, x)
-        columns = [f"{a:8.1f} {b:6.1f} {a / b:5.1f}x" for a, b in (forward, training)]
-        print(f"{L:6d} {d:6d} {batch:6d} |{columns[0]} |{columns[1]} | {error:.0e}", flush=True)
-        gains[L, d, batch] = min(forward[0] / forward[1], training[0] / training[1])
-    print("crossover, the (length, width, batch) where forward and training are faster by recurrence:")
-    for factor in (1, 2):
-        print(f"  at least {factor}x:", *(size for size, gain in gains.items() if gain >= factor))
+def recall(args: argparse.Namespace, figure) -> None:
+    """Language models of two layers, of one kind or one of each; each task with its share of the steps."""
+    options = {"n_layers": 2, "n_heads": 2, "window_size": 64, "vocab_size": 64, "mlp_scale": 1.0}
+    options |= {"n_embd": 64, "seq_len": 64, "softcap": 0.0, "torch_dtype": "float32"}
+    make = lambda **kind: FlashSTU(FlashSTUConfig(**options, **kind))
+    makers = {"hybrid": make, "STU": lambda: make(use_attn=False), "attention": lambda: make(use_stu=False)}
+    tasks = {"associative recall": 0.2, "induction": 0.2, "selective copying": 1.0}
+    for (task, share), axis in zip(tasks.items(), figure.subplots(1, 3)):
+        print(f"\n{task}")
+        measure = functools.partial(quiz, task=task, n=args.batch_size)
+        judge = lambda model, task=task: {"right": quiz(model, task, 512)[1]}
+        for name, curve in race(
+            makers, measure, judge, round(share * args.steps), (1e-2,), args.seed
+        ).items():
+            axis.plot(curve, label=name)
+        axis.set(title=task, xlabel="step", ylabel="right answers")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Watch an STU learn a linear dynamical system.")
-    parser.add_argument("--compare", action="store_true", help="train other models on the same system")
-    parser.add_argument("--backends", action="store_true", help="time convolution against recurrence")
+    parser = argparse.ArgumentParser(description="Watch an STU learn a linear system, or with a flag:")
+    for mode, text in ("compare", "other models, too"), ("ant", "a robot"), ("recall", "recall and copying"):
+        parser.add_argument(f"--{mode}", action="store_true", help=text)
     for flag, value, text in (
         ("--state-dim", 20, "hidden numbers of the system"), ("--input-dim", 10, "its inputs"),
         ("--output-dim", 5, "its outputs"), ("--seq-len", 128, "length of the sequences and the filters"),
         ("--num-filters", 24, "K, for each sign"), ("--steps", 1000, "of gradient descent"),
-        ("--batch-size", 32, "sequences a step"), ("--learning-rate", 1e-3, "Adam's; --compare finds it"),
+        ("--batch-size", 32, "sequences a step"), ("--learning-rate", 1e-3, "Adam's, of the demo"),
         ("--lower-bound", 0.1, "of |poles|"), ("--spectral-radius", 0.99, "the largest |pole|"),
-        ("--seed", 0, "of everything random"), ("--out", "lds.png", "the picture"),
+        ("--trajectories", 1000, "of the robot"), ("--seed", 0, "of chance"), ("--out", "lds.png", "picture"),
     ):  # fmt: skip
         parser.add_argument(flag, type=type(value), default=value, help=f"{text} (default: %(default)s)")
-    if parser.parse_known_args()[0].compare:
+    if (mode := parser.parse_known_args()[0]).compare:
         parser.set_defaults(state_dim=256, seq_len=256, batch_size=16, steps=600, out="compare.png")
+    elif mode.ant or mode.recall:
+        parser.set_defaults(batch_size=8 if mode.ant else 64, out="ant.png" if mode.ant else "recall.png")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    if args.backends:
-        return backends(args)
+    if args.batch_size < 1 or args.ant and (args.seq_len < 51 or args.trajectories < 2):
+        parser.error("need --batch-size >= 1, and for the robot --seq-len >= 51, --trajectories >= 2")
     from matplotlib import rcParams  # fails before the work, not after it
     from matplotlib.figure import Figure
 
     open(args.out, "ab").close()  # so does this
-    no_frame = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.titlelocation": "left", **no_frame})
+    rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.titlelocation": "left"})
+    rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     figure = Figure((11, 6.6), dpi=110, layout="constrained")  # draws to a file, needs no display
-    n, d_in, d_out = args.state_dim, args.input_dim, args.output_dim
-    lds = random_LDS(n, d_in, d_out, args.lower_bound, spectral_radius=args.spectral_radius)
-    print(f"system: state {n}, {d_in} inputs, {d_out} outputs, spectral radius {lds.A.abs().max():.3f}")
-    (compare if args.compare else demo)(lds, args, figure)
+    torch.manual_seed(args.seed)
+    (ant if args.ant else recall if args.recall else linear)(args, figure)
+    for axis in figure.axes:  # every line's name at its right end, in its colour, none over another
+        axis.autoscale_view()
+        height, place = -1.0, (axis.transData + axis.transAxes.inverted()).transform
+        ends = [(place(xy[-1])[1], id(line), line) for line in axis.lines if len(xy := line.get_xydata())]
+        for above, (y, _, line) in enumerate(sorted(ends), 1 - len(ends)):
+            height = max(min(y, 1 + 0.08 * above), height + 0.08)
+            axis.text(1.01, height, line.get_label(), color=line.get_color(), transform=axis.transAxes)
     figure.savefig(args.out)
     print(f"\nthe picture: {args.out}")
 
@@ -548,5 +555,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (ImportError, ValueError, OSError) as error:
+        needs = ': pip install matplotlib, and for --ant "gymnasium[mujoco]"'
+        sys.exit(f"error: {error}{needs if isinstance(error, ImportError) else ''}")

@@ -36,13 +36,14 @@ import stu
 from lds import (
     LDS,
     S4D,
-    Attention,
+    Mamba2,
     MiniSTU,
-    SelectiveSSM,
     convolve,
+    descend,
+    quiz,
     random_LDS,
     sample,
-    train,
+    stack,
     train_stu_on_lds,
     unseen_error,
     white_filters,
@@ -983,25 +984,28 @@ print(*optional & set(sys.modules), hasattr(stu, "FlashSTUForCausalLM"))
 
 def simulate(system, u):
     """h_t = A h_{t-1} + B u_t, y_t = C h_t, one step after another, in float64."""
-    A, B, C = (p.detach().double() for p in (system.A, system.B, system.C))
+    A, B, C, h0 = (p.detach().double() for p in (system.A, system.B, system.C, system.h0))
     A = torch.diag(A) if A.ndim == 1 else A
-    h, y = torch.zeros(len(u), len(A), dtype=torch.float64), []
+    h, y = h0.expand(len(u), -1), []
     for u_t in u.double().unbind(1):
         h = h @ A.T + u_t @ B.T
         y.append(h @ C.T)
     return torch.stack(y, dim=1)
 
 
-@pytest.mark.parametrize("T", [1, 2, 37, 128])
-@pytest.mark.parametrize("make", [random_LDS, LDS])
-def test_a_system_equals_its_recurrence(make, T):
-    system, u = make(12, 3, 2), torch.randn(4, T, 3)
-    assert relative_error(system(u), simulate(system, u).float()) < 1e-5
+@pytest.mark.parametrize("T", [1, 2, 37, 1500])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_a_system_equals_its_recurrence_whole_and_in_pieces(diagonal, T):
+    system, u = LDS(12, 3, 2, diagonal=diagonal), torch.randn(4, T, 3)
+    torch.nn.init.normal_(system.h0)
+    y = simulate(system, u).float()
+    assert relative_error(system(u), y) < 1e-5
     assert torch.allclose(system(u[0]), system(u)[0], atol=1e-6)  # unbatched
+    assert relative_error(in_pieces(system, u, [T // 3, T // 2] if T > 5 else [])[0], y) < 1e-5
 
 
 def test_every_part_of_a_dense_system_gets_its_gradient():
-    system = LDS(5, 2, 3, dtype=torch.float64)
+    system = LDS(5, 2, 3, dtype=torch.float64, diagonal=False)
     u = torch.randn(2, 9, 2, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *p: system(u), tuple(system.parameters()))
 
@@ -1056,6 +1060,39 @@ def test_precomputed_filters_give_the_same_model():
     assert relative_error(given.fit(*data)(x), own.fit(*data)(x)) < 1e-5
 
 
+def ringing(degrees, radius=0.99):
+    """A system of one input and one output, with the poles radius · e^(±iθ)."""
+    system, (c, s) = LDS(2, 1, 1, diagonal=False), (f(math.radians(degrees)) for f in (math.cos, math.sin))
+    system.A.data = radius * torch.tensor([[c, -s], [s, c]])
+    return system
+
+
+def test_decays_of_both_signs_are_learned_and_slow_ringing_is_not():
+    def error(degrees, radius=0.99):
+        system = ringing(degrees, radius)
+        return unseen_error(MiniSTU(128, 24, 1, 1).fit(*sample(system, 64, 128)), system, 128)[1].item()
+
+    assert error(0) < 1e-11 and error(180) < 1e-11
+    assert error(1) < 1e-7 < error(5) < 1e-2 < error(20) and error(90) > 0.3
+    assert error(20, radius=0.5) < 1e-11  # what has died away after a few steps may ring
+
+
+def test_filters_of_a_sector_learn_what_rings_in_it_and_are_no_recurrence_of_decays():
+    t = torch.arange(128, dtype=torch.float64)[:, None, None]
+    gap = torch.logspace(-3, 0, 60, dtype=torch.float64)[:, None]  # 1 - α, against angles up to 20°
+    angles = torch.linspace(0, math.radians(20), 16, dtype=torch.float64)
+    G = torch.cat([gap * (1 - gap) ** t * wave(t * angles) for wave in (torch.cos, torch.sin)], dim=2)
+    U, sigma, _ = torch.linalg.svd(G.flatten(1), full_matrices=False)
+    options = {"precomputed_filters": U[:, :40] * sigma[:40].sqrt()}
+    system, model = ringing(20), MiniSTU(128, 40, 1, 1, **options)
+    data = sample(system, 64, 128)
+    assert unseen_error(model.fit(*data), system, 128)[1] < 1e-10
+    recurrent = MiniSTU(128, 40, 1, 1, backend="lds", **options).fit(*data)
+    assert relative_error(recurrent(data[0]), model(data[0])) < 1e-5
+    with pytest.raises(ValueError, match="filters that ring"):
+        model.to_lds()
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
 def test_the_mlp_acts_on_the_outputs_of_the_stu(activation):
     model = MiniSTU(
@@ -1075,7 +1112,9 @@ def test_the_mlp_acts_on_the_outputs_of_the_stu(activation):
     (1024, 24, False), (128, 24, True), (1024, 64, False), (33, 33, False), (5, 2, False),
 ])  # fmt: skip
 def test_the_recurrent_backend_agrees_and_trains(L, K, hankel_L):
-    fft, lds = (MiniSTU(L, K, 6, 4, hankel_L, backend=backend) for backend in ("spectral", "lds"))
+    fft, lds = (
+        MiniSTU(L, K, 6, 4, use_hankel_L=hankel_L, backend=backend) for backend in ("spectral", "lds")
+    )
     lds.load_state_dict(fft.state_dict())
     x = torch.randn(2, L, 6)
     for a, b in zip(value_and_gradients(lds, x), value_and_gradients(fft, x)):
@@ -1112,6 +1151,38 @@ def test_gradient_descent_finds_the_system():
     assert unseen_error(model, system, 128)[0] < 1e-9  # far below 4.5e-4
 
 
+def test_the_calls_of_the_published_package_work_as_they_are(tmp_path, capsys):
+    """Its example script and its README, with only the import changed."""
+    device = torch.device("cpu")
+    system = random_LDS(state_dim=20, input_dim=10, output_dim=5, lower_bound=0.1, device=device)
+    assert (system.dtype, system.device) == (torch.float32, device) and system.A.shape == (20,)
+    model, losses = train_stu_on_lds(
+        lds=system, seq_len=32, num_filters=8, num_steps=20, batch_size=8, learning_rate=1e-2, verbose=True
+    )
+    assert isinstance(losses, list) and losses[-1] < losses[0] and "20/20" in capsys.readouterr().out
+    assert model.get_num_params() == sum(p.numel() for p in model.parameters())
+    inputs = torch.randn(10, 32, 10, device=device, dtype=torch.float32)
+    with torch.no_grad():
+        for length in (16, 32):
+            x = inputs[:, :length, :]
+            assert model(x).shape == system(x).shape == (10, length, 5)
+    plain = LDS(state_dim=20, input_dim=10, output_dim=5, dtype=torch.float64, device=None)
+    assert plain(inputs).dtype == torch.float64 and plain.h0.shape == (20,) and not plain.h0.any()
+    for module in (model, system):
+        torch.save(module.state_dict(), tmp_path / "saved.pt")
+        copy.deepcopy(module).load_state_dict(torch.load(tmp_path / "saved.pt"))
+
+
+def test_arguments_that_other_packages_order_otherwise_are_refused_by_position():
+    for call in (
+        lambda: MiniSTU(32, 8, 4, 2, False),
+        lambda: MiniSTU(32, 8, 4, 2, False, True),
+        lambda: train_stu_on_lds(LDS(4, 3, 2), 32, 8, 10),
+    ):
+        with pytest.raises(TypeError, match="positional"):
+            call()
+
+
 def test_training_with_an_mlp_lowers_the_loss(capsys):
     _, losses = train_stu_on_lds(
         random_LDS(8, 4, 2), 32, 8, num_steps=60, batch_size=8, learning_rate=1e-2, verbose=True,
@@ -1123,7 +1194,7 @@ def test_training_with_an_mlp_lowers_the_loss(capsys):
 
 @pytest.mark.parametrize("L, K, hankel_L", [(128, 24, False), (64, 20, True), (512, 32, False)])
 def test_a_fitted_stu_is_a_linear_dynamical_system(L, K, hankel_L):
-    model = MiniSTU(L, K, 4, 3, hankel_L).fit(*sample(random_LDS(20, 4, 3), 64, L))
+    model = MiniSTU(L, K, 4, 3, use_hankel_L=hankel_L).fit(*sample(random_LDS(20, 4, 3), 64, L))
     system, x = model.to_lds(), torch.randn(2, L, 4)
     assert system.A.ndim == 1 and system.A.abs().max() < 1
     assert system.B.shape == (len(system.A), 4) and system.C.shape == (3, len(system.A))
@@ -1138,7 +1209,9 @@ def test_a_fitted_stu_is_a_linear_dynamical_system(L, K, hankel_L):
 # lds.py: what it compares with
 
 
-@pytest.mark.parametrize("make", [lambda: S4D(3, 2), lambda: SelectiveSSM(3, 2), lambda: Attention(3, 2, 30)])
+@pytest.mark.parametrize("make", [
+    lambda: S4D(3, 2), lambda: Mamba2(3, 2), *(lambda k=k: stack(k, 4, 1.0, 3, 2, 16, 30) for k in "STAM"),
+])  # fmt: skip
 def test_baselines_are_causal_and_learn(make):
     model, x = make(), torch.randn(1, 30, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad(model(x)[0, 12].sum(), x)
@@ -1146,17 +1219,87 @@ def test_baselines_are_causal_and_learn(make):
     assert reach[13:].max() < 1e-5 * reach.max() and (reach[:13] > 0).all()
     system = random_LDS(4, 3, 2, spectral_radius=0.8)
     system.C.data *= 4
-    losses = train(model, system, 30, 80, 16, 1e-2)
+    losses = [loss for loss, _ in descend(model, lambda m: unseen_error(m, system, 30, 16), 80, 1e-2)]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_mamba_2_equals_its_recurrence():
+    layer, x = Mamba2(3, 2, d=8, N=4, H=2).double(), torch.randn(2, 20, 3, dtype=torch.float64)
+    gate, v, dt = layer.encode(x).split(layer.sizes, dim=-1)
+    padded = F.pad(v, (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, channels, 4]
+    v = F.silu((padded * layer.conv.weight[:, 0]).sum(-1) + layer.conv.bias)
+    u, B, C = v.split([8, 4, 4], dim=-1)
+    dt, h, y = F.softplus(dt + layer.dt), torch.zeros(2, 2, 4, 4, dtype=torch.float64), []
+    for t in range(20):  # h [B, H, N, d / H]
+        update = torch.einsum("bh,bn,bhd->bhnd", dt[:, t], B[:, t], u[:, t].unflatten(-1, (2, 4)))
+        h = torch.exp(-dt[:, t] * layer.log_A.exp())[..., None, None] * h + update
+        y.append(torch.einsum("bn,bhnd->bhd", C[:, t], h).flatten(1))
+    expected = layer.decode((torch.stack(y, dim=1) + layer.D * u) * F.silu(gate))
+    assert relative_error(layer(x), expected) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------------
+# lds.py: the experiments
+
+
+def run_lds(monkeypatch, flags):
+    monkeypatch.setattr("sys.argv", ["lds.py", *flags.split()])
+    lds_module.main()
 
 
 @pytest.mark.parametrize("flags", ["--steps 0", "--steps 12", "--compare --steps 2 --batch-size 2"])
 def test_the_demo_prints_and_draws(tmp_path, monkeypatch, capsys, flags):
-    picture = tmp_path / "picture.png"
     sizes = "--state-dim 6 --input-dim 3 --output-dim 2 --seq-len 24 --num-filters 6"
-    monkeypatch.setattr("sys.argv", ["lds.py", *f"{flags} {sizes} --out {picture}".split()])
-    lds_module.main()
-    assert picture.read_bytes().startswith(b"\x89PNG") and "STU" in capsys.readouterr().out
+    run_lds(monkeypatch, f"{flags} {sizes} --out {tmp_path}/picture.png")
+    printed = capsys.readouterr().out
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "STU" in printed and "minutes" in printed.partition("step ")[0]  # the cost, before it starts
+    assert ("Mamba-2" in printed) == ("--compare" in flags) and ("left" in printed) == (
+        "--steps 0" not in flags
+    )
+
+
+def test_recall_prints_and_draws(tmp_path, monkeypatch, capsys):
+    run_lds(monkeypatch, f"--recall --steps 5 --batch-size 4 --out {tmp_path}/picture.png")
+    printed = capsys.readouterr().out
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert all(printed.count(name) >= 3 for name in ("hybrid", "STU", "attention", "right"))
+
+
+def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, capsys):
+    reason = 'needs pip install "gymnasium[mujoco]"'
+    gymnasium = pytest.importorskip("gymnasium", reason=reason)
+    pytest.importorskip("mujoco", reason=reason)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as disk_full:
+        disk_full.setattr(torch, "save", lambda rows, path: Path(path).write_bytes(b"half") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lds_module.ant_trajectories(3, 53, 0)
+    states = lds_module.ant_trajectories(3, 53, 0)  # the half file is none
+    assert states.shape == (3, 53, 35) and states.isfinite().all() and states[..., 27:].abs().max() <= 1
+    monkeypatch.setattr(gymnasium, "make", None)
+    run_lds(monkeypatch, "--ant --trajectories 3 --seq-len 52 --steps 2 --batch-size 2")
+    printed = capsys.readouterr().out
+    assert Path("ant.png").read_bytes().startswith(b"\x89PNG")
+    assert all(
+        name in printed for name in ("STU-T", "hybrid", "attention", "Mamba-2", "no change", "50 alone")
+    )
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--ant", 'for --ant "gymnasium[mujoco]"'),
+    ("--ant --seq-len 50", "--seq-len >= 51"),
+    ("--batch-size 0", "--batch-size >= 1"),
+    ("--lower-bound 2", "lower_bound = 2.0"),
+    ("--out nowhere/lds.png", "nowhere"),
+])  # fmt: skip
+def test_the_experiments_say_what_they_lack(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
+    monkeypatch.setattr("sys.argv", ["lds.py", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(HERE / "lds.py"), run_name="__main__")
+    assert message in f"{end.value}{capsys.readouterr().err}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1195,80 +1338,68 @@ def test_lds_says_what_is_wrong_with_its_input(make, message):
 
 
 def test_training_that_diverges_says_so():
-    system = LDS(4, 3, 2)
-    with torch.no_grad():
-        system.A.copy_(10 * torch.eye(4))
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        train(system, random_LDS(4, 3, 2), 200, 3, 2, 1e-3)
+        train_stu_on_lds(random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=1e30, verbose=False)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # It learns
 
 
-def learn(batch, steps, lr, **options):
-    """Accuracy of a two-layer model on 64 unseen rows after `steps` of Muon and AdamW; batch(n, rng) -> ids
-    and labels [n, T], aligned, -100 where nothing is asked."""
+def learn(measure, steps, rate, **options):
+    """Accuracy of a two-layer model on unseen questions after some steps; measure(model) -> loss, accuracy."""
     torch.manual_seed(0)
     model = FlashSTU(small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options))
-    named = dict(model.named_parameters())
-    matrix = [n for n, p in named.items() if "layers" in n and p.ndim == 2 and "M_filters" not in n]
-    rest = [p for name, p in named.items() if name not in matrix]
-    muon = torch.optim.Muon([named[name] for name in matrix], 0.02, weight_decay=0.0)
-    optimizers = [torch.optim.AdamW(rest, lr, weight_decay=0.0), muon]
-    decay = lambda step: min(1, 2 - 2 * step / steps)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, decay) for optimizer in optimizers]
-    rng = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        ids, labels = batch(None, rng)
-        model.loss(model.hidden(ids)[0].flatten(0, 1), labels.flatten()).backward()
-        for optimizer, schedule in zip(optimizers, schedules):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+    descend(model, measure, steps, rate)
     with torch.no_grad():
-        ids, labels = batch(64, torch.Generator().manual_seed(2))
-        right = model(ids).logits.argmax(-1) == labels
-    return right[labels != -100].float().mean().item()
-
-
-def recall_batch(n, rng, pairs=8):
-    """Keys with values, k v k v ..., then the same keys in another order: each asks for its value."""
-    n = n or 64
-    shuffled = lambda m: torch.stack([torch.randperm(m, generator=rng)[:pairs] for _ in range(n)])
-    keys, order = shuffled(32), shuffled(pairs)
-    values = torch.randint(32, 64, (n, pairs), generator=rng)
-    asked = torch.stack([keys.gather(1, order), values.gather(1, order)], dim=2)  # [n, pairs, 2]
-    ids = torch.cat([torch.stack([keys, values], dim=2).flatten(1), asked.flatten(1)], dim=1)
-    labels = torch.full_like(ids, -100)
-    labels[:, 2 * pairs :: 2] = asked[..., 1]
-    return ids, labels
+        return measure(model)[1].item()
 
 
 def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
     """The STU hands each value its key (the token before), attention finds it: two layers and 100 steps are
     enough."""
     options = {"n_embd": 64, "seq_len": 32, "window_size": 32, "num_eigh": 16, "mlp_scale": 1}
-    hybrid = learn(recall_batch, 100, 3e-3, **options)
-    attention = learn(recall_batch, 100, 3e-3, **options, use_stu=False)
-    spectral = learn(recall_batch, 100, 3e-3, **options, use_attn=False)
+    measure = lambda model: quiz(model, "associative recall", 64)
+    kinds = ({}, {"use_stu": False}, {"use_attn": False})
+    hybrid, attention, spectral = (learn(measure, 100, 1e-2, **options, **kind) for kind in kinds)
     assert hybrid > 0.99 and attention < 0.5 and spectral < 0.5, (hybrid, attention, spectral)
 
 
-def memory_batch(n, rng, T=512, decay=0.99):
+@pytest.mark.parametrize("task", ["associative recall", "induction", "selective copying"])
+def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
+    back = 2 if task == "induction" else 1
+
+    def follower(row, t):  # what came after the last time that the `back` tokens up to t were there
+        seen = (
+            s for s in range(t - 1, back - 2, -1) if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
+        )
+        return next((row[s + 1] for s in seen), 0)
+
+    def oracle(ids):
+        answers = torch.tensor([[follower(row, t) for t in range(len(row))] for row in ids.tolist()])
+        if task == "selective copying":
+            answers[:, 48:] = ids[ids < 62].view(-1, 8)
+        return stu.Output(logits=100.0 * F.one_hot(answers, 64))
+
+    assert quiz(oracle, task, 50)[1] > 0.9
+
+
+def memory(model, n=8, T=512, decay=0.99):
     """Random signs; the label is the octile of their exponential average, a memory of some 300 steps."""
-    signs = 2 * torch.randint(2, (n or 8, T), generator=rng) - 1
+    signs = 2 * torch.randint(2, (n, T)) - 1
     weights = (1 - decay**2) ** 0.5 * decay ** torch.arange(T)
-    average = convolve(signs[..., None].float(), weights[:, None])[..., 0].contiguous()
+    average = convolve(signs[..., None].float(), weights[:, None])[:, 100:, 0].contiguous()
     labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
-    labels[:, :100] = -100
-    return (signs + 1) // 2, labels
+    logits = model((signs + 1) // 2).logits[:, 100:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), (
+        logits.argmax(-1) == labels
+    ).float().mean()
 
 
 def test_the_hybrid_remembers_beyond_the_attention_window():
     options = {"n_embd": 32, "seq_len": 512, "window_size": 64, "num_eigh": 24, "mlp_scale": 2}
-    hybrid = learn(memory_batch, 150, 1e-2, **options)
-    attention = learn(memory_batch, 150, 1e-2, **options, use_stu=False)
+    hybrid = learn(memory, 150, 2e-2, **options)
+    attention = learn(memory, 150, 2e-2, **options, use_stu=False)
     assert hybrid > 0.85 and attention < 0.65, (hybrid, attention)
 
 
