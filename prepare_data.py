@@ -24,11 +24,19 @@ import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from contextlib import suppress
+from itertools import count, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
 
 # name -> what `datasets.load_dataset` is called with, and the share of the validation split
 HUB = {
@@ -47,6 +55,13 @@ def need(module: str):
         raise SystemExit(f"this needs {package}: pip install {package}") from None
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Folders: whole files, one owner, and shards that are what was written
+
+LOCK = ".flash_stu.lock"  # in each folder that prepare_data.py or train.py writes to
+BLOCK = 1 << 20
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """`write` to a temporary file, then rename it: `path` is never half written."""
     tmp = path.with_name(path.name + ".tmp")
@@ -58,8 +73,108 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):
+            tmp.unlink()
         raise SystemExit(f"cannot write {path}: {e}. What was written before is intact.") from None
+
+
+def lock(folder: str | Path, wait: bool = False) -> TextIO:
+    """Own a folder for as long as the result is open: the operating system ends it with the process."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / LOCK, "a+")  # noqa: SIM115 (the caller holds it)
+    except OSError as e:
+        raise SystemExit(f"cannot write to {folder}: {e}") from None
+    file.seek(0)
+    for attempt in count():
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:  # Windows; the byte that is locked must not be one of those that are read
+                file.seek(1 << 30)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            break
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            busy = f"{folder} is in use by process {file.read() or '?'}"
+            if not wait:
+                raise SystemExit(busy) from None
+            if not attempt:
+                print(f"{busy}: waiting for it", file=sys.stderr, flush=True)
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def checksum(path: Path, full: bool) -> int:
+    """CRC-32 of a file's size and all of its bytes, or of about 32 MiB spread over it."""
+    size = path.stat().st_size
+    crc, step = zlib.crc32(str(size).encode()), BLOCK if full else max(BLOCK, size // 32)
+    with open(path, "rb") as f:
+        for start in [*range(0, size, step), max(0, size - BLOCK)]:
+            f.seek(start)
+            crc = zlib.crc32(f.read(BLOCK), crc)
+    return crc
+
+
+def write_meta(folder: Path, meta: dict) -> None:
+    """meta.json vouches for itself: with its checksum right, every entry is there and of its type."""
+    whole = {"checksum": zlib.crc32(json.dumps(meta).encode())} | meta
+    write_atomically(folder / "meta.json", lambda f: f.write(json.dumps(whole, indent=1).encode()))
+
+
+def read_meta(folder: Path) -> dict | None:
+    """What meta.json holds; None where there is none."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_bytes())
+        whole = meta.pop("checksum") == zlib.crc32(json.dumps(meta).encode())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        raise SystemExit(f"cannot read {path}: {e}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        again = f"delete {folder} and prepare it again"
+        raise SystemExit(f"{path} is damaged, edited or of an earlier version of prepare_data.py: {again}")
+    return meta
+
+
+def shard_path(folder: Path, split: str, index: int) -> Path:
+    return folder / f"{split}_{index:05d}.npy"
+
+
+def open_shards(folder: Path, meta: dict, full: bool) -> dict[str, list[np.memmap]]:
+    """The shards that meta.json lists. The checksums hold for the header too: type, length, dimensions."""
+    shards = {"train": [], "val": []}
+    for split, opened in shards.items():
+        for i, entry in enumerate(meta[split]["shards"]):
+            path = shard_path(folder, split, i)
+            try:
+                if checksum(path, full) != entry["checksum" if full else "sample"]:
+                    raise ValueError("it is not what prepare_data.py wrote")
+                opened.append(np.lib.format.open_memmap(path, mode="r"))
+            except (OSError, ValueError) as e:
+                again = f"restore it, or delete {folder} and prepare it again"
+                raise SystemExit(f"{path} cannot be used: {e}: {again}") from None
+    return shards
+
+
+def open_data(folder: str | Path, full: bool = False) -> tuple[dict, dict[str, list[np.memmap]]]:
+    """meta.json and the shards of a prepared folder, checked: a sample of each shard, or every byte."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if meta is None:
+        make = f"python prepare_data.py YOUR_FILES --out {folder}"
+        raise SystemExit(f"{folder} holds no meta.json: make it with  {make}")
+    if not meta["complete"]:
+        raise SystemExit(
+            f"{folder} is only half prepared: the same prepare_data.py command continues where it stopped"
+        )
+    return meta, open_shards(folder, meta, full)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,8 +355,8 @@ def prepare(
     request = {"sources": sources, "tokenizer": tokenizer, "val_fraction": val_fraction, "field": field}
     meta = request | {"vocab_size": tok.n_vocab, "eot": tok.eot, "complete": False, "pieces": 0}
     meta |= {split: {"tokens": 0, "bytes": 0, "shards": []} for split in ("train", "val")}
-    if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text())
+    if old := read_meta(folder):
+        meta = old
         changed = [f"{k} {meta.get(k)!r}, not {v!r}" for k, v in request.items() if meta.get(k) != v]
         if changed:
             raise SystemExit(f"{out} holds {'; '.join(changed)}: choose another --out, or delete that folder")
@@ -262,11 +377,13 @@ def prepare(
         for split, arrays in pending.items():
             if arrays:
                 tokens, shards = np.concatenate(arrays), meta[split]["shards"]
-                shards.append({"file": f"{split}_{len(shards):05d}.npy", "tokens": len(tokens)})
-                write_atomically(folder / shards[-1]["file"], lambda f, tokens=tokens: np.save(f, tokens))
+                path = shard_path(folder, split, len(shards))
+                write_atomically(path, lambda f, tokens=tokens: np.save(f, tokens))
+                sums = {"sample": checksum(path, full=False), "checksum": checksum(path, full=True)}
+                shards.append({"tokens": len(tokens)} | sums)
                 arrays.clear()
         meta.update(changes)
-        write_atomically(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
+        write_meta(folder, meta)
 
     eot = np.array([tok.eot], np.uint16 if tok.n_vocab <= 2**16 else np.uint32)
     new, done, before, shown = 0, meta["pieces"], 0, 0

@@ -1456,8 +1456,8 @@ metric_list: [{{metric: acc}}]
 
 
 def read_split(folder, split):
-    meta = json.loads((folder / "meta.json").read_text())
-    shards = [np.load(folder / shard["file"]) for shard in meta[split]["shards"]]
+    meta, opened = prepare_data.open_data(folder, full=True)
+    shards = opened[split]
     assert [len(a) for a in shards] == [shard["tokens"] for shard in meta[split]["shards"]]
     assert sum(map(len, shards)) == meta[split]["tokens"]
     return np.concatenate(shards)
