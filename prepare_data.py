@@ -6,9 +6,8 @@ Text in, token shards out: what train.py reads.
     python prepare_data.py fineweb-edu --tokenizer o200k_base     or tinystories, shakespeare: need a network
 
 The folder --out receives train_00000.npy, val_00000.npy, ... (flat uint16 or uint32 token ids, an end-of-text
-token after each document) and meta.json (tokenizer, vocabulary, counts). A shard appears under its name only
-when it is whole, then meta.json lists it: an interrupted run continues after the last listed shard, given the
-same arguments.
+token after each document) and meta.json (tokenizer, counts, checksums, the files that were read), which lists
+a shard when it is whole: the same command continues an interrupted run, and checks a finished one.
 """
 
 import gzip
@@ -22,21 +21,15 @@ import time
 import urllib.request
 import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import numpy as np
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
-    fcntl = None
 
 # name -> what `datasets.load_dataset` is called with, and the share of the validation split
 HUB = {
@@ -56,7 +49,7 @@ def need(module: str):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Folders: whole files, one owner, and shards that are what was written
+# Folders: files that are whole, one owner, and shards that are what was written
 
 LOCK = ".flash_stu.lock"  # in each folder that prepare_data.py or train.py writes to
 BLOCK = 1 << 20
@@ -79,39 +72,40 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def lock(folder: str | Path, wait: bool = False) -> TextIO:
-    """Own a folder for as long as the result is open: the operating system ends it with the process."""
+    """Own a folder while the result is open; the operating system ends it with the process."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder) / LOCK, "a+")  # noqa: SIM115 (the caller holds it)
-    except OSError as e:
-        raise SystemExit(f"cannot write to {folder}: {e}") from None
-    file.seek(0)
-    for attempt in count():
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:  # Windows; the byte that is locked must not be one of those that are read
-                file.seek(1 << 30)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            break
+            take(file, wait=False)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            busy = f"{folder} is in use by process {file.read() or '?'}"
+            busy = f"{folder} is in use by process {file.read()}"
             if not wait:
                 raise SystemExit(busy) from None
-            if not attempt:
-                print(f"{busy}: waiting for it", file=sys.stderr, flush=True)
-            time.sleep(0.2)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+            print(f"{busy}: waiting for its end", file=sys.stderr, flush=True)
+            take(file, wait=True)
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+    except OSError as e:
+        raise SystemExit(f"cannot write to {folder}: {e}") from None
     return file
 
 
+def take(file: TextIO, wait: bool) -> None:
+    if os.name == "nt":
+        msvcrt = need("msvcrt")
+        file.seek(BLOCK)  # what is locked cannot be read
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl = need("fcntl")
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def checksum(path: Path, full: bool) -> int:
-    """CRC-32 of a file's size and all of its bytes, or of about 32 MiB spread over it."""
+    """CRC-32 of a file's size and of all its bytes, or of some 32 MiB spread over it."""
     size = path.stat().st_size
-    crc, step = zlib.crc32(str(size).encode()), BLOCK if full else max(BLOCK, size // 32)
+    crc, step = zlib.crc32(b"%d" % size), BLOCK if full else max(BLOCK, size // 32)
     with open(path, "rb") as f:
         for start in [*range(0, size, step), max(0, size - BLOCK)]:
             f.seek(start)
@@ -119,62 +113,39 @@ def checksum(path: Path, full: bool) -> int:
     return crc
 
 
-def write_meta(folder: Path, meta: dict) -> None:
-    """meta.json vouches for itself: with its checksum right, every entry is there and of its type."""
-    whole = {"checksum": zlib.crc32(json.dumps(meta).encode())} | meta
-    write_atomically(folder / "meta.json", lambda f: f.write(json.dumps(whole, indent=1).encode()))
-
-
 def read_meta(folder: Path) -> dict | None:
-    """What meta.json holds; None where there is none."""
+    """meta.json vouches for itself: with its checksum right, every entry is there and of its type."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
-        whole = meta.pop("checksum") == zlib.crc32(json.dumps(meta).encode())
+        if meta.pop("checksum", None) != zlib.crc32(json.dumps(meta).encode()):
+            raise ValueError("damaged, edited, or of an earlier version of prepare_data.py")
+        return meta
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as e:
-        raise SystemExit(f"cannot read {path}: {e}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        again = f"delete {folder} and prepare it again"
-        raise SystemExit(f"{path} is damaged, edited or of an earlier version of prepare_data.py: {again}")
-    return meta
-
-
-def shard_path(folder: Path, split: str, index: int) -> Path:
-    return folder / f"{split}_{index:05d}.npy"
-
-
-def open_shards(folder: Path, meta: dict, full: bool) -> dict[str, list[np.memmap]]:
-    """The shards that meta.json lists. The checksums hold for the header too: type, length, dimensions."""
-    shards = {"train": [], "val": []}
-    for split, opened in shards.items():
-        for i, entry in enumerate(meta[split]["shards"]):
-            path = shard_path(folder, split, i)
-            try:
-                if checksum(path, full) != entry["checksum" if full else "sample"]:
-                    raise ValueError("it is not what prepare_data.py wrote")
-                opened.append(np.lib.format.open_memmap(path, mode="r"))
-            except (OSError, ValueError) as e:
-                again = f"restore it, or delete {folder} and prepare it again"
-                raise SystemExit(f"{path} cannot be used: {e}: {again}") from None
-    return shards
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise SystemExit(f"cannot use {path}: {e}: delete {folder} and prepare it again") from None
 
 
 def open_data(folder: str | Path, full: bool = False) -> tuple[dict, dict[str, list[np.memmap]]]:
     """meta.json and the shards of a prepared folder, checked: a sample of each shard, or every byte."""
-    folder = Path(folder)
+    folder, shards = Path(folder), {"train": [], "val": []}
     meta = read_meta(folder)
-    if meta is None:
+    if not meta:
         make = f"python prepare_data.py YOUR_FILES --out {folder}"
         raise SystemExit(f"{folder} holds no meta.json: make it with  {make}")
     if not meta["complete"]:
-        raise SystemExit(
-            f"{folder} is only half prepared: the same prepare_data.py command continues where it stopped"
-        )
-    return meta, open_shards(folder, meta, full)
+        raise SystemExit(f"{folder} is only half prepared: the same prepare_data.py command continues")
+    for split, opened in shards.items():
+        for i, entry in enumerate(meta[split]["shards"]):
+            path = folder / f"{split}_{i:05d}.npy"
+            try:  # the checksum is of the header too: token type, length, one dimension
+                if checksum(path, full) != entry["crc32" if full else "sample_crc32"]:
+                    raise ValueError("it is not what prepare_data.py wrote")
+                opened.append(np.lib.format.open_memmap(path, mode="r"))
+            except (OSError, ValueError) as e:
+                raise SystemExit(f"cannot use {path}: {e}: delete {folder} and prepare it again") from None
+    return meta, shards
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,7 +158,7 @@ class ByteTokenizer:
     n_vocab, eot = 256, 0
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), dtype=np.uint8)
+        return np.frombuffer(text.encode(errors="replace"), dtype=np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(t for t in tokens if t).decode(errors="replace")
@@ -204,10 +175,15 @@ class TiktokenTokenizer:
         self.n_vocab, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text: str) -> np.ndarray:
+        text = text.encode(errors="replace").decode()  # no lone surrogates
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return self.encoding.decode([t for t in tokens if t < self.n_vocab])
+        """Some ids below n_vocab are no token's; a model can choose them all the same."""
+        ranks, special = len(self.encoding._mergeable_ranks), self.encoding._special_tokens.values()
+        token_bytes = self.encoding.decode_single_token_bytes
+        known = (token_bytes(t) if t < ranks or t in special else "\ufffd".encode() for t in tokens)
+        return b"".join(known).decode(errors="replace")
 
 
 def get_tokenizer(name: str) -> ByteTokenizer | TiktokenTokenizer:
@@ -251,76 +227,126 @@ def save_tokenizer(tokenizer: ByteTokenizer | TiktokenTokenizer, folder: str | P
 # Documents
 
 RECORDS = (".jsonl", ".jsonl.gz", ".parquet")  # many documents a file; any other file is one text
-SAFE_CUT = re.compile(r"(?<=\S)\n(?=[A-Za-z])")  # no token reaches across it
+SAFE_CUT = re.compile(r"(?<=\S)(?:(?= )|\n(?=\w))")  # no token reaches across it
 
 
-def find_files(source: str, folder: Path) -> list[Path]:
-    """The files of a source, sorted; a download goes to the folder."""
-    path = Path(source)
-    if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-        return [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
-    if source == "shakespeare":
-        path = folder / "input.txt"
-        if not path.exists():
-            try:
-                text = urllib.request.urlopen(SHAKESPEARE, timeout=30).read()
-            except OSError as e:
-                raise SystemExit(f"cannot download {SHAKESPEARE}: {e}. Give the path of a copy") from None
-            write_atomically(path, lambda f: f.write(text))
-    if path.is_dir():
-        return [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith(".")]
-    if not path.is_file():
-        raise SystemExit(f"{path} is no file or folder, nor stdlib, shakespeare or, alone, {', '.join(HUB)}")
-    return [path]
+def walk(root: Path, left_out: dict[str, list]) -> Iterator[Path]:
+    """The files below a folder, sorted."""
+    paths = sorted(root.rglob("*"))
+    owned = {path.parent for path in paths if path.name == LOCK}
+    for path in paths:
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            left_out["hidden"].append(path)
+        elif not owned.isdisjoint(path.parents):
+            left_out["in a folder that prepare_data.py or train.py writes to"].append(path)
+        elif os.path.isfile(path):
+            yield path
+        elif not os.path.isdir(path):
+            left_out["broken links, or no files"].append(path)
+        elif path.is_symlink() or not os.access(path, os.R_OK | os.X_OK):
+            left_out["folders that are links (name them as sources) or not readable"].append(path)
 
 
-def read_documents(files: list[Path], sources: list[str], field: str) -> Iterator[tuple[str, int]]:
-    """(text, bytes read so far) for each document. What a folder holds besides text is left out."""
-    done, named, left_out = 0, set(map(Path, sources)), 0
-    for path in files:
-        where, size, records = path, path.stat().st_size, path.name.endswith(RECORDS)
-        try:
-            if path.suffix == ".parquet":
-                table = need("pyarrow.parquet").ParquetFile(path)
-                for i, batch in enumerate(table.iter_batches(1000, columns=[field])):
-                    position = done + 1000 * i * size // table.metadata.num_rows
-                    yield from ((text, position) for text in batch[field].to_pylist() if text)
-            elif records:
-                with open(path, "rb") as f:
-                    for number, line in enumerate(gzip.GzipFile(fileobj=f) if path.suffix == ".gz" else f, 1):
-                        where = f"{path}, line {number},"
-                        if line.strip():
-                            text = json.loads(line)[field].encode(errors="replace")  # no lone surrogates
-                            yield text.decode(), done + f.tell()
+def find_files(sources: list[str], folder: Path, left_out: dict[str, list]) -> list[Path]:
+    files = {}
+    for source in sources:
+        path = Path(source)
+        if source == "stdlib":
+            root = Path(sysconfig.get_paths()["stdlib"])
+            skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+            found = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
+        elif source == "shakespeare":
+            found = [folder / "input.txt"]  # `download` makes it
+        elif not source or not (path.is_dir() or path.is_file()):
+            names = f"nor stdlib, shakespeare or, alone, {', '.join(HUB)}"
+            raise SystemExit(f"{source!r} is no file or folder, {names}")
+        elif path.is_dir() and ((path / LOCK).exists() or path.resolve() == folder.resolve()):
+            raise SystemExit(f"prepare_data.py or train.py writes to {path}: it cannot be a source")
+        else:
+            found = walk(path, left_out) if path.is_dir() else [path]
+        for file in found:
+            if (real := file.resolve()) in files:
+                left_out["the same file again"].append(file)
             else:
-                text = path.read_bytes().decode()
-                if "\0" in text:
-                    raise ValueError("NUL bytes")
-                yield text, done + size
-        except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, zlib.error) as e:
-            if records or path in named:
-                wanted = f"records with a field {field!r}" if records else "UTF-8 text"
-                raise SystemExit(f"cannot read {where} as {wanted}: {e!r}") from None
-            left_out += 1
-        done += size
-    if left_out:
-        print(f"\nleft out {left_out} files that are not UTF-8 text", file=sys.stderr)
+                files[real] = file
+    return list(files.values())
 
 
-def pieces(text: str, size: int = 1 << 17) -> Iterator[tuple[str, bool]]:
-    """Cut a long text so that all cores share it and its tokens stay the same: (piece, is it the last)."""
+def download(path: Path) -> None:
+    try:
+        text = urllib.request.urlopen(SHAKESPEARE, timeout=30).read()
+    except OSError as e:
+        raise SystemExit(f"cannot download {SHAKESPEARE}: {e}: give the path of a copy") from None
+    write_atomically(path, lambda f: f.write(text))
+
+
+def read_records(path: Path, f: BinaryIO, field: str) -> Iterator[object]:
+    """The field of each record; None where there is none."""
+    if path.suffix.lower() == ".parquet":
+        for batch in need("pyarrow.parquet").ParquetFile(f).iter_batches(1000, columns=[field]):
+            yield from batch[field].to_pylist()
+        return
+    for line in gzip.GzipFile(fileobj=f) if path.suffix.lower() == ".gz" else f:
+        try:
+            yield json.loads(line)[field] if line.strip() else ""
+        except (ValueError, LookupError, TypeError, RecursionError):
+            yield None
+
+
+def texts(records: Iterable[object], field: str, where: object, left_out: dict[str, list]) -> Iterator[str]:
+    """The records that are text."""
+    empty = f"no text in the field {field!r} of a record"
+    for number, text in enumerate(records, 1):
+        if isinstance(text, str):
+            yield text.encode(errors="replace").decode()  # no lone surrogates
+        else:
+            left_out[empty].append(f"{where}, record {number}")
+        if number == 1000 == len(left_out.get(empty, ())):
+            raise SystemExit(f"{where}: no text in the field {field!r} of the first 1,000 records")
+
+
+def read_documents(files: list[Path], named: list[str], field: str, left_out: dict[str, list]):
+    """(text, bytes read so far) for each document. A file that is no text is left out, unless it is named."""
+    done = 0
+    for path in files:
+        records = path.name.lower().endswith(RECORDS)
+        try:
+            with open(path, "rb") as f:
+                if records:
+                    for text in texts(read_records(path, f, field), field, path, left_out):
+                        yield text, done + f.tell()
+                else:
+                    text = f.read()
+                    text = text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+                    if "\0" in text:
+                        raise ValueError("NUL bytes")
+                    yield text, done + f.tell()
+                done += f.seek(0, os.SEEK_END)
+        except (ValueError, LookupError, TypeError, RuntimeError, OSError, EOFError, zlib.error) as e:
+            if records or str(path) in named:
+                kind = "records" if records else "UTF-8 text"
+                raise SystemExit(f"cannot read {path} as {kind}: {e!s:.200}") from None
+            left_out["no UTF-8 text" if isinstance(e, ValueError) else e.strerror].append(path)
+
+
+def pieces(text: str, size: int = 1 << 14, limit: int = 1 << 17) -> Iterator[tuple[str, bool]]:
+    """Cut a long text so that all cores share it and its tokens stay the same: (piece, is it the last). Where
+    `limit` characters hold no safe cut, it is cut there: tiktoken gives up on a million spaces."""
     start = 0
-    while cut := SAFE_CUT.search(text, start + size):
-        yield text[start : cut.end()], False
-        start = cut.end()
+    while len(text) - start > size:
+        cut = SAFE_CUT.search(text, start + size, start + limit)
+        end = cut.end() if cut else start + limit
+        if end >= len(text):
+            break
+        yield text[start:end], False
+        start = end
     yield text[start:], True
 
 
-def split_pieces(documents, val_fraction: float, few: bool) -> Iterator[tuple[str, str, bool, int]]:
-    """(split, piece, is it the last of its text, bytes read so far). Of a few texts the end of each is for
-    validation, of many whole ones, chosen by their content: copies of a text are in the same split."""
+def split_pieces(documents, val_fraction: float, few: bool) -> Iterator[tuple[str, str, bool, int, int]]:
+    """(split, piece, is it the last of its text, bytes read so far, checksum so far). Of a few texts the end of
+    each is for validation, of many whole ones, chosen by their content: copies of a text are in one split."""
+    crc = 0
     for text, read in documents:
         text = text.replace("\0", "")  # it would end the document of bytes
         if few:
@@ -332,105 +358,138 @@ def split_pieces(documents, val_fraction: float, few: bool) -> Iterator[tuple[st
         for split, part in parts.items():
             for piece, last in pieces(part) if part else ():
                 read += len(piece)
-                yield split, piece, last, read
+                crc = zlib.crc32(f"{split} {last} {piece}".encode(), crc)
+                yield split, piece, last, read, crc
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Shards
 
 
+def write_shards(folder: Path, meta: dict, work, tok, shard_tokens: int, total: int) -> None:
+    """Go on in `work` where `meta` says, to its end."""
+    waiting = {"train": [], "val": []}  # arrays of tokens on their way to a shard
+    eot = np.array([tok.eot], np.uint16 if tok.n_vocab <= 2**16 else np.uint32)
+    new = tokens = before = crc = shown = 0
+
+    def flush() -> None:
+        for split, arrays in waiting.items():
+            if arrays:
+                shard, shards = np.concatenate(arrays), meta[split]["shards"]
+                path = folder / f"{split}_{len(shards):05d}.npy"
+                write_atomically(path, lambda f, shard=shard: np.save(f, shard))
+                sums = {"crc32": checksum(path, full=True), "sample_crc32": checksum(path, full=False)}
+                shards.append({"tokens": len(shard)} | sums)
+                arrays.clear()
+        whole = {"checksum": zlib.crc32(json.dumps(meta).encode())} | meta
+        write_atomically(folder / "meta.json", lambda f: f.write(json.dumps(whole, indent=1).encode()))
+
+    for *_, before, crc in islice(work, meta["pieces"]):  # what the shards hold already
+        pass
+    if crc != meta["crc32"]:
+        raise SystemExit(f"the sources do not begin with the text that {folder} holds: choose another --out")
+    start = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter lock
+        while batch := list(islice(work, 256)):
+            encoded = pool.map(tok.encode, [piece for _, piece, *_ in batch])
+            for (split, piece, last, read, crc), ids in zip(batch, encoded):
+                waiting[split] += [ids.astype(eot.dtype), eot] if last else [ids.astype(eot.dtype)]
+                meta[split]["tokens"] += len(ids) + last
+                meta[split]["bytes"] += len(piece.encode()) + last
+                meta |= {"pieces": meta["pieces"] + 1, "crc32": crc}
+                new, tokens = new + len(ids), tokens + len(ids) + last
+                if tokens >= shard_tokens:
+                    tokens = flush() or 0
+            seconds = time.perf_counter() - start
+            if seconds > shown + 1 or len(batch) < 256:
+                shown, left = seconds, max(0, total - read) * seconds / max(1, read - before)
+                left = f", {read / total:.0%}, {left:.0f} s left" if total else ""
+                print(
+                    f"\r{new:,} tokens, {new / seconds:,.0f} tokens/s{left} ",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    print(file=sys.stderr)
+    if meta["train"]["tokens"] and meta["val"]["tokens"]:
+        meta["complete"] = True
+        flush()
+
+
 def prepare(
     sources: list[str] | None = None, out: str | Path = "data/stdlib", tokenizer: str = "bytes",
     field: str = "text", val_fraction: float | None = None, shard_tokens: int = 100_000_000,
 ) -> dict:  # fmt: skip
-    """Write the shards of the sources to `out` -> what meta.json holds. Safe to interrupt and to repeat."""
-    sources, folder, tok = sources or ["stdlib"], Path(out), get_tokenizer(tokenizer)
+    """Write the shards of the sources to `out` -> what meta.json holds. Safe to interrupt and to repeat. Without
+    sources it is the default data: if complete it is good, and another process that makes it is waited for."""
+    folder, tok, left_out, default = Path(out), get_tokenizer(tokenizer), defaultdict(list), sources is None
+    sources = sources or ["stdlib"]
     hub, default_fraction = HUB.get(" ".join(sources), (None, 0.1))
     val_fraction = default_fraction if val_fraction is None else val_fraction
     if shard_tokens < 1:
         raise SystemExit(f"--shard_tokens must be at least 1, got {shard_tokens}")
     if not 0 < val_fraction < 1:
         raise SystemExit(f"--val_fraction must lie between 0 and 1, got {val_fraction}")
+    files = [] if hub else find_files(sources, folder, left_out)
 
-    request = {"sources": sources, "tokenizer": tokenizer, "val_fraction": val_fraction, "field": field}
-    meta = request | {"vocab_size": tok.n_vocab, "eot": tok.eot, "complete": False, "pieces": 0}
-    meta |= {split: {"tokens": 0, "bytes": 0, "shards": []} for split in ("train", "val")}
-    if old := read_meta(folder):
-        meta = old
-        changed = [f"{k} {meta.get(k)!r}, not {v!r}" for k, v in request.items() if meta.get(k) != v]
-        if changed:
-            raise SystemExit(f"{out} holds {'; '.join(changed)}: choose another --out, or delete that folder")
-        if meta["complete"]:
-            return meta
-        print(f"continuing after {meta['train']['tokens'] + meta['val']['tokens']:,} tokens")
-
-    files = [] if hub else [f for source in sources for f in find_files(source, folder)]
-    documents, total = read_documents(files, sources, field), sum(f.stat().st_size for f in files)
-    if hub:
+    def documents(left_out: dict[str, list]):
+        if not hub:
+            return read_documents(files, sources, field, left_out)
         rows = need("datasets").load_dataset(streaming=True, **hub)
-        documents = ((row[field], 0) for row in rows if row[field])
-    few_texts = 0 < len(files) < 20 and not any(f.name.endswith(RECORDS) for f in files)
-    work = split_pieces(documents, val_fraction, few_texts)
-    pending = {"train": [], "val": []}  # arrays of tokens on their way to a shard
+        return ((text, 0) for text in texts((row.get(field) for row in rows), field, sources[0], left_out))
 
-    def flush(**changes):
-        for split, arrays in pending.items():
-            if arrays:
-                tokens, shards = np.concatenate(arrays), meta[split]["shards"]
-                path = shard_path(folder, split, len(shards))
-                write_atomically(path, lambda f, tokens=tokens: np.save(f, tokens))
-                sums = {"sample": checksum(path, full=False), "checksum": checksum(path, full=True)}
-                shards.append({"tokens": len(tokens)} | sums)
-                arrays.clear()
-        meta.update(changes)
-        write_meta(folder, meta)
-
-    eot = np.array([tok.eot], np.uint16 if tok.n_vocab <= 2**16 else np.uint32)
-    new, done, before, shown = 0, meta["pieces"], 0, 0
-    for *_, before in islice(work, done):  # the bytes that the shards hold already
-        pass
-    start = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter lock
-        while batch := list(islice(work, 256)):
-            encoded = pool.map(tok.encode, [piece for _, piece, *_ in batch])
-            for (split, piece, last, read), tokens in zip(batch, encoded):
-                pending[split] += [tokens.astype(eot.dtype), eot] if last else [tokens.astype(eot.dtype)]
-                meta[split]["tokens"] += len(tokens) + last
-                meta[split]["bytes"] += len(piece.encode()) + last
-                new += len(tokens)
-            done, seconds = done + len(batch), time.perf_counter() - start
-            if sum(map(len, pending["train"])) >= shard_tokens:
-                flush(pieces=done)
-            if seconds > shown + 1 or (total and read == total):
-                shown, rate = seconds, max(1, read - before) / seconds  # bytes a second
-                line = f"{new:,} tokens, {new / seconds:,.0f} tokens/s"
-                if total:
-                    bar = f"[{'#' * (30 * read // total):<30}]"
-                    line = f"{bar} {line}, {rate / 1e6:.1f} MB/s, {(total - read) / rate:.0f} s left"
-                print(f"\r{line} ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    if not meta["train"]["tokens"] or not meta["val"]["tokens"]:
-        raise SystemExit(f"{', '.join(sources)}: not enough text for a training and a validation split")
-    flush(pieces=done, complete=True)
-    return meta
+    if default and (meta := read_meta(folder)) and meta["complete"]:
+        return meta
+    with lock(folder, wait=default):
+        if "shakespeare" in sources and not (folder / "input.txt").exists():
+            download(folder / "input.txt")
+        states = {path: path.stat() for path in files}
+        progress = {"complete": False, "pieces": 0, "crc32": 0}
+        progress |= {split: {"tokens": 0, "bytes": 0, "shards": []} for split in ("train", "val")}
+        request = {"sources": sources, "tokenizer": tokenizer, "val_fraction": val_fraction, "field": field}
+        request |= {"vocab_size": tok.n_vocab, "eot": tok.eot}
+        request |= {f"file {path}": f"{s.st_size} bytes, time {s.st_mtime_ns}" for path, s in states.items()}
+        meta = read_meta(folder) or request | progress
+        for name in sorted((request | meta).keys() - progress):
+            if meta.get(name) != request.get(name):
+                was = f"{out} was made with {name} {meta.get(name)!r}, not {request.get(name)!r}"
+                raise SystemExit(f"{was}: choose another --out, or delete that folder")
+        if not meta["complete"]:
+            enough = 20 / min(val_fraction, 1 - val_fraction)
+            first = () if hub else islice(documents(defaultdict(list)), int(min(2 * enough, 1e6)))
+            few = not hub and len({text for text, _ in first}) < enough
+            work = split_pieces(documents(left_out), val_fraction, few)
+            write_shards(folder, meta, work, tok, shard_tokens, sum(s.st_size for s in states.values()))
+            for reason, names in left_out.items():
+                print(f"left out {len(names)}: {reason} ({names[0]})", file=sys.stderr)
+            if not meta["complete"]:
+                raise SystemExit(
+                    f"{', '.join(sources)}: not enough text for a training and a validation split"
+                )
+        return meta
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="*", help="files, folders, or the name of a corpus above")
+    parser.add_argument("sources", nargs="*", default=["stdlib"], help="files, folders, or a name from above")
     parser.add_argument("--out", help="folder for the shards (default: data/<first source>)")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, gpt2 or o200k_base")
     parser.add_argument(
-        "--field", default="text", help="holds the text in .jsonl, .parquet and Hugging Face data sets"
+        "--field", default="text", help="holds the text in .jsonl, .parquet and Hub data sets"
     )
     parser.add_argument("--val_fraction", type=float, help="share of the validation split (0.1)")
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens a shard")
     args = parser.parse_args()
-    name = Path(args.sources[0]).resolve().stem if args.sources else "stdlib"
-    args.out = args.out or f"data/{name}" + ("" if args.tokenizer == "bytes" else f"-{args.tokenizer}")
-    meta = prepare(**vars(args))
+    coding = "" if args.tokenizer == "bytes" else f"-{args.tokenizer}"
+    args.out = args.out or f"data/{Path(args.sources[0]).resolve().stem}{coding}"
+    try:
+        prepare(**vars(args))
+        meta, shards = open_data(args.out, full=True)
+    except (OSError, KeyboardInterrupt) as e:
+        raise SystemExit(f"stopped ({e!r}); the same command continues") from None
+    sys.stdout.reconfigure(errors="backslashreplace")
     for split in ("train", "val"):
-        print(f"{split}: {meta[split]['tokens']:,} tokens, {len(meta[split]['shards'])} shards")
+        print(f"{split}: {meta[split]['tokens']:,} tokens, {len(shards[split])} shards")
     print(f"{args.out} is ready: python train.py --data {args.out}")
 
 

@@ -1582,17 +1582,20 @@ def test_hub_corpora_are_streamed_through_datasets(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content, name, message", [
-    (b"\xff\xfe\x00bad", "a.txt", "UTF-8"), (b"", "a.txt", "not enough text"), (b"a\0b", "a.txt", "NUL"),
-    (b'{"text": "x"}\n{"text": ', "a.jsonl", "line 2"), (b'{"txt": "x"}', "a.jsonl", "field 'text'"),
-    (b"not gzip", "a.jsonl.gz", "a.jsonl.gz"), (gzip.compress(b"{}")[:-9], "a.jsonl.gz", "end-of-stream"),
-    (None, "missing.txt", "no file or folder"),
+    (b"caf\xe9 " * 10**6, "a.txt", "UTF-8"), (b"", "a.txt", "not enough text"), (b"a\0b", "a.txt", "NUL"),
+    (b'{"text": "x"}\n{"text": ', "a.jsonl", "not enough text"),
+    (b'{"txt": "x"}\n' * 1001, "a.jsonl", "no text in the field 'text' of the first 1,000 records"),
+    (b"not gzip", "a.jsonl.gz", "a.jsonl.gz"), (gzip.compress(b"{}")[:-9], "a.jsonl.GZ", "end-of-stream"),
+    (b"PAR1", "a.parquet", "a.parquet"), (None, "missing.txt", "no file or folder"), (None, "", "no file or"),
 ])  # fmt: skip
 def test_preparation_says_what_is_wrong_and_writes_nothing(tmp_path, content, name, message):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit, match=message):
-        prepare_data.prepare([str(tmp_path / name)], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match=message) as told:
+        prepare_data.prepare([str(tmp_path / name) if name else ""], tmp_path / "out")
+    assert len(str(told.value)) < 500 and not list((tmp_path / "out").glob("[!.]*"))
 
 
 def test_unknown_tokenizers_are_refused():
@@ -1624,10 +1627,14 @@ def run_script(argv, output, max_file_size=None):
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     sys.argv = argv
-    if argv[0] == "train.py":
-        runpy.run_path("train.py", run_name="__main__")
-    else:
-        runpy.run_module("torch.distributed.run", run_name="__main__")
+    try:
+        if argv[0] == "train.py":
+            runpy.run_path("train.py", run_name="__main__")
+        else:
+            runpy.run_module("torch.distributed.run", run_name="__main__")
+    except Exception:  # noqa: BLE001
+        sys.excepthook(*sys.exc_info())  # which the script may have set
+        sys.exit(1)
 
 
 @pytest.fixture(scope="module")
