@@ -1,5 +1,6 @@
 """What holds, by name: each test states an identity of one of the other files, and checks it."""
 
+import codecs
 import copy
 import gzip
 import json
@@ -9,9 +10,11 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -1522,29 +1525,209 @@ def test_compressed_records_give_the_same_shards_as_jsonl(tmp_path, name):
     assert same_splits(tmp_path / "plain", tmp_path / "compressed")
 
 
-def test_an_interrupted_preparation_continues_to_the_same_shards(tmp_path, monkeypatch):
+def interrupt(write, monkeypatch, **options):
+    """A preparation that dies before it writes its file number `write`, half of which is there."""
+    real, written = prepare_data.write_atomically, []
+
+    def dying(path, content):
+        written.append(path)
+        if len(written) == write:
+            path.with_name(path.name + ".tmp").write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        real(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_data, "write_atomically", dying)
+        prepare_data.prepare(**options)
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4, 8])
+def test_an_interrupted_preparation_continues_to_the_same_shards(tmp_path, monkeypatch, write):
     docs, whole, broken = tmp_path / "docs", tmp_path / "whole", tmp_path / "broken"
     assert len(list(write_documents(docs, 700, 20))) == 700
     options = {"sources": [str(docs)], "val_fraction": 0.3, "shard_tokens": 10000}
-    prepare_data.prepare(out=whole, **options)
-    real, written = prepare_data.write_atomically, []
-
-    def die_at_the_third_shard(path, write):
-        if path.suffix == ".npy":
-            written.append(path)
-            if len(written) == 3:
-                path.with_name(path.name + ".tmp").write_bytes(b"half a shard")
-                raise KeyboardInterrupt
-        real(path, write)
-
-    monkeypatch.setattr(prepare_data, "write_atomically", die_at_the_third_shard)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_data.prepare(out=broken, **options)
-    meta = json.loads((broken / "meta.json").read_text())
-    assert not meta["complete"] and 0 < meta["pieces"] < 700
-    monkeypatch.setattr(prepare_data, "write_atomically", real)
+    meta = prepare_data.prepare(out=whole, **options)
+    assert max(shard["tokens"] for shard in meta["train"]["shards"]) < 10500
+    interrupt(write, monkeypatch, out=broken, **options)
+    if write > 3:  # a shard of each split, then meta.json
+        with pytest.raises(SystemExit, match="half prepared"):
+            prepare_data.open_data(broken)
+        assert json.loads((broken / "meta.json").read_text())["train"]["tokens"] > 5000
     prepare_data.prepare(out=broken, **options)
     assert same_splits(broken, whole)
+
+
+@pytest.mark.parametrize("change, name", [
+    (lambda docs: (docs / "000a.txt").write_text("new"), "000a.txt"),
+    (lambda docs: (docs / "001.txt").unlink(), "001.txt"),
+    (lambda docs: (docs / "002.txt").open("a").write("more"), "002.txt"),
+    (lambda docs: (docs / "003.txt").rename(docs / "last.txt"), "003.txt"),
+    (lambda docs: os.utime(docs / "699.txt", (1, 1)), "699.txt"),
+    (lambda docs: change_in_secret(docs / "004.txt"), "do not begin with the text"),
+])  # fmt: skip
+def test_a_source_that_has_changed_is_refused_by_name(tmp_path, monkeypatch, change, name):
+    docs = tmp_path / "docs"
+    assert len(list(write_documents(docs, 700, 20))) == 700
+    options = {"sources": [str(docs)], "shard_tokens": 10000}
+    interrupt(8, monkeypatch, out=tmp_path / "half", **options)
+    if ".txt" in name:  # what is ready is not read again, but for the files' sizes and times
+        prepare_data.prepare(out=tmp_path / "whole", **options)
+    change(docs)
+    for out in tmp_path.glob("[hw]*"):
+        before = (out / "meta.json").read_bytes()
+        with pytest.raises(SystemExit, match=name):
+            prepare_data.prepare(out=out, **options)
+        assert (out / "meta.json").read_bytes() == before
+
+
+def change_in_secret(path):
+    """Another text of the same size and time."""
+    status = path.stat()
+    path.write_bytes(path.read_bytes().swapcase())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_folder_gives_its_visible_text_once_and_says_what_is_left_out(tmp_path, capsys):
+    docs, out = tmp_path / "docs", tmp_path / "docs" / "out"
+    texts = list(write_documents(docs, 200, 10))
+    for text, name in ((codecs.BOM_UTF8 + b"bom", "bom.TXT"), ("wide é".encode("utf-16"), "utf16.txt"),
+                       (b'\xef\xbb\xbf{"text": "capitals"}\n\n', "a.JSONL"), (b"\xff\xfe\xff\xd8", "picture")):  # fmt: skip
+        (docs / name).write_bytes(text)
+    (docs / "x.jsonl").mkdir()
+    (docs / "x.jsonl" / "file").write_text("in a folder")
+    for hidden in (".git", ".ipynb_checkpoints"):
+        (docs / hidden).mkdir()
+        (docs / hidden / "config").write_text("hidden")
+    for link, target in (("loop", "."), ("dead", "nowhere"), ("self", "self"), ("again", "000.txt")):
+        (docs / link).symlink_to(target)
+    texts += ["bom", "wide é", "capitals", "in a folder"]
+    for again in ("first", "second"):  # the second finds the first one's output folder in the source
+        prepare_data.prepare([str(docs), str(docs)], out / again)
+        found = documents_in(out / again, "train") + documents_in(out / again, "val")
+        assert sorted(found) == sorted(texts)
+    told = capsys.readouterr().err
+    for line in ("2: hidden", "1: links to folders", "2: broken links", "1: no UTF-8 text", "1: folders that prepare"):
+        assert f"left out {line}" in told, told
+    with pytest.raises(SystemExit, match="cannot be a source"):
+        prepare_data.prepare([str(docs)], docs)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_one_bad_record_does_not_end_a_corpus(tmp_path, capsys, kind):
+    texts = [f"document {i}\n" * 5 for i in range(300)]
+    if kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(sys.modules["pyarrow"].table({"text": [None, *texts]}), tmp_path / "a.parquet")
+    else:
+        bad = ['{"text": null}', '{"text": 5}', "{}", "[" * 10**5, '{"text": "cut', "\udcff", "[1]"]
+        lines = [json.dumps({"text": text}) for text in texts]
+        whole = "\n".join([*bad, *lines, '{"text": "a\\ud800\\u0000b"}'])
+        (tmp_path / "a.jsonl").write_bytes(whole.encode(errors="surrogateescape"))
+        texts.append("a?b")
+    prepare_data.prepare([str(tmp_path / f"a.{kind}")], tmp_path / "out")
+    found = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")
+    assert sorted(found) == sorted(texts)
+    n = 7 if kind == "jsonl" else 1
+    assert f"left out {n}: no text in the field 'text' of a record ({tmp_path}/a" in capsys.readouterr().err
+
+
+def test_few_texts_always_give_a_validation_split(tmp_path):
+    for n in (1, 2, 20, 150):
+        for seed in range(10):
+            texts = [f"{seed} {i} " * 90 for i in range(n)]
+            (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+            meta = prepare_data.prepare([str(tmp_path / "texts.jsonl")], tmp_path / f"{n}_{seed}")
+            share = meta["val"]["tokens"] / (meta["train"]["tokens"] + meta["val"]["tokens"])
+            assert 0.09 < share < 0.11
+
+
+def damage_shard(change):
+    def damage(folder):
+        path = folder / "train_00000.npy"
+        np.save(path, change(np.load(path)))
+
+    return damage, "train_00000.npy"
+
+
+def damage_meta(**changes):
+    def damage(folder):
+        meta = json.loads((folder / "meta.json").read_text()) | changes
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    return damage, "meta.json"
+
+
+@pytest.mark.parametrize("damage, name", [
+    *(damage_shard(lambda a, kind=kind: a.astype(kind)) for kind in ("float64", "bool", "complex64", ">u2", "u4")),
+    damage_shard(lambda a: a[::-1].copy()), damage_shard(lambda a: a[:-1]), damage_shard(lambda a: a[None]),
+    damage_shard(lambda a: a + np.uint16(300)), (lambda out: (out / "val_00000.npy").unlink(), "val_00000"),
+    (lambda out: os.truncate(out / "val_00000.npy", 500), "val_00000"),
+    (lambda out: (out / "val_00000.npy").open("a").write("x"), "val_00000"),
+    damage_meta(vocab_size=100), damage_meta(train={}), damage_meta(eot=None), damage_meta(complete=False),
+    (lambda out: (out / "meta.json").write_text('{"sources": '), "meta.json"),
+    (lambda out: (out / "meta.json").write_text("[" * 10**5), "meta.json"),
+    (lambda out: (out / "meta.json").write_bytes(b"\xff"), "meta.json"),
+    (lambda out: (out / "meta.json").unlink(), "meta.json"),
+])  # fmt: skip
+def test_a_damaged_data_folder_is_named_with_the_remedy(tmp_path, damage, name):
+    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(SystemExit, match=f"{name}.*(prepare it again|prepare_data.py)"):
+        prepare_data.open_data(tmp_path / "out")
+
+
+def test_a_sample_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "BLOCK", 16)
+    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out")
+    path, refused = tmp_path / "out" / "train_00000.npy", 0
+    good = path.read_bytes()
+    for place in random.sample(range(len(good)), 40) + [0, len(good) - 1]:
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(SystemExit, match="train_00000"):
+            prepare_data.open_data(tmp_path / "out", full=True)
+        try:
+            prepare_data.open_data(tmp_path / "out")
+        except SystemExit:
+            refused += 1
+    assert 2 <= refused < 42
+
+
+def hold(folder, ready):
+    owner = prepare_data.lock(folder)
+    ready.set()
+    time.sleep(60 + owner.fileno())
+
+
+def test_a_folder_has_one_owner_until_its_process_ends(tmp_path, monkeypatch, capsys):
+    ready, out = multiprocessing.get_context("spawn").Event(), tmp_path / "out"
+    owner = multiprocessing.get_context("spawn").Process(target=hold, args=(out, ready), daemon=True)
+    owner.start()
+    assert ready.wait(60)
+    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    with pytest.raises(SystemExit, match=f"{out} is in use by process {owner.pid}"):
+        prepare_data.prepare([str(tmp_path / "a.txt")], out)
+    threading.Timer(0.5, owner.kill).start()
+    monkeypatch.setattr(prepare_data, "find_files", lambda *_: [tmp_path / "a.txt"])
+    meta = prepare_data.prepare(out=out)  # the default data is waited for
+    assert f"in use by process {owner.pid}: waiting" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert prepare_data.prepare(out=out) == meta  # and what is ready is good, whatever Python is there today
+    with pytest.raises(SystemExit, match="holds|was made"):
+        prepare_data.prepare(["stdlib"], out)
+
+
+@pytest.mark.parametrize("obstacle, out", [
+    ("a file", "a file/out"), ("a file", "a file"), ("out/meta.json/", "out"), ("out/train_00000.npy/", "out"),
+    ("out/train_00000.npy.tmp/", "out"), ("out/.flash_stu.lock/", "out"), ("a file", "/proc/nothing"),
+])  # fmt: skip
+def test_an_output_that_cannot_be_written_is_a_sentence(tmp_path, obstacle, out):
+    path = tmp_path / obstacle
+    path.mkdir(parents=True) if obstacle.endswith("/") else path.write_text("x")
+    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    with pytest.raises(SystemExit, match="cannot (write|use)"):
+        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / out)
 
 
 def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
@@ -1559,6 +1742,11 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
     tokens = tokenizer.encode(text)
     assert np.array_equal(np.concatenate([tokenizer.encode(piece) for piece in cut]), tokens)
     assert tokenizer.decode(tokens.tolist()) == text
+    spaces = f"x{' ' * 10**6}y"  # on which tiktoken gives up
+    cut, _ = zip(*prepare_data.pieces(spaces))
+    assert tokenizer.decode(np.concatenate([tokenizer.encode(piece) for piece in cut]).tolist()) == spaces
+    for start in range(199_990, tokenizer.n_vocab):  # some ids here are no token's
+        assert tokenizer.decode([start])
 
 
 def test_a_folder_with_other_data_is_left_alone(tmp_path):
@@ -1584,7 +1772,7 @@ def test_hub_corpora_are_streamed_through_datasets(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content, name, message", [
     (b"caf\xe9 " * 10**6, "a.txt", "UTF-8"), (b"", "a.txt", "not enough text"), (b"a\0b", "a.txt", "NUL"),
     (b'{"text": "x"}\n{"text": ', "a.jsonl", "not enough text"),
-    (b'{"txt": "x"}\n' * 1001, "a.jsonl", "no text in the field 'text' of the first 1,000 records"),
+    (b'{"txt": "x"}\n' * 1001, "a.jsonl", "of the first 1,000"),
     (b"not gzip", "a.jsonl.gz", "a.jsonl.gz"), (gzip.compress(b"{}")[:-9], "a.jsonl.GZ", "end-of-stream"),
     (b"PAR1", "a.parquet", "a.parquet"), (None, "missing.txt", "no file or folder"), (None, "", "no file or"),
 ])  # fmt: skip
@@ -1615,11 +1803,14 @@ fork = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 fork.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.pyplot", __name__])
 
 
-def run_script(argv, output, max_file_size=None):
-    """In the new process: what `python argv...` does, printing to the file `output`."""
+def run_script(argv, output, max_file_size=None, encoding="utf-8", closed_pipe=False):
+    """In the new process: what `python argv...` does, printing to the file `output`, or where nobody reads."""
+    sys.stdout.reconfigure(encoding=encoding)
+    reader, writer = os.pipe()
+    os.close(reader)
     with open(output, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
+        for stream in 1, 2:
+            os.dup2(writer if closed_pipe else f.fileno(), stream)
     os.chdir(HERE)
     torch.set_num_threads(1)
     if max_file_size is not None:
@@ -1647,7 +1838,8 @@ def data(tmp_path_factory):
 
 def start(data, out, flags, processes=1, sizes=TINY, **limits):
     """Start a run; `finish` waits for it."""
-    argv = ["train.py", *f"--data {data} --out_dir {out} {sizes} {flags}".split()]
+    flags = flags.split() if isinstance(flags, str) else flags
+    argv = ["train.py", "--data", str(data), "--out_dir", str(out), *sizes.split(), *flags]
     if processes > 1:
         argv = ["torchrun", "--standalone", f"--nproc_per_node={processes}", *argv]
     output = data.parent / f"output_{time.monotonic_ns()}"
@@ -1674,7 +1866,8 @@ def logged(out, key="loss"):
 
 def checkpoints(out):
     """The steps of the checkpoints, ascending."""
-    return sorted(int(path.stem.removeprefix("checkpoint_")) for path in out.glob("checkpoint_*.pt"))
+    names = (re.fullmatch(r"checkpoint_([1-9]\d*)\.pt", path.name) for path in out.iterdir())
+    return sorted(int(name[1]) for name in names if name)
 
 
 def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
@@ -1728,65 +1921,201 @@ def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path
         assert logged(out, key) == logged(whole_out, key) and logged(out, key)
 
 
-def test_sigterm_saves_and_a_truncated_checkpoint_falls_back_to_the_one_before(data, tmp_path):
-    run = start(data, tmp_path, "--steps 100000 --checkpoint_interval 20 --eval_interval 100000 --decay none")
+def test_sigterm_saves_and_a_run_folder_has_one_owner(data, tmp_path):
+    forever = "--steps 100000 --checkpoint_interval 20 --eval_interval 100000 --decay none"
+    run = start(data, tmp_path, forever)
     while not checkpoints(tmp_path):
         assert run.exitcode is None
         time.sleep(0.01)
+    code, output = run_train(data, tmp_path, forever)
+    assert code == 1 and f"{tmp_path} is in use by process {run.pid}\n" in output, output
     run.terminate()
     code, output = finish(run)
     assert code == 0 and "asked to stop: saved" in output, output
     saved = checkpoints(tmp_path)[-1]
-    code, output = run_train(data, tmp_path, f"--steps {saved + 3} --checkpoint_interval 1 --decay none")
+    code, output = run_train(data, tmp_path, f"--steps {saved + 3} --decay none")
     assert code == 0 and f"after step {saved}\n" in output, output
-    newest = tmp_path / f"checkpoint_{saved + 3}.pt"
-    newest.write_bytes(newest.read_bytes()[:2000])
-    code, output = run_train(data, tmp_path, f"--steps {saved + 4} --checkpoint_interval 1 --decay none")
-    assert code == 0 and "damaged" in output and f"after step {saved + 2}\n" in output, output
-    assert checkpoints(tmp_path) == [saved + 3, saved + 4]
 
 
-def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(data, tmp_path):
-    flags = "--checkpoint_interval 2 --steps "
-    assert run_train(data, tmp_path, flags + "2")[0] == 0
-    good = (tmp_path / "checkpoint_2.pt").read_bytes()
-    code, output = run_train(data, tmp_path, flags + "4", max_file_size=50000)
-    assert code != 0 and "cannot write" in output and "intact" in output, output
-    assert (tmp_path / "checkpoint_2.pt").read_bytes() == good and checkpoints(tmp_path) == [2]
-    assert run_train(data, tmp_path, flags + "4")[0] == 0
+def test_processes_whose_torchrun_is_dead_save_and_end(data, tmp_path):
+    flags = "--steps 100000 --checkpoint_interval 10 --eval_interval 100000 --decay none"
+    run = start(data, tmp_path, flags, processes=2)
+    while not checkpoints(tmp_path):
+        assert run.exitcode is None
+        time.sleep(0.01)
+    run.kill()
+    finish(run)
+    for _ in range(600):  # until they let the folder go
+        try:
+            return prepare_data.lock(tmp_path).close()
+        except SystemExit:
+            time.sleep(0.1)
+    raise AssertionError("they go on for ever")
 
 
-def test_resuming_with_another_model_or_other_data_is_refused_and_sampling_works(data, tmp_path):
-    out, other = tmp_path / "run", tmp_path / "other"
-    assert run_train(data, out, "--steps 2 --eval_interval 100")[0] == 0
-    (tmp_path / "other.txt").write_text("something else\n" * 500)
-    prepare_data.prepare([str(tmp_path / "other.txt")], other)
+@pytest.fixture(scope="module")
+def trained(data):
+    """A run of 4 steps, with checkpoints of steps 2 and 4."""
+    code, output = run_train(data, data.parent / "trained", "--steps 4 --checkpoint_interval 2")
+    assert code == 0, output
+    return data.parent / "trained"
+
+
+def zeros_inside(path):
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = bytes(4096)
+    path.write_bytes(content)
+
+
+def one_weight_less(path):
+    saved = torch.load(path, weights_only=True)
+    del saved["model"]["norm.weight"]
+    torch.save(saved, path)
+
+
+def without(entry):
+    def remove(path):
+        saved = torch.load(path, weights_only=True)
+        del saved[entry]
+        torch.save(saved, path)
+
+    return remove
+
+
+DAMAGE = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:2000]),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros inside": zeros_inside,
+    "another file": lambda path: torch.save([1], path),
+    "of another step": lambda path: path.write_bytes((path.parent / "checkpoint_2.pt").read_bytes()),
+    "one weight less": one_weight_less,
+    **{f"no {entry}": without(entry) for entry in ("step", "optimizer", "scaler", "config", "settings")},
+}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(data, trained, tmp_path):
+    runs = {}
+    for name, damage in DAMAGE.items():
+        out = tmp_path / name.replace(" ", "_")
+        shutil.copytree(trained, out)
+        damage(out / "checkpoint_4.pt")
+        runs[out] = start(data, out, "--sample line --max_new_tokens 1")
+        if len(runs) % 4 == 0:  # so many at a time
+            finish(runs[out])
+    for out, run in runs.items():
+        code, output = finish(run)
+        assert code == 0 and f"{out / 'checkpoint_4.pt'} is damaged" in output, output
+    code, output = run_train(data, out, "--steps 6 --checkpoint_interval 2")
+    assert code == 0 and "after step 2\n" in output and checkpoints(out) == [4, 6], output
+    assert (out / "model").is_dir() and logged(out, "step")[-2:] == [6, 6]
+
+
+def test_what_cannot_be_read_or_is_not_ours_is_never_replaced(data, trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    for name in ("checkpoint_best.pt", "checkpoint_2_keep.pt", "checkpoint_007.pt"):
+        (out / name).write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.glob("[!.]*.*")}
+    (out / "checkpoint_9.pt").symlink_to("checkpoint_9.pt")  # a loop: the operating system cannot read it
+    code, output = run_train(data, out, "--steps 8")
+    assert code == 1 and "checkpoint_9.pt" in output and "Traceback" not in output, output
+    (out / "checkpoint_9.pt").unlink()
+    for step in 2, 4:
+        (out / f"checkpoint_{step}.pt").write_bytes(b"damaged")
+    code, output = run_train(data, out, "--steps 8")
+    assert code == 1 and "no checkpoint in" in output and "--fresh" in output, output
+    for name in before:
+        assert (out / name).read_bytes() == before[name] or name in ("checkpoint_2.pt", "checkpoint_4.pt"), (
+            name
+        )
+    code, output = run_train(data, out, "--steps 2 --checkpoint_interval 1 --fresh")
+    assert code == 0 and checkpoints(out) == [1, 2] and (out / "checkpoint_best.pt").read_text() == "mine", (
+        output
+    )
+
+
+def test_what_cannot_be_written_is_told_in_a_sentence_and_what_was_stays(data, trained, tmp_path):
+    def copy(name):
+        return shutil.copytree(trained, tmp_path / name)
+
+    disk, log, model, picture = map(copy, ("disk", "log", "model", "picture"))
+    shutil.rmtree(model / "model")
+    (model / "model").write_text("a file")
+    (picture / "loss.png").unlink()
+    (picture / "loss.png").mkdir()
+    good, more = (disk / "checkpoint_4.pt").read_bytes(), "--steps 6 --checkpoint_interval 2"
+    run = start(data, log, "--steps 100000 --decay none --eval_interval 100000")
+    while len(logged(log)) < 20:
+        time.sleep(0.01)
+    (tmp_path / "full").symlink_to("/dev/full")
+    os.replace(tmp_path / "full", log / "log.jsonl")
+    runs = {
+        "cannot write": start(data, disk, more, max_file_size=50000),
+        "No space left": run,
+        "model: ": start(data, model, more),
+        "loss.png": start(data, picture, more),
+        "cannot write to": start(data, trained / "log.jsonl" / "run", more),
+    }
+    for message, run in runs.items():
+        code, output = finish(run)
+        assert code == 1 and message in output and "Traceback" not in output, output
+    assert (disk / "checkpoint_4.pt").read_bytes() == good and checkpoints(disk) == [2, 4]
+    assert checkpoints(model) == checkpoints(picture) == [4, 6] and (picture / "model").is_dir()
+    assert run_train(data, disk, more)[0] == 0
+
+
+def test_nothing_that_is_printed_or_logged_ends_a_run(data, trained, tmp_path):
+    """A reader who has gone, letters that the encoding lacks, control characters, lines that are none."""
+    ascii_out, nobody = shutil.copytree(trained, tmp_path / "a"), tmp_path / "nobody é"
+    with open(ascii_out / "log.jsonl", "a", errors="surrogateescape") as f:
+        f.write('{"step": 3, "loss": 1.0\n[1]\n{"step": "x"}\n{"loss": 1}\n\udcff' + "[" * 100000 + "\n")
+    flags = "--steps 6 --eval_interval 1 --prompt".split() + ["\x1b[31mé\udcff\u4e2d\u202e"]
     runs = [
-        (start(data, out, "--steps 4 --n_layers 3"), "n_layers: 2, now 3"),
-        (start(other, out, "--steps 4"), "other data"),
-        (start(data, out, "--steps 1"), "already at step 2"),
-        (start(data, out, "--steps 4 --optimizer adamw"), "optimizer: 'muon', now 'adamw'"),
+        start(data, ascii_out, flags, encoding="ascii"),
+        start(data, nobody, flags, closed_pipe=True),
     ]
-    command = [sys.executable, "train.py", "--out_dir", out, "--sample", "line"]  # needs the run folder only
-    text = subprocess.run(command, cwd=HERE, check=True, stdout=subprocess.PIPE).stdout
-    assert text.startswith(b"line"), text
-    for run, message in runs:
+    assert [finish(run)[0] for run in runs] == [0, 0], runs[0].output.read_text()
+    assert checkpoints(nobody) == checkpoints(ascii_out)[-1:] == [6]
+    shown = runs[0].output.read_bytes()
+    assert b"\\x1b[31m\\xe9" in shown and all(c in b"\n\t" or 32 <= c < 127 for c in shown)
+    assert logged(ascii_out, "step") == [0, 1, 2, 3, 4, 4, 5, 5, 6, 6]
+
+
+def test_what_continues_is_the_same_run(data, trained, tmp_path):
+    (tmp_path / "other.txt").write_text("something else\n" * 500)
+    prepare_data.prepare([str(tmp_path / "other.txt")], tmp_path / "other")
+    changes = {
+        "--n_layers 3": "n_layers: 2, now 3",
+        "--optimizer adamw": "optimizer: 'muon', now 'adamw'",
+        "--batch_size 4": "batch_size: 8, now 4",
+        "--seed 2": "seed: 1, now 2",
+        "--steps 1": "already at step 4",
+        "": "other data",
+    }
+    runs = {}
+    for flags, message in changes.items():
+        out = shutil.copytree(trained, tmp_path / message.replace(" ", "_"))
+        runs[message] = start(data if flags else tmp_path / "other", out, "--steps 8 " + flags)
+    for message, run in runs.items():
         code, output = finish(run)
         assert code == 1 and message in output, output
-    model = FlashSTU.from_pretrained(out / "model")
-    assert model(torch.zeros(1, 5, dtype=torch.long)).logits.shape == (1, 5, 256)
     assert run_train(data, out, "--steps 1 --fresh --checkpoint_interval 1")[0] == 0
     assert checkpoints(out) == [1]  # what was there is replaced
-    (out / "checkpoint_1.pt").unlink()
-    code, output = run_train(data, out, "--sample line")
-    assert code == 1 and "holds no checkpoint" in output, output
 
 
-def test_divergence_skips_steps_then_stops_and_names_the_last_good_checkpoint(data, tmp_path):
-    flags = "--steps 50 --lr 1e30 --muon_lr 1e30 --checkpoint_interval 1 --max_skipped 3 --warmup_steps 0"
-    code, output = run_train(data, tmp_path, flags)
-    assert code != 0 and output.count("step skipped") == 3, output
-    assert f"Last good checkpoint: {tmp_path / 'checkpoint_'}" in output, output
+def test_divergence_skips_steps_then_stops_and_only_good_weights_are_saved(data, trained, tmp_path):
+    out, flags = (
+        shutil.copytree(trained, tmp_path / "run"),
+        "--steps 50 --checkpoint_interval 1 --max_skipped 3",
+    )
+    code, output = run_train(
+        data, out, flags + " --lr 1e30 --muon_lr 1e30 --eval_interval 1 --warmup_steps 0"
+    )
+    assert code == 1 and output.count("step skipped") == 3 and "Traceback" not in output, output
+    assert f"Last good checkpoint: {out / 'checkpoint_4.pt'}" in output, output
+    code, output = run_train(data, out, "--steps 5 --warmup_steps 0")
+    assert code == 0 and "after step 4" in output and "skipped" not in output, output
 
 
 def test_training_says_at_the_start_what_would_work(data, tmp_path):
@@ -1794,8 +2123,8 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
         "--n_embed 32": "did you mean --n_embd",
         "--window_size 33": "window_size 33 is larger than seq_len 32",
         "--n_heads 5": "n_heads = 5 does not divide",
-        "--seq_len 0": "--seq_len must be at least 1",
-        "--use_attn no": "invalid boolean value",
+        "--seq_len 0": "seq_len must be a positive integer",
+        "--use_attn no": "invalid choice",
         "--micro_batch_size 3": "6 would",
         "--batch_size 1000000000": "--micro_batch_size",
         "--preset 7B": "350M",
