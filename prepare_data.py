@@ -230,24 +230,28 @@ RECORDS = (".jsonl", ".jsonl.gz", ".parquet")  # many documents a file; any othe
 SAFE_CUT = re.compile(r"(?<=\S)(?:(?= )|\n(?=\w))")  # no token reaches across it
 
 
-def walk(root: Path, left_out: dict[str, list]) -> Iterator[Path]:
-    """The files below a folder, sorted."""
-    paths = sorted(root.rglob("*"))
-    owned = {path.parent for path in paths if path.name == LOCK}
-    for path in paths:
-        if any(part.startswith(".") for part in path.relative_to(root).parts):
+def walk(folder: Path, out: Path, left_out: dict[str, list]) -> Iterator[Path]:
+    """The files below a folder, in an order that stays."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
             left_out["hidden"].append(path)
-        elif not owned.isdisjoint(path.parents):
-            left_out["in a folder that prepare_data.py or train.py writes to"].append(path)
         elif os.path.isfile(path):
             yield path
         elif not os.path.isdir(path):
-            left_out["broken links, or no files"].append(path)
-        elif path.is_symlink() or not os.access(path, os.R_OK | os.X_OK):
-            left_out["folders that are links (name them as sources) or not readable"].append(path)
+            left_out["broken links, pipes and the like"].append(path)
+        elif path.is_symlink():
+            left_out["links to folders, which can be named as sources"].append(path)
+        elif is_output(path, out):
+            left_out["folders that prepare_data.py or train.py writes to"].append(path)
+        else:
+            yield from walk(path, out, left_out)
 
 
-def find_files(sources: list[str], folder: Path, left_out: dict[str, list]) -> list[Path]:
+def is_output(path: Path, out: Path) -> bool:
+    return os.path.exists(path / LOCK) or path.resolve() == out.resolve()
+
+
+def find_files(sources: list[str], out: Path, left_out: dict[str, list]) -> list[Path]:
     files = {}
     for source in sources:
         path = Path(source)
@@ -256,19 +260,19 @@ def find_files(sources: list[str], folder: Path, left_out: dict[str, list]) -> l
             skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
             found = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
         elif source == "shakespeare":
-            found = [folder / "input.txt"]  # `download` makes it
-        elif not source or not (path.is_dir() or path.is_file()):
+            found = [out / "input.txt"]  # not yet there before `download`
+        elif source and path.is_dir():
+            if is_output(path, out):
+                raise SystemExit(f"prepare_data.py or train.py writes to {path}: it cannot be a source")
+            found = walk(path, out, left_out)
+        elif source and path.is_file():
+            found = [path]
+        else:
             names = f"nor stdlib, shakespeare or, alone, {', '.join(HUB)}"
             raise SystemExit(f"{source!r} is no file or folder, {names}")
-        elif path.is_dir() and ((path / LOCK).exists() or path.resolve() == folder.resolve()):
-            raise SystemExit(f"prepare_data.py or train.py writes to {path}: it cannot be a source")
-        else:
-            found = walk(path, left_out) if path.is_dir() else [path]
         for file in found:
-            if (real := file.resolve()) in files:
+            if files.setdefault(file.resolve(), file) is not file:
                 left_out["the same file again"].append(file)
-            else:
-                files[real] = file
     return list(files.values())
 
 
@@ -280,53 +284,51 @@ def download(path: Path) -> None:
     write_atomically(path, lambda f: f.write(text))
 
 
-def read_records(path: Path, f: BinaryIO, field: str) -> Iterator[object]:
-    """The field of each record; None where there is none."""
-    if path.suffix.lower() == ".parquet":
-        for batch in need("pyarrow.parquet").ParquetFile(f).iter_batches(1000, columns=[field]):
-            yield from batch[field].to_pylist()
+def read_records(source: str | Path, field: str) -> Iterator[tuple[object, int]]:
+    """(text, bytes read so far) for each record of a file or of a name in HUB; a text that is no str is none."""
+    if source in HUB:
+        for row in need("datasets").load_dataset(streaming=True, **HUB[source][0]):
+            yield row.get(field), 0
         return
-    for line in gzip.GzipFile(fileobj=f) if path.suffix.lower() == ".gz" else f:
-        try:
-            yield json.loads(line)[field] if line.strip() else ""
-        except (ValueError, LookupError, TypeError, RecursionError):
-            yield None
-
-
-def texts(records: Iterable[object], field: str, where: object, left_out: dict[str, list]) -> Iterator[str]:
-    """The records that are text."""
-    empty = f"no text in the field {field!r} of a record"
-    for number, text in enumerate(records, 1):
-        if isinstance(text, str):
-            yield text.encode(errors="replace").decode()  # no lone surrogates
+    with open(source, "rb") as f:
+        kind = source.name.lower()
+        if kind.endswith(".parquet"):
+            for batch in need("pyarrow.parquet").ParquetFile(f).iter_batches(1000, columns=[field]):
+                yield from ((text, f.tell()) for text in batch[field].to_pylist())
+        elif kind.endswith((".jsonl", ".jsonl.gz")):
+            for line in gzip.GzipFile(fileobj=f) if kind.endswith(".gz") else f:
+                try:
+                    text = json.loads(line.decode("utf-8-sig"))[field] if line.strip() else ""
+                except (ValueError, LookupError, TypeError, RecursionError):
+                    text = None
+                yield text, f.tell()
         else:
-            left_out[empty].append(f"{where}, record {number}")
-        if number == 1000 == len(left_out.get(empty, ())):
-            raise SystemExit(f"{where}: no text in the field {field!r} of the first 1,000 records")
+            data = f.read()
+            text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+            if "\0" in text:
+                raise ValueError("NUL bytes")
+            yield text, len(data)
 
 
-def read_documents(files: list[Path], named: list[str], field: str, left_out: dict[str, list]):
+def read_documents(sources: list, named: list[str], field: str, left_out: dict[str, list]):
     """(text, bytes read so far) for each document. A file that is no text is left out, unless it is named."""
-    done = 0
-    for path in files:
-        records = path.name.lower().endswith(RECORDS)
+    done, read, empty = 0, 0, f"no text in the field {field!r} of a record"
+    for source in sources:
         try:
-            with open(path, "rb") as f:
-                if records:
-                    for text in texts(read_records(path, f, field), field, path, left_out):
-                        yield text, done + f.tell()
+            for number, (text, read) in enumerate(read_records(source, field), 1):
+                if isinstance(text, str):
+                    yield text.encode(errors="replace").decode(), done + read  # no lone surrogates
                 else:
-                    text = f.read()
-                    text = text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-                    if "\0" in text:
-                        raise ValueError("NUL bytes")
-                    yield text, done + f.tell()
-                done += f.seek(0, os.SEEK_END)
+                    left_out[empty].append(f"{source}, record {number}")
+                if number == 1000 == len(left_out.get(empty, ())):
+                    raise SystemExit(f"{source}: {empty}, nor of the first 1,000")
         except (ValueError, LookupError, TypeError, RuntimeError, OSError, EOFError, zlib.error) as e:
-            if records or str(path) in named:
+            records = source in HUB or source.name.lower().endswith(RECORDS)
+            if records or str(source) in named:
                 kind = "records" if records else "UTF-8 text"
-                raise SystemExit(f"cannot read {path} as {kind}: {e!s:.200}") from None
-            left_out["no UTF-8 text" if isinstance(e, ValueError) else e.strerror].append(path)
+                raise SystemExit(f"cannot read {source} as {kind}: {e!s:.200}") from None
+            left_out["no UTF-8 text" if isinstance(e, ValueError) else e.strerror].append(source)
+        done += read
 
 
 def pieces(text: str, size: int = 1 << 14, limit: int = 1 << 17) -> Iterator[tuple[str, bool]]:
@@ -404,12 +406,8 @@ def write_shards(folder: Path, meta: dict, work, tok, shard_tokens: int, total: 
             if seconds > shown + 1 or len(batch) < 256:
                 shown, left = seconds, max(0, total - read) * seconds / max(1, read - before)
                 left = f", {read / total:.0%}, {left:.0f} s left" if total else ""
-                print(
-                    f"\r{new:,} tokens, {new / seconds:,.0f} tokens/s{left} ",
-                    end="",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                line = f"\r{new:,} tokens, {new / seconds:,.0f} tokens/s{left} "
+                print(line, end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if meta["train"]["tokens"] and meta["val"]["tokens"]:
         meta["complete"] = True
@@ -430,20 +428,13 @@ def prepare(
         raise SystemExit(f"--shard_tokens must be at least 1, got {shard_tokens}")
     if not 0 < val_fraction < 1:
         raise SystemExit(f"--val_fraction must lie between 0 and 1, got {val_fraction}")
-    files = [] if hub else find_files(sources, folder, left_out)
-
-    def documents(left_out: dict[str, list]):
-        if not hub:
-            return read_documents(files, sources, field, left_out)
-        rows = need("datasets").load_dataset(streaming=True, **hub)
-        return ((text, 0) for text in texts((row.get(field) for row in rows), field, sources[0], left_out))
-
+    found = sources if hub else find_files(sources, folder, left_out)
     if default and (meta := read_meta(folder)) and meta["complete"]:
         return meta
     with lock(folder, wait=default):
         if "shakespeare" in sources and not (folder / "input.txt").exists():
             download(folder / "input.txt")
-        states = {path: path.stat() for path in files}
+        states = {} if hub else {path: path.stat() for path in found}
         progress = {"complete": False, "pieces": 0, "crc32": 0}
         progress |= {split: {"tokens": 0, "bytes": 0, "shards": []} for split in ("train", "val")}
         request = {"sources": sources, "tokenizer": tokenizer, "val_fraction": val_fraction, "field": field}
@@ -451,21 +442,22 @@ def prepare(
         request |= {f"file {path}": f"{s.st_size} bytes, time {s.st_mtime_ns}" for path, s in states.items()}
         meta = read_meta(folder) or request | progress
         for name in sorted((request | meta).keys() - progress):
-            if meta.get(name) != request.get(name):
-                was = f"{out} was made with {name} {meta.get(name)!r}, not {request.get(name)!r}"
-                raise SystemExit(f"{was}: choose another --out, or delete that folder")
+            if (was := meta.get(name)) != (now := request.get(name)):
+                made = f"{out} was made with {name}: {was or 'absent'}, now {now or 'absent'}"
+                raise SystemExit(f"{made}: choose another --out, or delete that folder")
         if not meta["complete"]:
             enough = 20 / min(val_fraction, 1 - val_fraction)
-            first = () if hub else islice(documents(defaultdict(list)), int(min(2 * enough, 1e6)))
-            few = not hub and len({text for text, _ in first}) < enough
-            work = split_pieces(documents(left_out), val_fraction, few)
+            first = islice(
+                read_documents(found, sources, field, defaultdict(list)), int(min(2 * enough, 1e6))
+            )
+            few = not hub and len({hash(text) for text, _ in first}) < enough
+            documents = read_documents(found, sources, field, left_out)
+            work = split_pieces(documents, val_fraction, few)
             write_shards(folder, meta, work, tok, shard_tokens, sum(s.st_size for s in states.values()))
             for reason, names in left_out.items():
                 print(f"left out {len(names)}: {reason} ({names[0]})", file=sys.stderr)
             if not meta["complete"]:
-                raise SystemExit(
-                    f"{', '.join(sources)}: not enough text for a training and a validation split"
-                )
+                raise SystemExit(f"{', '.join(sources)}: not enough text for two splits, train and val")
         return meta
 
 
@@ -486,7 +478,7 @@ def main() -> None:
         prepare(**vars(args))
         meta, shards = open_data(args.out, full=True)
     except (OSError, KeyboardInterrupt) as e:
-        raise SystemExit(f"stopped ({e!r}); the same command continues") from None
+        raise SystemExit(str(e) or "interrupted: the same command continues") from None
     sys.stdout.reconfigure(errors="backslashreplace")
     for split in ("train", "val"):
         print(f"{split}: {meta[split]['tokens']:,} tokens, {len(shards[split])} shards")
