@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import sys
 import sysconfig
 import time
@@ -77,7 +78,7 @@ def lock(folder: str | Path, wait: bool = False) -> TextIO:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder) / LOCK, "a+")  # noqa: SIM115 (the caller holds it)
         try:
-            take(file, wait=False)
+            take(file)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             busy = f"{folder} is in use by process {file.read()}"
@@ -92,7 +93,7 @@ def lock(folder: str | Path, wait: bool = False) -> TextIO:
     return file
 
 
-def take(file: TextIO, wait: bool) -> None:
+def take(file: TextIO, wait: bool = False) -> None:
     if os.name == "nt":
         msvcrt = need("msvcrt")
         file.seek(BLOCK)  # what is locked cannot be read
@@ -323,9 +324,8 @@ def read_documents(sources: list, named: list[str], field: str, left_out: dict[s
                 if number == 1000 == len(left_out.get(empty, ())):
                     raise SystemExit(f"{source}: {empty}, nor of the first 1,000")
         except (ValueError, LookupError, TypeError, RuntimeError, OSError, EOFError, zlib.error) as e:
-            records = source in HUB or source.name.lower().endswith(RECORDS)
-            if records or str(source) in named:
-                kind = "records" if records else "UTF-8 text"
+            kind = "records" if source in HUB or source.name.lower().endswith(RECORDS) else "UTF-8 text"
+            if kind == "records" or source in map(Path, named):
                 raise SystemExit(f"cannot read {source} as {kind}: {e!s:.200}") from None
             left_out["no UTF-8 text" if isinstance(e, ValueError) else e.strerror].append(source)
         done += read
@@ -372,7 +372,7 @@ def write_shards(folder: Path, meta: dict, work, tok, shard_tokens: int, total: 
     """Go on in `work` where `meta` says, to its end."""
     waiting = {"train": [], "val": []}  # arrays of tokens on their way to a shard
     eot = np.array([tok.eot], np.uint16 if tok.n_vocab <= 2**16 else np.uint32)
-    new = tokens = before = crc = shown = 0
+    new = tokens = before = crc = 0
 
     def flush() -> None:
         for split, arrays in waiting.items():
@@ -401,13 +401,14 @@ def write_shards(folder: Path, meta: dict, work, tok, shard_tokens: int, total: 
                 meta |= {"pieces": meta["pieces"] + 1, "crc32": crc}
                 new, tokens = new + len(ids), tokens + len(ids) + last
                 if tokens >= shard_tokens:
-                    tokens = flush() or 0
+                    flush()
+                    tokens = 0
             seconds = time.perf_counter() - start
-            if seconds > shown + 1 or len(batch) < 256:
-                shown, left = seconds, max(0, total - read) * seconds / max(1, read - before)
-                left = f", {read / total:.0%}, {left:.0f} s left" if total else ""
-                line = f"\r{new:,} tokens, {new / seconds:,.0f} tokens/s{left} "
-                print(line, end="", file=sys.stderr, flush=True)
+            line = f"\r{new:,} tokens, {new / seconds:,.0f} tokens/s"
+            if total:
+                left = max(0, total - read) * seconds / max(1, read - before)
+                line += f", {read / total:.0%}, {left:.0f} s left "
+            print(line, end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if meta["train"]["tokens"] and meta["val"]["tokens"]:
         meta["complete"] = True
@@ -421,6 +422,8 @@ def prepare(
     """Write the shards of the sources to `out` -> what meta.json holds. Safe to interrupt and to repeat. Without
     sources it is the default data: if complete it is good, and another process that makes it is waited for."""
     folder, tok, left_out, default = Path(out), get_tokenizer(tokenizer), defaultdict(list), sources is None
+    if default and (meta := read_meta(folder)) and meta["complete"]:
+        return meta
     sources = sources or ["stdlib"]
     hub, default_fraction = HUB.get(" ".join(sources), (None, 0.1))
     val_fraction = default_fraction if val_fraction is None else val_fraction
@@ -429,8 +432,6 @@ def prepare(
     if not 0 < val_fraction < 1:
         raise SystemExit(f"--val_fraction must lie between 0 and 1, got {val_fraction}")
     found = sources if hub else find_files(sources, folder, left_out)
-    if default and (meta := read_meta(folder)) and meta["complete"]:
-        return meta
     with lock(folder, wait=default):
         if "shakespeare" in sources and not (folder / "input.txt").exists():
             download(folder / "input.txt")
@@ -462,6 +463,9 @@ def prepare(
 
 
 def main() -> None:
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that are not UTF-8
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", default=["stdlib"], help="files, folders, or a name from above")
     parser.add_argument("--out", help="folder for the shards (default: data/<first source>)")
@@ -479,7 +483,6 @@ def main() -> None:
         meta, shards = open_data(args.out, full=True)
     except (OSError, KeyboardInterrupt) as e:
         raise SystemExit(str(e) or "interrupted: the same command continues") from None
-    sys.stdout.reconfigure(errors="backslashreplace")
     for split in ("train", "val"):
         print(f"{split}: {meta[split]['tokens']:,} tokens, {len(shards[split])} shards")
     print(f"{args.out} is ready: python train.py --data {args.out}")
