@@ -1804,7 +1804,7 @@ fork = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 fork.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.pyplot", __name__])
 
 
-def run_script(argv, output, max_file_size=None, encoding="utf-8", closed_pipe=False):
+def run_script(argv, output, max_file_size=None, encoding="utf-8", closed_pipe=False, stdin=os.devnull):
     """In the new process: what `python argv...` does, printing to the file `output`, or where nobody reads."""
     sys.stdout.reconfigure(encoding=encoding)
     reader, writer = os.pipe()
@@ -1812,6 +1812,7 @@ def run_script(argv, output, max_file_size=None, encoding="utf-8", closed_pipe=F
     with open(output, "w") as f:
         for stream in 1, 2:
             os.dup2(writer if closed_pipe else f.fileno(), stream)
+    sys.stdin = open(stdin)  # noqa: SIM115
     os.chdir(HERE)
     torch.set_num_threads(1)
     if max_file_size is not None:
@@ -2026,10 +2027,8 @@ def test_what_cannot_be_read_or_is_not_ours_is_never_replaced(data, trained, tmp
         (out / f"checkpoint_{step}.pt").write_bytes(b"damaged")
     code, output = run_train(data, out, "--steps 8")
     assert code == 1 and "no checkpoint in" in output and "--fresh" in output, output
-    for name in before:
-        assert (out / name).read_bytes() == before[name] or name in ("checkpoint_2.pt", "checkpoint_4.pt"), (
-            name
-        )
+    for name, content in before.items():
+        assert (out / name).read_bytes() == content or name in ("checkpoint_2.pt", "checkpoint_4.pt"), name
     code, output = run_train(data, out, "--steps 2 --checkpoint_interval 1 --fresh")
     assert code == 0 and checkpoints(out) == [1, 2] and (out / "checkpoint_best.pt").read_text() == "mine", (
         output
@@ -2071,7 +2070,7 @@ def test_nothing_that_is_printed_or_logged_ends_a_run(data, trained, tmp_path):
     ascii_out, nobody = shutil.copytree(trained, tmp_path / "a"), tmp_path / "nobody é"
     with open(ascii_out / "log.jsonl", "a", errors="surrogateescape") as f:
         f.write('{"step": 3, "loss": 1.0\n[1]\n{"step": "x"}\n{"loss": 1}\n\udcff' + "[" * 100000 + "\n")
-    flags = "--steps 6 --eval_interval 1 --prompt".split() + ["\x1b[31mé\udcff\u4e2d\u202e"]
+    flags = ["--steps", "6", "--eval_interval", "1", "--prompt", "\x1b[31mé\udcff\u4e2d\u202e"]
     runs = [
         start(data, ascii_out, flags, encoding="ascii"),
         start(data, nobody, flags, closed_pipe=True),
@@ -2105,6 +2104,90 @@ def test_what_continues_is_the_same_run(data, trained, tmp_path):
     assert checkpoints(out) == [1]  # what was there is replaced
 
 
+def test_a_run_starts_from_the_weights_of_another_and_says_so(data, trained, tmp_path):
+    (tmp_path / "other.txt").write_text("something else\n" * 500)
+    other, gpt2 = tmp_path / "other", tmp_path / "gpt2"
+    prepare_data.prepare([str(tmp_path / "other.txt")], other)
+    FlashSTU(small_config(vocab_size=50304, torch_dtype="float32")).save_pretrained(gpt2)
+    flags = f"--init_from {trained} --steps 1 --eval_interval 1"
+    runs = [
+        start(other, tmp_path / "tuned", flags + " --dropout 0.1", sizes=""),
+        start(other, tmp_path / "again", flags.replace(" --steps", "/model --steps"), sizes=""),
+        start(other, tmp_path / "larger", flags + " --n_layers 3"),
+        start(other, tmp_path / "gpt2_run", f"--init_from {gpt2}"),
+    ]
+    (code, output), (code2, _), larger, tokens = map(finish, runs)
+    assert code == code2 == 0 and "the weights, n_embd 32" in output and "command: data," in output, output
+    assert larger[0] == 1 and "do not fit" in larger[1] and "--n_layers 3" in larger[1], larger
+    assert tokens[0] == 1 and "reads gpt2" in tokens[1] and "holds bytes" in tokens[1], tokens
+    model = FlashSTU.from_pretrained(trained / "model")
+    x = torch.from_numpy(np.stack([w.astype(np.int64) for w in windows_of(other, 32)]))
+    losses = [logged(tmp_path / name, "val_loss")[0] for name in ("tuned", "again")]
+    assert losses == pytest.approx([model(x[:64], labels=x[:64]).loss.item()] * 2, rel=1e-5)
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["model"]["dropout"] == 0.1
+
+
+def windows_of(folder, T):
+    tokens = read_split(folder, "val")
+    return [tokens[i : i + T + 1] for i in range(0, len(tokens) - T, T)]
+
+
+def test_samples_and_chat_are_what_the_model_generates(data, trained, tmp_path):
+    model, tokenizer = FlashSTU.from_pretrained(trained / "model"), prepare_data.get_tokenizer("bytes")
+
+    def answer(tokens):
+        new = model.generate(torch.tensor([tokens]), max_new_tokens=7, temperature=0)[
+            0, len(tokens) :
+        ].tolist()
+        tokens += new
+        text = tokenizer.decode(new)
+        return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text) + "\n"
+
+    (tmp_path / "prompt.txt").write_text("line 1: the é")
+    (tmp_path / "typed.txt").write_text("line 1\n\n: the\n")
+    flags = "--temperature 0 --max_new_tokens 7"
+    runs = [
+        start(data, trained, f"--sample @{tmp_path / 'prompt.txt'} {flags} --num_samples 2", sizes=""),
+        start(data, trained / "model", f"--sample line {flags}", sizes=""),
+        start(data, trained, f"--chat {flags}", sizes="", stdin=tmp_path / "typed.txt"),
+    ]
+    (_, two), (_, one), (_, chat) = map(finish, runs)
+    assert two == ("line 1: the é" + answer(list("line 1: the é".encode()))) * 2
+    assert one == "line" + answer(list(b"line"))
+    tokens = [0]  # a document begins
+    for typed, text in zip(["line 1", "", ": the"], chat.split("> ")[1:]):
+        tokens += typed.encode()
+        assert text == answer(tokens)
+
+
+def test_eval_only_reads_far_past_seq_len_with_and_without_its_memory(data, trained, tmp_path):
+    text = (data.parent / "text.txt").read_text()[:1025]
+    (tmp_path / "text.txt").write_text(text)
+    flags = f"--eval_only --init_from {trained}"
+    runs = [
+        start(tmp_path / "text.txt", tmp_path, flags, sizes=""),
+        start(data, tmp_path / "b", flags, sizes=""),
+        start(tmp_path / "text.txt", tmp_path / "c", flags + " --window_size 8", sizes=""),
+    ]
+    (code, output), (code2, output2), (_, other) = map(finish, runs)
+    assert code == code2 == 0 and (tmp_path / "context.png").stat().st_size > 5000, output
+    rows = {
+        line.split()[0]: [float(x) for x in line.split()[1:]]
+        for line in output.splitlines()
+        if re.match(r"\d+-\d+ ", line)
+    }
+    model = FlashSTU.from_pretrained(trained / "model")
+    x = torch.tensor(list(text.encode()))
+    texts, x = x.unfold(0, 513, 512), x.unfold(0, 33, 32)
+    logits = model(texts[:, :-1]).logits.transpose(1, 2)
+    whole = F.cross_entropy(logits, texts[:, 1:], reduction="none").mean(0) / math.log(2)
+    windows = model(x, labels=x).loss.item() / math.log(2)
+    assert f"{windows:.4f} bits per byte in 32 windows of 32" in output and "windows of 32" in output2
+    assert list(rows) == ["0-64", "64-128", "128-256", "256-512"] and output != other
+    assert rows["128-256"][0] == pytest.approx(whole[128:256].mean().item(), abs=2e-4)
+    assert len(set(rows["256-512"])) == 3
+
+
 def test_divergence_skips_steps_then_stops_and_only_good_weights_are_saved(data, trained, tmp_path):
     out, flags = (
         shutil.copytree(trained, tmp_path / "run"),
@@ -2119,6 +2202,16 @@ def test_divergence_skips_steps_then_stops_and_only_good_weights_are_saved(data,
     assert code == 0 and "after step 4" in output and "skipped" not in output, output
 
 
+OUT_OF_RANGE = {
+    0: "steps batch_size eval_interval eval_sequences eval_length log_interval checkpoint_interval max_skipped"
+    " max_new_tokens num_samples lr muon_lr grad_clip top_p",
+    -1: "seed warmup_steps micro_batch_size top_k temperature weight_decay min_lr",
+    "nan": "lr min_lr grad_clip temperature softcap top_p weight_decay",
+    "inf": "lr weight_decay grad_clip temperature",
+    10**10: "seed min_lr top_p",
+}
+
+
 def test_training_says_at_the_start_what_would_work(data, tmp_path):
     mistakes = {
         "--n_embed 32": "did you mean --n_embd",
@@ -2130,16 +2223,25 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
         "--batch_size 1000000000": "--micro_batch_size",
         "--preset 7B": "350M",
         "--steps many": "invalid int value",
-        "--steps 0": "--steps must be at least 1",
+        "--dropout nan": "dropout must be in [0, 1)",
+        "--n_embd 1000000000000000": "no such model",
         "--decay step": "cosine",
         "--data nowhere": "prepare_data.py",
         "--sample line": "no run to write from",
-        "--draw nowhere": "not the folder of a run",
+        "--draw nowhere": "nowhere/log.jsonl",
+        "--chat --init_from nowhere": "nowhere holds no checkpoint",
+        "--sample @nowhere": "no run to write from",
+        **{f"--{k} {v}": f"--{k} must be " for v, names in OUT_OF_RANGE.items() for k in names.split()},
+        **{
+            f"--{name}=": f"--{name} must be at least 1 letter"
+            for name in ("sample", "out_dir", "data", "draw")
+        },
     }
-    runs = {flags: start(data, tmp_path, flags) for flags in mistakes}
+    runs = {flags: start(data, tmp_path / "run", flags) for flags in mistakes}
     for flags, run in runs.items():
         code, output = finish(run)
-        assert code != 0 and mistakes[flags] in output, output
+        assert code != 0 and mistakes[flags] in output and "Traceback" not in output, (flags, output)
+    assert not (tmp_path / "run").exists()
 
 
 def test_presets_say_their_size_and_run_one_step_on_the_meta_device(data, tmp_path):
@@ -2148,7 +2250,7 @@ def test_presets_say_their_size_and_run_one_step_on_the_meta_device(data, tmp_pa
     runs = [start(data, tmp_path, flags + preset, sizes="") for preset in sizes]
     for run, millions in zip(runs, sizes.values()):
         code, output = finish(run)
-        assert code == 0 and "MFLOP a token" in output and "GiB" in output, output
+        assert code == 0 and "the embedding of bytes" in output and "GiB" in output, output
         assert 0.6 * millions < float(output.split("M parameters")[0]) < 1.5 * millions
 
 
