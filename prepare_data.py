@@ -295,7 +295,7 @@ def read_records(source: str | Path, field: str) -> Iterator[tuple[object, int]]
         kind = source.name.lower()
         if kind.endswith(".parquet"):
             for batch in need("pyarrow.parquet").ParquetFile(f).iter_batches(1000, columns=[field]):
-                yield from ((text, f.tell()) for text in batch[field].to_pylist())
+                yield from ((row.get(field), f.tell()) for row in batch.to_pylist())
         elif kind.endswith((".jsonl", ".jsonl.gz")):
             for line in gzip.GzipFile(fileobj=f) if kind.endswith(".gz") else f:
                 try:
@@ -313,16 +313,17 @@ def read_records(source: str | Path, field: str) -> Iterator[tuple[object, int]]
 
 def read_documents(sources: list, named: list[str], field: str, left_out: dict[str, list]):
     """(text, bytes read so far) for each document. A file that is no text is left out, unless it is named."""
-    done, read, empty = 0, 0, f"no text in the field {field!r} of a record"
+    done, read, good, empty = 0, 0, False, f"no text in the field {field!r} of a record"
     for source in sources:
         try:
             for number, (text, read) in enumerate(read_records(source, field), 1):
                 if isinstance(text, str):
+                    good = True
                     yield text.encode(errors="replace").decode(), done + read  # no lone surrogates
+                elif number == 1000 and not good:
+                    raise SystemExit(f"{source}: {empty}, nor of the first 1,000")
                 else:
                     left_out[empty].append(f"{source}, record {number}")
-                if number == 1000 == len(left_out.get(empty, ())):
-                    raise SystemExit(f"{source}: {empty}, nor of the first 1,000")
         except (ValueError, LookupError, TypeError, RuntimeError, OSError, EOFError, zlib.error) as e:
             kind = "records" if source in HUB or source.name.lower().endswith(RECORDS) else "UTF-8 text"
             if kind == "records" or source in map(Path, named):
@@ -447,11 +448,10 @@ def prepare(
                 made = f"{out} was made with {name}: {was or 'absent'}, now {now or 'absent'}"
                 raise SystemExit(f"{made}: choose another --out, or delete that folder")
         if not meta["complete"]:
-            enough = 20 / min(val_fraction, 1 - val_fraction)
-            first = islice(
-                read_documents(found, sources, field, defaultdict(list)), int(min(2 * enough, 1e6))
-            )
-            few = not hub and len({hash(text) for text, _ in first}) < enough
+            share = min(val_fraction, 1 - val_fraction)
+            first = read_documents(found, sources, field, defaultdict(list))
+            first = islice(first, int(min(40 / share, 1e6)))
+            few = not hub and len({hash(text) for text, _ in first}) < 20 / share
             documents = read_documents(found, sources, field, left_out)
             work = split_pieces(documents, val_fraction, few)
             write_shards(folder, meta, work, tok, shard_tokens, sum(s.st_size for s in states.values()))
@@ -470,9 +470,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="*", default=["stdlib"], help="files, folders, or a name from above")
     parser.add_argument("--out", help="folder for the shards (default: data/<first source>)")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, gpt2 or o200k_base")
-    parser.add_argument(
-        "--field", default="text", help="holds the text in .jsonl, .parquet and Hub data sets"
-    )
+    parser.add_argument("--field", default="text", help="holds the text in .jsonl, .parquet and Hub data")
     parser.add_argument("--val_fraction", type=float, help="share of the validation split (0.1)")
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens a shard")
     args = parser.parse_args()
