@@ -2263,15 +2263,6 @@ def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
         assert logged(tmp_path / dtype) == pytest.approx(logged(tmp_path / "float32"), rel=1e-2)
 
 
-def test_weights_and_biases_is_told_what_the_log_is_told(data, tmp_path, monkeypatch):
-    (tmp_path / "wandb.py").write_text(
-        "import json\ndef init(**k): print('wandb init', k['project'])\n"
-        "def log(values, step): print('wandb log', step, json.dumps(values))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    code, output = run_train(data, tmp_path / "run", "--steps 2 --eval_interval 2 --wandb mine")
-    assert code == 0 and "wandb init mine" in output and output.count("wandb log") == 4, output
-    picture = tmp_path / "run" / "loss.png"
-    picture.unlink()
-    code, output = run_train(data, tmp_path / "run", f"--draw {tmp_path / 'run'}")
-    assert code == 0 and picture.stat().st_size > 5000, output
+def test_the_losses_of_several_runs_are_drawn_in_one_picture(data, trained, tmp_path):
+    code, output = run_train(data, tmp_path / "pictures", f"--draw {trained},{trained}")
+    assert code == 0 and (tmp_path / "pictures" / "loss.png").stat().st_size > 5000, output

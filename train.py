@@ -10,7 +10,7 @@ Train a Flash STU language model, write with it, judge it: one CPU, one GPU, or 
     python train.py --draw runs/a,runs/b --out_dir runs    the losses of several runs in one picture
 
 The run folder (--out_dir) receives config.json, log.jsonl, loss.png, checkpoints and the finished model. The
-same command again continues from the last checkpoint, whatever stopped it, and on as many processes bit for bit.
+same command again continues from the last checkpoint, whatever stopped it; on as many processes, bit for bit.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint import state_dict
 
 from prepare_data import get_tokenizer, lock, need, open_data, prepare, write_atomically
-from stu import FlashSTU, FlashSTUConfig, sample
+from stu import STU, FlashSTU, FlashSTUConfig, sample
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: each a flag, --name value. Here its default (of a tuple, the choices: the first), the range of its
@@ -50,8 +50,8 @@ table |= {
     "torch_dtype": ("float32", "", "of the weights and the optimizer; dtype is what the layers compute in"),
     # run
     "out_dir": ("runs/default", "at least 1 letter", "the run folder"),
-    "data": ("data/stdlib", "at least 1 letter", "a folder of prepare_data.py; the default is made if missing"),
-    "preset": (("small", "125M", "350M", "1B"), "", "sizes and schedule; with o200k_base 235M, 504M, 1.3B"),
+    "data": ("data/stdlib", "at least 1 letter", "a folder of prepare_data.py; the default makes itself"),
+    "preset": (("small", "125M", "350M", "1B"), "", "sizes and schedule; with o200k_base 235M, 495M, 1.6B"),
     "init_from": ("", "at least 1 letter", "start from the weights and sizes of a run or of a saved model"),
     "fresh": (False, "", "start again; the run's checkpoints are replaced when the new ones are saved"),
     "seed": (1, "from 0 to 4294967295", "of the weights, the order of the data, dropout and sampling"),
@@ -76,7 +76,7 @@ table |= {
     "log_interval": (10, "at least 1", "steps a line"),
     "checkpoint_interval": (100, "at least 1", "steps from one checkpoint to the next"),
     # optimizer
-    "optimizer": (("muon", "adamw"), "", "Muon for the layers' matrices, AdamW for the rest; or AdamW for all"),
+    "optimizer": (("muon", "adamw"), "", "Muon for the layers' matrices, AdamW for the rest, or for all"),
     "muon_lr": (0.01, "finite, at least 1e-12", "Muon's learning rate"),
     "lr": (0.01, "finite, at least 1e-12", "AdamW's learning rate"),
     "weight_decay": (0.1, "finite, at least 0", "times the learning rate"),
@@ -84,13 +84,12 @@ table |= {
     "decay": (("cosine", "linear", "none"), "", "of the learning rates, from the warmup to the last step"),
     "min_lr": (0.05, "from 0 to 1", "where the decay ends, times the learning rates"),
     "grad_clip": (1.0, "finite, at least 1e-12", "the norm that a longer gradient is cut to"),
-    "max_skipped": (5, "at least 1", "steps in a row whose loss or gradient is not finite; then the run ends"),
+    "max_skipped": (5, "at least 1", "steps in a row without a finite loss and gradient end the run"),
     # machine
-    "device": (("auto", "cuda", "mps", "cpu", "meta"), "", "meta: a step without memory, to try a preset"),
+    "device": (("auto", "cuda", "mps", "cpu", "meta"), "", "meta: only say what the model would need"),
     "dtype": (("auto", "float32", "bfloat16", "float16"), "", "of autocast; auto: 16 bits on CUDA, else 32"),
     "compile": (("auto", "true", "false"), "", "the layers; auto: on CUDA"),
     "engine": (("ddp", "fsdp"), "", "of several processes: each holds the model, or a part of it"),
-    "wandb": ("", "", "a Weights & Biases project"),
 }  # fmt: skip
 columns = ("n_embd", "n_layers", "n_heads", "seq_len", "window_size", "num_eigh", "mlp_scale", "batch_size",
            "micro_batch_size", "steps", "warmup_steps", "eval_interval", "checkpoint_interval")  # fmt: skip
@@ -124,8 +123,6 @@ sys.excepthook = lambda kind, error, trace: (
     if issubclass(kind, (OSError, KeyboardInterrupt))
     else sys.__excepthook__(kind, error, trace)
 )
-if hasattr(signal, "SIGPIPE"):  # `| head` ends all but the training in silence
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 parser = argparse.ArgumentParser(usage="train.py [--name value ...]", description=__doc__, allow_abbrev=False)
 parser.formatter_class, parser.argument_default = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS
 defaults = {name: value[0] if isinstance(value, tuple) else value for name, (value, *_) in table.items()}
@@ -135,10 +132,14 @@ for name, (value, _, meaning) in table.items():
     switch = {"choices": ("true", "false"), "nargs": "?", "const": "true"}
     options = {bool: switch, tuple: {"choices": value}}.get(kind, {"type": kind})
     parser.add_argument(f"--{name}", help=meaning.replace("%", "%%"), **options)
+with suppress(AttributeError):  # Windows has none
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # train.py --help | head
 given, unknown = parser.parse_known_args()
 if unknown:
     near = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in table], 1)
     parser.error(f"unknown setting {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+with suppress(AttributeError):
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 given = vars(given)  # what the command says; the rest are defaults
 for name, value in given.items():
     size, wanted = len(value) if isinstance(value, str) else value, table[name][1]
@@ -149,12 +150,10 @@ for name, value in given.items():
         given[name] = value == "true"
 s = argparse.Namespace(**(defaults | presets[given.get("preset", "small")] | given))
 run, reading = Path(s.out_dir), s.sample or s.chat or s.eval_only or s.draw
-if reading and not main:  # one process does it
-    sys.exit()
-if reading:
+if reading:  # one process does it
     world = 1
-elif hasattr(signal, "SIGPIPE"):
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    if not main:
+        sys.exit()
 
 sharded = world > 1 and s.engine == "fsdp"
 device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -188,7 +187,7 @@ def checkpoints(folder):
 
 
 def load_checkpoint(folder):
-    """The newest checkpoint that is whole, or None where there is none. What cannot be read is not damaged."""
+    """The newest whole checkpoint, or None where there is none. What cannot be read is not damaged."""
     for step, path in reversed(checkpoints(folder)):
         mapped = os.fsencode(path) == str(path).encode(errors="replace")  # torch maps files named in UTF-8
         try:
@@ -322,8 +321,8 @@ if s.eval_only and Path(s.data).is_file():
 else:
     meta, shards = open_data(s.data)
 if source and meta["tokenizer"] != vocabulary:
-    sys.exit(f"{source_folder} reads {vocabulary}, {s.data} holds {meta['tokenizer']}: prepare the text again, "
-             f"with --tokenizer {vocabulary}")  # fmt: skip
+    sys.exit(f"{source_folder} reads {vocabulary}, {s.data} holds {meta['tokenizer']}: prepare the text with "
+             f"--tokenizer {vocabulary}")  # fmt: skip
 tokenizer, T, batch_size = get_tokenizer(meta["tokenizer"]), s.seq_len, s.batch_size
 bits_per_byte = meta["val"]["tokens"] / max(1, meta["val"]["bytes"]) / math.log(2)  # times nats per token
 
@@ -333,11 +332,9 @@ class Windows:
 
     def __init__(self, split, T):
         self.shards, self.T, self.epoch = shards[split], T, -1
-        self.n, longest = sum((len(shard) - 1) // T for shard in self.shards), max(map(len, self.shards))
-        if longest <= T:
-            sys.exit(
-                f"the {split} split holds {longest} tokens in its largest shard: seq_len {T} needs {T + 1}"
-            )
+        self.n = sum((len(shard) - 1) // T for shard in self.shards)
+        if max(map(len, self.shards)) <= T:
+            sys.exit(f"no shard of the {split} split holds the {T + 1} tokens that seq_len {T} needs")
 
     def window(self, index, phase=0):
         """Window `index`, shifted by `phase` tokens where the shard has room."""
@@ -369,8 +366,7 @@ share = batch_size // world  # sequences of this process
 micro = s.micro_batch_size or max(1, share)
 if batch_size % (world * micro):
     fitting = max(1, batch_size // (world * micro)) * world * micro
-    needed = f"{world} processes x {micro} sequences at once"
-    sys.exit(f"batch_size {batch_size} is no multiple of {needed}; {fitting} would be")
+    sys.exit(f"batch_size {batch_size} is not a multiple of {world} x {micro} sequences; {fitting} would be")
 
 # ------------------------------------------------------------------------------------------------------------
 # Model
@@ -385,25 +381,20 @@ except (ValueError, RuntimeError, OverflowError) as e:
 if s.window_size > T:
     sys.exit(f"window_size {s.window_size} is larger than seq_len {T}; give --window_size {T} or less")
 
-# Memory, about: weights, gradients, moments; what the layers keep of a token for the backward pass; logits
-n_params, tokens = sum(p.numel() for p in model.parameters()), micro * T
-kept = 1 if config.use_gradient_checkpointing else config.n_layers
-kept = 4 * config.n_embd * (kept * (20 + 4 * config.mlp_scale) + 2 * config.n_layers)
-needed = 16 * n_params / (world if sharded else 1) + tokens * kept + 8 * min(2**26, tokens * vocab_size)
+# Memory, about: weights, gradients, moments; and what the layers keep of a token for the backward pass
+n_params, d = sum(p.numel() for p in model.parameters()), config.n_embd
+kept = d * (20 + 4 * config.mlp_scale) / (config.n_layers if config.use_gradient_checkpointing else 1) + 2 * d
+needed = (16 * n_params / (world if sharded else 1) + 4 * micro * T * config.n_layers * kept) / 2**30
 available = math.inf
 if device.type == "cuda":
-    available = torch.cuda.mem_get_info(device)[0]
+    available = torch.cuda.mem_get_info(device)[0] / 2**30
 elif device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-size = f"{n_params / 1e6:.2f}M parameters, {vocab_size * config.n_embd / 1e6:.2f}M of them the embedding of"
-say(f"{size} {meta['tokenizer']}, about {needed / 2**30:.1f} GiB; {world} x {device.type}, {s.dtype}")
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+say(f"{n_params / 1e6:.2f}M parameters, {vocab_size * d / 1e6:.2f}M of them the embedding of "
+    f"{meta['tokenizer']}, about {needed:.1f} GiB; {world} x {device.type}, {s.dtype}")  # fmt: skip
 if needed > available:
-    sys.exit(
-        f"{micro} sequences do not fit into {available / 2**30:.1f} GiB: give a smaller --micro_batch_size"
-    )
+    sys.exit(f"{micro} sequences do not fit into {available:.1f} GiB: give a smaller --micro_batch_size")
 if device.type == "meta":
-    tokens = torch.zeros(micro, T + 1, dtype=torch.long, device=device)
-    model(tokens, labels=tokens).loss.backward()
     sys.exit()
 torch.manual_seed(s.seed)
 engine = model = FlashSTU(config)  # on the CPU: the same weights whatever the device
@@ -447,9 +438,7 @@ def bits_by_position(texts, n, forget):
         x, state, losses = texts.spread(n, range(n)[i : i + micro]), None, []
         for inputs, targets in zip(x[:, :-1].split(T, dim=1), x[:, 1:].split(T, dim=1)):
             state = state and forget(state)
-            for part, labels in zip(
-                inputs.split(256, dim=1), targets.split(256, dim=1)
-            ):  # few logits at once
+            for part, labels in zip(inputs.split(256, dim=1), targets.split(256, dim=1)):  # few logits
                 with autocast:
                     _, logits, state = model(part, state=state, use_cache=True)
                 logits = logits.float().transpose(1, 2)  # [B, V, 256]
@@ -463,10 +452,11 @@ if s.eval_only:
     windows, texts = Windows("val", min(T, longest)), Windows("val", min(s.eval_length * T, longest))
     loss, n = evaluate(windows, windows.n), min(s.eval_sequences, texts.n)
     say(f"{s.data}: loss {loss:.4f}, {loss * bits_per_byte:.4f} bits per byte in {windows.n} windows of {T}")
+    spectral = [i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, STU)]
     ways = {
         "state carried": lambda state: state,
         "all reset": lambda state: None,
-        "STU reset": lambda state: [part if isinstance(part, tuple) else None for part in state],
+        "STU reset": lambda state: [None if i in spectral else part for i, part in enumerate(state)],
     }
     say(f"{f'{n} texts of {texts.T}':<24}" + "".join(f"{name:>16}" for name in ways))
     model.eval()
@@ -538,9 +528,6 @@ if world > 1:
     if len(set(found)) > 1:
         sys.exit(f"the processes found different checkpoints, {found}: is {run} on a file system they share?")
 
-wandb = need("wandb") if s.wandb and main else None
-if wandb:
-    wandb.init(project=s.wandb, id=run.name, config=vars(s), resume="allow")
 log_path = run / "log.jsonl"
 if main:
     text = json.dumps({"settings": vars(s), "model": config.to_dict()}, indent=1)
@@ -553,13 +540,8 @@ if main:
 
 def log(step, **record):
     if main:
-        try:
-            with open(log_path, "a") as f:
-                f.write(json.dumps({"step": step, **record}) + "\n")
-        except OSError as e:
-            sys.exit(f"cannot write {log_path}: {e.strerror}. The last checkpoint is intact")
-    if wandb:
-        wandb.log(record, step=step)
+        with open(log_path, "a") as f:
+            f.write(json.dumps({"step": step, **record}) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -576,11 +558,9 @@ for step in range(start_step, s.steps + 1):
     last = step == s.steps
     evaluating = last or step % s.eval_interval == 0
     if evaluating:
-        t_eval = time.time()
         loss, norm, stopping = evaluate(val_windows, min(s.eval_sequences, val_windows.n)), 0.0, False
         say(f"step {step}: validation loss {loss:.4f}, {loss * bits_per_byte:.4f} bits per byte")
         log(step, val_loss=loss, val_bits_per_byte=loss * bits_per_byte)
-        t_log += time.time() - t_eval
 
     if not last:  # the gradient
         torch.manual_seed(s.seed + 1000003 * step + rank)  # dropout too is a function of the step
@@ -604,6 +584,7 @@ for step in range(start_step, s.steps + 1):
         if world > 1:
             dist.all_reduce(status)
         loss, stopping = status.tolist()
+        tokens_log += batch_size * T
     finite = math.isfinite(loss) and math.isfinite(norm)
 
     # Save, then show. Only weights that gave a finite loss and gradient are saved
@@ -611,23 +592,22 @@ for step in range(start_step, s.steps + 1):
     if finite and save_due:
         save_due = False
         weights, moments = state_dict.get_state_dict(model, optimizers, options=full)  # by all together
+        state = {
+            "step": step, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
+            "config": config.to_dict(), "data": contents, "settings": vars(s),
+        }  # fmt: skip
         if main:
-            state = {
-                "step": step, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
-                "config": config.to_dict(), "data": contents, "settings": vars(s),
-            }  # fmt: skip
             write_atomically(run / f"checkpoint_{step}.pt", lambda f, state=state: torch.save(state, f))
             kept = [n for n, _ in checkpoints(run) if n <= step][-2:]
-            for n, path in checkpoints(run):
+            for path in (path for n, path in checkpoints(run) if n not in kept):
                 try:
-                    if n not in kept:
-                        path.unlink()  # older; or beyond this step: damaged, or of a run that --fresh replaced
+                    path.unlink()  # older; or beyond this step: damaged, or of a run that --fresh replaced
                 except OSError as e:
-                    say(f"cannot delete {path}: {e.strerror}", stream=sys.stderr)
+                    say(f"cannot delete it: {e}", stream=sys.stderr)
         if world > 1:
             dist.barrier()
     if evaluating:
-        t_show, whole = time.time(), model
+        whole = model
         if sharded:
             weights = state_dict.get_model_state_dict(model, options=full)
             whole = FlashSTU(config).to(device)
@@ -638,7 +618,7 @@ for step in range(start_step, s.steps + 1):
             generator = torch.Generator(device).manual_seed(s.seed)
             with torch.compiler.set_stance("force_eager"):  # each length would be one more graph
                 write(whole, s.prompt, 400 if last else 80, generator)
-        t_log += time.time() - t_show
+        t_log, tokens_log = time.time(), 0
     if last or (stopping and finite):
         break
 
@@ -661,11 +641,10 @@ for step in range(start_step, s.steps + 1):
     scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad()
-    tokens_log += batch_size * T
 
     if (step + 1) % s.log_interval == 0:
         lr, rate = s.lr * factor, tokens_log / (time.time() - t_log)
-        left = (s.steps - step - 1) * batch_size * T / rate
+        left = (s.steps - step - 1) * batch_size * T / max(1, rate)
         say(f"step {step + 1}/{s.steps}: loss {loss:.4f}, lr {lr:.1e}, grad norm {norm:.2f}, "
             f"{rate:,.0f} tokens/s, {left / 60:.1f} min left")  # fmt: skip
         log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate, skipped=skipped)
