@@ -286,7 +286,7 @@ def download(path: Path) -> None:
 
 
 def read_records(source: str | Path, field: str) -> Iterator[tuple[object, int]]:
-    """(text, bytes read so far) for each record of a file or of a name in HUB; a text that is no str is none."""
+    """(text, bytes read so far) for each record of a file or of a name in HUB; the text may be no string."""
     if source in HUB:
         for row in need("datasets").load_dataset(streaming=True, **HUB[source][0]):
             yield row.get(field), 0
@@ -347,8 +347,8 @@ def pieces(text: str, size: int = 1 << 14, limit: int = 1 << 17) -> Iterator[tup
 
 
 def split_pieces(documents, val_fraction: float, few: bool) -> Iterator[tuple[str, str, bool, int, int]]:
-    """(split, piece, is it the last of its text, bytes read so far, checksum so far). Of a few texts the end of
-    each is for validation, of many whole ones, chosen by their content: copies of a text are in one split."""
+    """(split, piece, is it the last of its text, bytes read so far, checksum so far). Of a few texts the end
+    of each is for validation, of many whole ones, chosen by content: copies of a text are in one split."""
     crc = 0
     for text, read in documents:
         text = text.replace("\0", "")  # it would end the document of bytes
@@ -420,8 +420,8 @@ def prepare(
     sources: list[str] | None = None, out: str | Path = "data/stdlib", tokenizer: str = "bytes",
     field: str = "text", val_fraction: float | None = None, shard_tokens: int = 100_000_000,
 ) -> dict:  # fmt: skip
-    """Write the shards of the sources to `out` -> what meta.json holds. Safe to interrupt and to repeat. Without
-    sources it is the default data: if complete it is good, and another process that makes it is waited for."""
+    """Write the shards of the sources to `out` -> what meta.json holds. Safe to interrupt and to repeat.
+    No sources: the default data; once complete it is good; another process that makes it is waited for."""
     folder, tok, left_out, default = Path(out), get_tokenizer(tokenizer), defaultdict(list), sources is None
     if default and (meta := read_meta(folder)) and meta["complete"]:
         return meta

@@ -1590,8 +1590,9 @@ def change_in_secret(path):
 def test_a_folder_gives_its_visible_text_once_and_says_what_is_left_out(tmp_path, capsys):
     docs, out = tmp_path / "docs", tmp_path / "docs" / "out"
     texts = list(write_documents(docs, 200, 10))
+    records = b'\xef\xbb\xbf{"text": "capitals"}\n\n'
     for text, name in ((codecs.BOM_UTF8 + b"bom", "bom.TXT"), ("wide é".encode("utf-16"), "utf16.txt"),
-                       (b'\xef\xbb\xbf{"text": "capitals"}\n\n', "a.JSONL"), (b"\xff\xfe\xff\xd8", "picture")):  # fmt: skip
+                       (records, "a.JSONL"), (b"\xff\xfe\xff\xd8", "picture")):  # fmt: skip
         (docs / name).write_bytes(text)
     (docs / "x.jsonl").mkdir()
     (docs / "x.jsonl" / "file").write_text("in a folder")
@@ -1606,8 +1607,8 @@ def test_a_folder_gives_its_visible_text_once_and_says_what_is_left_out(tmp_path
         found = documents_in(out / again, "train") + documents_in(out / again, "val")
         assert sorted(found) == sorted(texts)
     told = capsys.readouterr().err
-    for line in ("2: hidden", "1: links to folders", "2: broken links", "1: no UTF-8 text", "2: the same file",
-                 "1: folders that prepare_data.py or train.py writes to"):  # fmt: skip
+    for line in ("2: hidden", "1: links to folders", "2: broken links", "1: no UTF-8 text",
+                 "2: the same file", "1: folders that prepare_data.py or train.py writes to"):  # fmt: skip
         assert f"left out {line}" in told, told
     with pytest.raises(SystemExit, match="cannot be a source"):
         prepare_data.prepare([str(docs)], docs)
@@ -1659,7 +1660,7 @@ def damage_meta(**changes):
 
 
 @pytest.mark.parametrize("damage, name", [
-    *(damage_shard(lambda a, kind=kind: a.astype(kind)) for kind in ("float64", "bool", "complex64", ">u2", "u4")),
+    *(damage_shard(lambda a, kind=kind: a.astype(kind)) for kind in ("f8", "bool", "c8", ">u2", "u4")),
     damage_shard(lambda a: a[::-1].copy()), damage_shard(lambda a: a[:-1]), damage_shard(lambda a: a[None]),
     damage_shard(lambda a: a + np.uint16(300)), (lambda out: (out / "val_00000.npy").unlink(), "val_00000"),
     (lambda out: os.truncate(out / "val_00000.npy", 500), "val_00000"),
@@ -1720,7 +1721,8 @@ def test_a_folder_has_one_owner_until_its_process_ends(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("obstacle, out", [
-    ("a file", "a file/out"), ("a file", "a file"), ("out/meta.json/", "out"), ("out/train_00000.npy/", "out"),
+    ("a file", "a file/out"), ("a file", "a file"), ("out/meta.json/", "out"),
+    ("out/train_00000.npy/", "out"),
     ("out/train_00000.npy.tmp/", "out"), ("out/.flash_stu.lock/", "out"), ("a file", "/proc/nothing"),
 ])  # fmt: skip
 def test_an_output_that_cannot_be_written_is_a_sentence(tmp_path, obstacle, out):
@@ -2216,6 +2218,7 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
     mistakes = {
         "--n_embed 32": "did you mean --n_embd",
         "--window_size 33": "window_size 33 is larger than seq_len 32",
+        "--seq_len 10000000": "no shard of the train split holds",
         "--n_heads 5": "n_heads = 5 does not divide",
         "--seq_len 0": "seq_len must be a positive integer",
         "--use_attn no": "invalid choice",
