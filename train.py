@@ -320,10 +320,13 @@ if s.eval_only and Path(s.data).is_file():
     meta = {"tokenizer": vocabulary, "val": {"tokens": len(shards["val"][0]), "bytes": len(text)}}
 else:
     meta, shards = open_data(s.data)
+longest = max(map(len, shards["val"])) - 1
 if source and meta["tokenizer"] != vocabulary:
     sys.exit(f"{source_folder} reads {vocabulary}, {s.data} holds {meta['tokenizer']}: prepare the text with "
              f"--tokenizer {vocabulary}")  # fmt: skip
 tokenizer, T, batch_size = get_tokenizer(meta["tokenizer"]), s.seq_len, s.batch_size
+if s.eval_only:
+    T = max(1, min(T, longest))
 bits_per_byte = meta["val"]["tokens"] / max(1, meta["val"]["bytes"]) / math.log(2)  # times nats per token
 
 
@@ -374,12 +377,13 @@ if batch_size % (world * micro):
 vocab_size = source.config.vocab_size if source else math.ceil(meta["vocab_size"] / 64) * 64  # faster
 try:
     config = FlashSTUConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in model_fields})
+    windows = {split: Windows(split, T) for split in shards}
+    if s.window_size > s.seq_len:
+        raise ValueError(f"window_size {s.window_size} is larger than seq_len {s.seq_len}")
     with torch.device("meta"):  # without memory, to see what it will need
         model = FlashSTU(config)
 except (ValueError, RuntimeError, OverflowError) as e:
     sys.exit(f"there is no such model: {e}")
-if s.window_size > T:
-    sys.exit(f"window_size {s.window_size} is larger than seq_len {T}; give --window_size {T} or less")
 
 # Memory, about: weights, gradients, moments; and what the layers keep of a token for the backward pass
 n_params, d = sum(p.numel() for p in model.parameters()), config.n_embd
@@ -409,13 +413,14 @@ if source:
 model.to(device)
 
 
-def evaluate(windows, n):
-    """Mean loss (nats a token) on n windows spread evenly over the validation split."""
+def evaluate(n):
+    """Mean loss (nats a token) on at most n windows spread evenly over the validation split."""
+    n = min(n, windows["val"].n)
     total, mine = torch.zeros(2, device=device), range(n)[rank::world]  # of losses, of windows
     model.eval()
     for i in range(0, math.ceil(n / world), micro):  # every process makes the same number of calls
         rows = mine[i : i + micro]
-        x = windows.spread(n, rows or [0])
+        x = windows["val"].spread(n, rows or [0])
         with torch.no_grad(), autocast:
             loss = engine(x, labels=x).loss
         total += torch.stack([loss * len(rows), torch.tensor(len(rows), device=device)])
@@ -448,10 +453,9 @@ def bits_by_position(texts, n, forget):
 
 
 if s.eval_only:
-    longest = max(map(len, shards["val"])) - 1
-    windows, texts = Windows("val", min(T, longest)), Windows("val", min(s.eval_length * T, longest))
-    loss, n = evaluate(windows, windows.n), min(s.eval_sequences, texts.n)
-    say(f"{s.data}: loss {loss:.4f}, {loss * bits_per_byte:.4f} bits per byte in {windows.n} windows of {T}")
+    loss, texts = evaluate(windows["val"].n), Windows("val", min(s.eval_length * T, longest))
+    n, words = min(s.eval_sequences, texts.n), f"{windows['val'].n} windows of {T}"
+    say(f"{s.data}: loss {loss:.4f}, {loss * bits_per_byte:.4f} bits per byte in {words}")
     spectral = [i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, STU)]
     ways = {
         "state carried": lambda state: state,
@@ -550,7 +554,6 @@ def log(step, **record):
 asked_to_stop = []
 for signum in (signal.SIGTERM, signal.SIGINT):
     signal.signal(signum, lambda *_: asked_to_stop.append(1))
-train_windows, val_windows = Windows("train", T), Windows("val", T)
 skipped, in_a_row, save_due, t_log, tokens_log = 0, 0, False, time.time(), 0
 model.train()
 
@@ -558,14 +561,14 @@ for step in range(start_step, s.steps + 1):
     last = step == s.steps
     evaluating = last or step % s.eval_interval == 0
     if evaluating:
-        loss, norm, stopping = evaluate(val_windows, min(s.eval_sequences, val_windows.n)), 0.0, False
+        loss, norm, stopping = evaluate(s.eval_sequences), 0.0, False
         say(f"step {step}: validation loss {loss:.4f}, {loss * bits_per_byte:.4f} bits per byte")
         log(step, val_loss=loss, val_bits_per_byte=loss * bits_per_byte)
 
     if not last:  # the gradient
         torch.manual_seed(s.seed + 1000003 * step + rank)  # dropout too is a function of the step
         first = step * batch_size + rank * share
-        rows = train_windows.batch(range(first, first + share))
+        rows = windows["train"].batch(range(first, first + share))
         stopping = asked_to_stop or (world > 1 and os.getppid() != parent)  # torchrun is dead
         status = torch.tensor([0.0, bool(stopping)], device=device)  # loss; is any process to stop?
         for i, x in enumerate(rows.split(micro)):
