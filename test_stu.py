@@ -1808,13 +1808,13 @@ fork.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "m
 
 def run_script(argv, output, max_file_size=None, encoding="utf-8", closed_pipe=False, stdin=os.devnull):
     """In the new process: what `python argv...` does, printing to the file `output`, or where nobody reads."""
-    sys.stdout.reconfigure(encoding=encoding)
     reader, writer = os.pipe()
     os.close(reader)
     with open(output, "w") as f:
         for stream in 1, 2:
             os.dup2(writer if closed_pipe else f.fileno(), stream)
     sys.stdin = open(stdin)  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(n, "w", encoding=encoding) for n in (1, 2))  # noqa: SIM115
     os.chdir(HERE)
     torch.set_num_threads(1)
     if max_file_size is not None:
@@ -2153,6 +2153,14 @@ def test_samples_and_chat_are_what_the_model_generates(data, trained, tmp_path):
         start(data, trained / "model", f"--sample line {flags}", sizes=""),
         start(data, trained, f"--chat {flags}", sizes="", stdin=tmp_path / "typed.txt"),
     ]
+    command = [sys.executable, "train.py", "--out_dir", "../é\udcff", "--sample", "é\udcff", *flags.split()]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}  # names and prompts are bytes there
+    (tmp_path / "code").mkdir()
+    for file in ("train.py", "stu.py", "prepare_data.py"):
+        (tmp_path / "code" / file).symlink_to(HERE / file)
+    shutil.copytree(trained, tmp_path / "é\udcff")
+    said = subprocess.run(command, cwd=tmp_path / "code", env=environment, capture_output=True, check=True)
+    assert said.stdout.startswith(b"\\udcc3\\udca9\\udcff"), said
     (_, two), (_, one), (_, chat) = map(finish, runs)
     assert two == ("line 1: the é" + answer(list("line 1: the é".encode()))) * 2
     assert one == "line" + answer(list(b"line"))
@@ -2226,7 +2234,7 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
         "--batch_size 1000000000": "--micro_batch_size",
         "--preset 7B": "350M",
         "--steps many": "invalid int value",
-        "--dropout nan": "dropout must be in [0, 1)",
+        "--dropout nan": "dropout must be finite",
         "--n_embd 1000000000000000": "no such model",
         "--decay step": "cosine",
         "--data nowhere": "prepare_data.py",

@@ -115,9 +115,11 @@ def say(text, end="\n", stream=sys.stdout):
     if main and stream:
         text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text) + end
         with suppress(OSError):
-            os.write(stream.fileno(), text.encode(stream.encoding, "backslashreplace"))
+            os.write(stream.fileno(), text.encode(stream.encoding, stream.errors))
 
 
+for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
+    stream.reconfigure(errors="backslashreplace")
 sys.excepthook = lambda kind, error, trace: (
     print(f"stopped: {error}", file=sys.stderr)  # a file that cannot be read or written: its name, and why
     if issubclass(kind, (OSError, KeyboardInterrupt))
@@ -129,7 +131,7 @@ defaults = {name: value[0] if isinstance(value, tuple) else value for name, (val
 defaults |= presets["small"]
 for name, (value, _, meaning) in table.items():
     kind, meaning = int if value is None else type(value), f"{meaning} (default: {defaults[name]})"
-    switch = {"choices": ("true", "false"), "nargs": "?", "const": "true"}
+    switch = {"type": str.lower, "choices": ("true", "false", "1", "0"), "nargs": "?", "const": "true"}
     options = {bool: switch, tuple: {"choices": value}}.get(kind, {"type": kind})
     parser.add_argument(f"--{name}", help=meaning.replace("%", "%%"), **options)
 with suppress(AttributeError):  # Windows has none
@@ -143,11 +145,13 @@ with suppress(AttributeError):
 given = vars(given)  # what the command says; the rest are defaults
 for name, value in given.items():
     size, wanted = len(value) if isinstance(value, str) else value, table[name][1]
-    low, high, *_ = [float(number) for number in re.findall(r"\d\S*", wanted)] + [1e300, 1e300]
-    if wanted and not low <= size <= high:  # nan is in no range
-        parser.error(f"--{name} must be {wanted}, got {value!r}")
+    low, high = ([float(n) for n in re.findall(r"\d\S*", wanted)] or [-1e300]) + [1e300] * (
+        "to" not in wanted
+    )
+    if not low <= size <= high:  # nan is in no range
+        parser.error(f"--{name} must be {wanted or 'finite'}, got {value!r}")
     if isinstance(table[name][0], bool):
-        given[name] = value == "true"
+        given[name] = value in ("true", "1")
 s = argparse.Namespace(**(defaults | presets[given.get("preset", "small")] | given))
 run, reading = Path(s.out_dir), s.sample or s.chat or s.eval_only or s.draw
 if reading:  # one process does it
@@ -194,6 +198,7 @@ def load_checkpoint(folder):
             with open(path, "rb") as f:
                 if damaged := zipfile.ZipFile(f).testzip():  # each part has a checksum
                     raise ValueError(f"in {damaged}")
+                f.seek(0)
                 saved = torch.load(path if mapped else f, map_location="cpu", weights_only=True, mmap=mapped)
             with torch.device("meta"):
                 FlashSTU(FlashSTUConfig(**saved["config"])).load_state_dict(saved["model"], assign=True)
@@ -382,8 +387,8 @@ try:
         raise ValueError(f"window_size {s.window_size} is larger than seq_len {s.seq_len}")
     with torch.device("meta"):  # without memory, to see what it will need
         model = FlashSTU(config)
-except (ValueError, RuntimeError, OverflowError) as e:
-    sys.exit(f"there is no such model: {e}")
+except (ValueError, RuntimeError, OverflowError, TypeError) as e:
+    sys.exit(f"there is no such model: {str(e).splitlines()[0]}")
 
 # Memory, about: weights, gradients, moments; and what the layers keep of a token for the backward pass
 n_params, d = sum(p.numel() for p in model.parameters()), config.n_embd
@@ -554,7 +559,7 @@ def log(step, **record):
 asked_to_stop = []
 for signum in (signal.SIGTERM, signal.SIGINT):
     signal.signal(signum, lambda *_: asked_to_stop.append(1))
-skipped, in_a_row, save_due, t_log, tokens_log = 0, 0, False, time.time(), 0
+skipped, in_a_row, save_due, rate, t_log, tokens_log = 0, 0, False, 1.0, time.time(), 0
 model.train()
 
 for step in range(start_step, s.steps + 1):
@@ -646,8 +651,8 @@ for step in range(start_step, s.steps + 1):
         optimizer.zero_grad()
 
     if (step + 1) % s.log_interval == 0:
-        lr, rate = s.lr * factor, tokens_log / (time.time() - t_log)
-        left = (s.steps - step - 1) * batch_size * T / max(1, rate)
+        lr, rate = s.lr * factor, tokens_log / (time.time() - t_log) or rate
+        left = (s.steps - step - 1) * batch_size * T / rate
         say(f"step {step + 1}/{s.steps}: loss {loss:.4f}, lr {lr:.1e}, grad norm {norm:.2f}, "
             f"{rate:,.0f} tokens/s, {left / 60:.1f} min left")  # fmt: skip
         log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate, skipped=skipped)
