@@ -2234,17 +2234,21 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
         "--batch_size 1000000000": "--micro_batch_size",
         "--preset 7B": "350M",
         "--steps many": "invalid int value",
-        "--dropout nan": "dropout must be finite",
+        "--dropout nan": "dropout must lie between",
         "--n_embd 1000000000000000": "no such model",
         "--decay step": "cosine",
         "--data nowhere": "prepare_data.py",
-        "--sample line": "no run to write from",
+        "--sample line": "holds no checkpoint",
         "--draw nowhere": "nowhere/log.jsonl",
         "--chat --init_from nowhere": "nowhere holds no checkpoint",
-        "--sample @nowhere": "no run to write from",
-        **{f"--{k} {v}": f"--{k} must be " for v, names in OUT_OF_RANGE.items() for k in names.split()},
+        "--sample @nowhere": "holds no checkpoint",
         **{
-            f"--{name}=": f"--{name} must be at least 1 letter"
+            f"--{k} {v}": f"--{k} must lie between "
+            for v, names in OUT_OF_RANGE.items()
+            for k in names.split()
+        },
+        **{
+            f"--{name}=": f"--{name} must have a length between 1"
             for name in ("sample", "out_dir", "data", "draw")
         },
     }

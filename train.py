@@ -39,57 +39,58 @@ from prepare_data import get_tokenizer, lock, need, open_data, prepare, write_at
 from stu import STU, FlashSTU, FlashSTUConfig, sample
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings: each a flag, --name value. Here its default (of a tuple, the choices: the first), the range of its
-# value or of its length, and its meaning
+# Settings: each a flag, --name value. Here the default (of several choices the first), the range of the number
+# or of the text's length, and the meaning
 
+ANY, POSITIVE, AT_LEAST_0, AT_LEAST_1 = (-1e300, 1e300), (1e-12, 1e300), (0, 1e300), (1, 1e300)
 comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(FlashSTUConfig)))
 model_fields = {f.name: f.default for f in fields(FlashSTUConfig) if f.name != "vocab_size"}
-table = {name: (value, "", comments.get(name, "")) for name, value in model_fields.items()}
+table = {name: (value, ANY, comments.get(name, "")) for name, value in model_fields.items()}
 table |= {
-    "softcap": (0.0, "finite, at least 0", "of attention logits; 0 turns it off"),
-    "torch_dtype": ("float32", "", "of the weights and the optimizer; dtype is what the layers compute in"),
+    "softcap": (0.0, AT_LEAST_0, "of attention logits; 0 turns it off"),
+    "torch_dtype": ("float32", ANY, "of the weights and the optimizer; dtype is what the layers compute in"),
     # run
-    "out_dir": ("runs/default", "at least 1 letter", "the run folder"),
-    "data": ("data/stdlib", "at least 1 letter", "a folder of prepare_data.py; the default makes itself"),
-    "preset": (("small", "125M", "350M", "1B"), "", "sizes and schedule; with o200k_base 235M, 495M, 1.6B"),
-    "init_from": ("", "at least 1 letter", "start from the weights and sizes of a run or of a saved model"),
-    "fresh": (False, "", "start again; the run's checkpoints are replaced when the new ones are saved"),
-    "seed": (1, "from 0 to 4294967295", "of the weights, the order of the data, dropout and sampling"),
+    "out_dir": ("runs/default", AT_LEAST_1, "the run folder"),
+    "data": ("data/stdlib", AT_LEAST_1, "a folder of prepare_data.py; the default makes itself"),
+    "preset": (("small", "125M", "350M", "1B"), ANY, "sizes and schedule; with o200k_base 235M, 495M, 1.6B"),
+    "init_from": ("", AT_LEAST_1, "start from the weights and sizes of a run or of a saved model"),
+    "fresh": (False, ANY, "start again; the run's checkpoints are replaced when the new ones are saved"),
+    "seed": (1, (0, 2**32 - 1), "of the weights, the order of the data, dropout and sampling"),
     # instead of training, with the model of init_from or else of the run
-    "sample": ("", "at least 1 letter", "continue this text; @FILE: the text of a file"),
-    "chat": (False, "", "continue each line you type, from all that was before; an empty line goes on"),
-    "eval_only": (False, "", "the loss, and by position, on the validation split of data, or on a text file"),
-    "draw": ("", "at least 1 letter", "run folders, separated by commas: their losses in one picture"),
-    "temperature": (0.8, "finite, at least 0", "of sampling; 0 takes the likeliest token"),
-    "top_k": (50, "at least 0", "sample from so many of the likeliest tokens; 0 from all"),
-    "top_p": (1.0, "from 1e-9 to 1", "sample from the likeliest tokens that together have this probability"),
-    "max_new_tokens": (500, "at least 1", "of a sample or an answer"),
-    "num_samples": (1, "at least 1", "of one prompt"),
+    "sample": ("", AT_LEAST_1, "continue this text; @FILE: the text of a file"),
+    "chat": (False, ANY, "continue each line you type, from all that was before; an empty line goes on"),
+    "eval_only": (False, ANY, "the loss, and by position, on the validation split of data, or on a text file"),
+    "draw": ("", AT_LEAST_1, "run folders, separated by commas: their losses in one picture"),
+    "temperature": (0.8, AT_LEAST_0, "of sampling; 0 takes the likeliest token"),
+    "top_k": (50, AT_LEAST_0, "sample from so many of the likeliest tokens; 0 from all"),
+    "top_p": (1.0, (1e-9, 1), "sample from the likeliest tokens that together have this probability"),
+    "max_new_tokens": (500, AT_LEAST_1, "of a sample or an answer"),
+    "num_samples": (1, AT_LEAST_1, "of one prompt"),
     # work
-    "steps": (400, "at least 1", "of the whole run"),
-    "batch_size": (16, "at least 1", "sequences a step, over all processes"),
-    "micro_batch_size": (0, "at least 0", "sequences a process holds at once; 0: its whole share"),
-    "eval_interval": (100, "at least 1", "steps from one evaluation to the next"),
-    "eval_sequences": (64, "at least 1", "of the validation split, in an evaluation"),
-    "eval_length": (16, "at least 1", "of the texts of eval_only, in units of seq_len"),
-    "prompt": ("def ", "", "of the sample written at each evaluation"),
-    "log_interval": (10, "at least 1", "steps a line"),
-    "checkpoint_interval": (100, "at least 1", "steps from one checkpoint to the next"),
+    "steps": (400, AT_LEAST_1, "of the whole run"),
+    "batch_size": (16, AT_LEAST_1, "sequences a step, over all processes"),
+    "micro_batch_size": (0, AT_LEAST_0, "sequences a process holds at once; 0: its whole share"),
+    "eval_interval": (100, AT_LEAST_1, "steps from one evaluation to the next"),
+    "eval_sequences": (64, AT_LEAST_1, "of the validation split, in an evaluation"),
+    "eval_length": (16, AT_LEAST_1, "of the texts of eval_only, in units of seq_len"),
+    "prompt": ("def ", ANY, "of the sample written at each evaluation"),
+    "log_interval": (10, AT_LEAST_1, "steps a line"),
+    "checkpoint_interval": (100, AT_LEAST_1, "steps from one checkpoint to the next"),
     # optimizer
-    "optimizer": (("muon", "adamw"), "", "Muon for the layers' matrices, AdamW for the rest, or for all"),
-    "muon_lr": (0.01, "finite, at least 1e-12", "Muon's learning rate"),
-    "lr": (0.01, "finite, at least 1e-12", "AdamW's learning rate"),
-    "weight_decay": (0.1, "finite, at least 0", "times the learning rate"),
-    "warmup_steps": (20, "at least 0", "in which the learning rates rise"),
-    "decay": (("cosine", "linear", "none"), "", "of the learning rates, from the warmup to the last step"),
-    "min_lr": (0.05, "from 0 to 1", "where the decay ends, times the learning rates"),
-    "grad_clip": (1.0, "finite, at least 1e-12", "the norm that a longer gradient is cut to"),
-    "max_skipped": (5, "at least 1", "steps in a row without a finite loss and gradient end the run"),
+    "optimizer": (("muon", "adamw"), ANY, "Muon for the layers' matrices, AdamW for the rest, or for all"),
+    "muon_lr": (0.01, POSITIVE, "Muon's learning rate"),
+    "lr": (0.01, POSITIVE, "AdamW's learning rate"),
+    "weight_decay": (0.1, AT_LEAST_0, "times the learning rate"),
+    "warmup_steps": (20, AT_LEAST_0, "in which the learning rates rise"),
+    "decay": (("cosine", "linear", "none"), ANY, "of the learning rates, from the warmup to the last step"),
+    "min_lr": (0.05, (0, 1), "where the decay ends, times the learning rates"),
+    "grad_clip": (1.0, POSITIVE, "the norm that a longer gradient is cut to"),
+    "max_skipped": (5, AT_LEAST_1, "steps in a row without a finite loss and gradient end the run"),
     # machine
-    "device": (("auto", "cuda", "mps", "cpu", "meta"), "", "meta: only say what the model would need"),
-    "dtype": (("auto", "float32", "bfloat16", "float16"), "", "of autocast; auto: 16 bits on CUDA, else 32"),
-    "compile": (("auto", "true", "false"), "", "the layers; auto: on CUDA"),
-    "engine": (("ddp", "fsdp"), "", "of several processes: each holds the model, or a part of it"),
+    "device": (("auto", "cuda", "mps", "cpu", "meta"), ANY, "meta: only say what the model would need"),
+    "dtype": (("auto", "float32", "bfloat16", "float16"), ANY, "of autocast; auto: 16 bits on CUDA, else 32"),
+    "compile": (("auto", "true", "false"), ANY, "the layers; auto: on CUDA"),
+    "engine": (("ddp", "fsdp"), ANY, "of several processes: each holds the model, or a part of it"),
 }  # fmt: skip
 columns = ("n_embd", "n_layers", "n_heads", "seq_len", "window_size", "num_eigh", "mlp_scale", "batch_size",
            "micro_batch_size", "steps", "warmup_steps", "eval_interval", "checkpoint_interval")  # fmt: skip
@@ -144,12 +145,10 @@ with suppress(AttributeError):
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 given = vars(given)  # what the command says; the rest are defaults
 for name, value in given.items():
-    size, wanted = len(value) if isinstance(value, str) else value, table[name][1]
-    low, high = ([float(n) for n in re.findall(r"\d\S*", wanted)] or [-1e300]) + [1e300] * (
-        "to" not in wanted
-    )
-    if not low <= size <= high:  # nan is in no range
-        parser.error(f"--{name} must be {wanted or 'finite'}, got {value!r}")
+    size, (low, high) = len(value) if isinstance(value, str) else value, table[name][1]
+    if not low <= size <= high:  # nan lies nowhere
+        verb = "lie" if size is value else "have a length"
+        parser.error(f"--{name} must {verb} between {low} and {high}, got {value!r}")
     if isinstance(table[name][0], bool):
         given[name] = value in ("true", "1")
 s = argparse.Namespace(**(defaults | presets[given.get("preset", "small")] | given))
@@ -290,7 +289,7 @@ if s.init_from or reading:
         folder = source_folder / "model" if (source_folder / "model").is_dir() else source_folder
         source = FlashSTU(FlashSTUConfig(**saved["config"])) if saved else FlashSTU.from_pretrained(folder)
     except (OSError, ValueError) as e:
-        sys.exit(f"{source_folder} holds no checkpoint, no run to write from, and no saved model: {e}")
+        sys.exit(f"{source_folder} holds no checkpoint; {e}")
     source.load_state_dict(saved["model"] if saved else source.state_dict())
     size = source.config.vocab_size
     vocabulary = {256: "bytes", 50304: "gpt2", 200064: "o200k_base"}.get(math.ceil(size / 64) * 64)
@@ -304,7 +303,7 @@ if s.sample or s.chat:
     state, tokens, text = None, [tokenizer.eot], s.sample
     if text.startswith("@"):
         text = Path(text[1:]).read_bytes().decode(errors="replace")
-    for _ in range(s.num_samples if text else 0):
+    for _ in range(s.num_samples if s.sample else 0):
         say(text, end="")
         state, tokens = write(model, text, s.max_new_tokens, generator)
     with suppress(EOFError, KeyboardInterrupt):
