@@ -135,14 +135,10 @@ for name, (value, _, meaning) in table.items():
     switch = {"type": str.lower, "choices": ("true", "false", "1", "0"), "nargs": "?", "const": "true"}
     options = {bool: switch, tuple: {"choices": value}}.get(kind, {"type": kind})
     parser.add_argument(f"--{name}", help=meaning.replace("%", "%%"), **options)
-with suppress(AttributeError):  # Windows has none
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # train.py --help | head
 given, unknown = parser.parse_known_args()
 if unknown:
     near = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in table], 1)
     parser.error(f"unknown setting {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-with suppress(AttributeError):
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 given = vars(given)  # what the command says; the rest are defaults
 for name, value in given.items():
     size, (low, high) = len(value) if isinstance(value, str) else value, table[name][1]
@@ -312,7 +308,8 @@ if s.sample or s.chat:
     sys.exit()
 
 # ------------------------------------------------------------------------------------------------------------
-# Data: the batch of step i is a pure function of the seed and i, whatever the number of processes
+# Data: the batch of step i is a pure function of the seed and i, whatever the number of processes. Windows do
+# not end with a document, and the next one sees it
 
 if s.data == "data/stdlib" and main:
     prepare(out=s.data)
@@ -611,8 +608,6 @@ for step in range(start_step, s.steps + 1):
                     path.unlink()  # older; or beyond this step: damaged, or of a run that --fresh replaced
                 except OSError as e:
                     say(f"cannot delete it: {e}", stream=sys.stderr)
-        if world > 1:
-            dist.barrier()
     if evaluating:
         whole = model
         if sharded:
