@@ -12,6 +12,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1806,7 +1807,9 @@ fork = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 fork.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.pyplot", __name__])
 
 
-def run_script(argv, output, max_file_size=None, encoding="utf-8", closed_pipe=False, stdin=os.devnull):
+def run_script(
+    argv, output, environment, max_file_size=None, encoding="utf-8", closed_pipe=False, stdin=os.devnull
+):  # fmt: skip
     """In the new process: what `python argv...` does, printing to the file `output`, or where nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -1816,6 +1819,7 @@ def run_script(argv, output, max_file_size=None, encoding="utf-8", closed_pipe=F
     sys.stdin = open(stdin)  # noqa: SIM115
     sys.stdout, sys.stderr = (open(n, "w", encoding=encoding) for n in (1, 2))  # noqa: SIM115
     os.chdir(HERE)
+    os.environ.update(environment)
     torch.set_num_threads(1)
     if max_file_size is not None:
         import resource
@@ -1840,23 +1844,30 @@ def data(tmp_path_factory):
     return folder / "tokens"
 
 
-def start(data, out, flags, processes=1, sizes=TINY, **limits):
-    """Start a run; `finish` waits for it."""
+def start(data, out, flags, processes=1, torchrun=0, sizes=TINY, **limits):
+    """Start a run, of several processes as torchrun starts them or by it; `finish` waits for it."""
     flags = flags.split() if isinstance(flags, str) else flags
     argv = ["train.py", "--data", str(data), "--out_dir", str(out), *sizes.split(), *flags]
-    if processes > 1:
-        argv = ["torchrun", "--standalone", f"--nproc_per_node={processes}", *argv]
-    output = data.parent / f"output_{time.monotonic_ns()}"
-    run = fork.Process(target=run_script, args=(argv, output), kwargs=limits, daemon=True)
-    run.output = output
-    run.start()
-    return run
+    if torchrun:
+        argv = ["torchrun", "--standalone", f"--nproc_per_node={torchrun}", *argv]
+    with socket.create_server(("localhost", 0)) as server:
+        network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+    runs, output = [], data.parent / f"output_{time.monotonic_ns()}"
+    for rank in map(str, range(processes)):
+        environment = {} if processes == 1 else {"RANK": rank, "WORLD_SIZE": str(processes), **network}
+        args = (argv, f"{output}_{rank}", environment)
+        runs.append(fork.Process(target=run_script, args=args, kwargs=limits, daemon=True))
+        runs[-1].start()
+    runs[0].output, runs[0].others = Path(f"{output}_0"), runs[1:]
+    return runs[0]
 
 
 def finish(run):
-    """-> exit code, everything it printed"""
-    run.join(timeout=180)
-    return run.exitcode, run.output.read_text(errors="replace")
+    """-> exit code, everything that the main process printed"""
+    for process in (run, *run.others):
+        process.join(timeout=180)
+    codes = {process.exitcode for process in (run, *run.others)}
+    return codes.pop() if len(codes) == 1 else codes, run.output.read_text(errors="replace")
 
 
 def run_train(*args, **kwargs):
@@ -1943,7 +1954,7 @@ def test_sigterm_saves_and_a_run_folder_has_one_owner(data, tmp_path):
 
 def test_processes_whose_torchrun_is_dead_save_and_end(data, tmp_path):
     flags = "--steps 100000 --checkpoint_interval 10 --eval_interval 100000 --decay none"
-    run = start(data, tmp_path, flags, processes=2)
+    run = start(data, tmp_path, flags, torchrun=2)
     while not checkpoints(tmp_path):
         assert run.exitcode is None
         time.sleep(0.01)
