@@ -291,8 +291,8 @@ if s.init_from or reading:
     vocabulary = {256: "bytes", 50304: "gpt2", 200064: "o200k_base"}.get(math.ceil(size / 64) * 64)
     if vocabulary is None:
         sys.exit(f"{source_folder} has a vocabulary of {size}, which is that of no tokenizer here")
-    taken = {k: v for k, v in source.config.to_dict().items() if k in model_fields and k not in given}
-    vars(s).update(taken | {"torch_dtype": s.torch_dtype})  # settings, unless the command says otherwise
+    taken = model_fields.keys() - {"torch_dtype", *given}  # the rest is what the command says
+    vars(s).update({name: value for name, value in source.config.to_dict().items() if name in taken})
 if s.sample or s.chat:
     model, tokenizer = source.to(device), get_tokenizer(vocabulary)
     generator = torch.Generator(device).manual_seed(s.seed)
@@ -409,7 +409,7 @@ if source:
     except RuntimeError:
         sizes = " ".join(f"--{name} {given[name]}" for name in given if name in model_fields)
         sys.exit(f"the weights of {source_folder} do not fit {sizes}: leave the sizes to it")
-    words = ", ".join(f"{name} {taken[name]}" for name in taken if taken[name] != model_fields[name])
+    words = ", ".join(f"{name} {getattr(s, name)}" for name in presets["small"] if name in taken)
     say(f"from {source_folder}: the weights, {words}; from the command: {', '.join(given)}")
 model.to(device)
 
