@@ -3,7 +3,7 @@ Text in, token shards out: what train.py reads.
 
     python prepare_data.py                                   the source of Python's standard library, as bytes
     python prepare_data.py book.txt notes/ --out data/mine   files, folders: text, .jsonl, .jsonl.gz, .parquet
-    python prepare_data.py fineweb-edu --tokenizer o200k_base     or tinystories: needs a network
+    python prepare_data.py tinystories --val_fraction 0.01     or fineweb-edu, from the Hugging Face Hub
 
 The folder --out receives train_00000.npy, val_00000.npy, ... (flat uint16 or uint32 token ids, an end-of-text
 token after each document) and meta.json (the request, the files read, counts, checksums), which lists a shard
@@ -21,7 +21,7 @@ import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -54,7 +54,8 @@ def need(module: str):
 def write_atomically(path: Path, write: Callable) -> None:
     """`write` to a temporary file, then rename it: `path` is never half written."""
     tmp = path.with_name(path.name + ".tmp")
-    with told(f"cannot write {path}", ". What was written before is intact."):
+    with told(f"cannot write {path}", ". What was written before is intact."), ExitStack() as at_the_end:
+        at_the_end.callback(tmp.unlink, missing_ok=True)  # a full disk needs its space
         with open(tmp, "wb") as f:
             write(f)
             f.flush()
@@ -153,9 +154,8 @@ def find_files(sources: list[str], left_out: dict) -> dict[str, list[int]]:
             skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
             found = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
         elif source in HUB:
-            repo, pattern = HUB[source]
-            download = need("huggingface_hub").snapshot_download
-            found = sorted(Path(download(repo, repo_type="dataset", allow_patterns=pattern)).glob(pattern))
+            fetch, (repo, pattern) = need("huggingface_hub").snapshot_download, HUB[source]
+            found = sorted(Path(fetch(repo, repo_type="dataset", allow_patterns=pattern)).glob(pattern))
         elif source and path.is_file():
             found = [path]
         elif source and path.is_dir() and not (path / LOCK).exists():
@@ -174,7 +174,7 @@ def read_texts(files: Iterable[str], field: str, left_out: dict) -> Iterator[str
                 batches = need("pyarrow.parquet").ParquetFile(f).iter_batches(1000, columns=[field])
                 texts = (text for batch in batches for text in batch[field].to_pylist())
             elif path.lower().endswith((".jsonl", ".jsonl.gz")):
-                texts = filter(bytes.strip, gzip.GzipFile(fileobj=f) if path[-1] in "zZ" else f)
+                texts = filter(bytes.strip, gzip.GzipFile(fileobj=f) if path.lower().endswith(".gz") else f)
             else:
                 texts = [f.read().decode("utf-8-sig", "surrogateescape")]
             for number, text in enumerate(texts, 1):

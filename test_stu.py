@@ -1718,6 +1718,17 @@ def test_an_output_that_cannot_be_written_is_a_sentence(tmp_path, obstacle, out)
         prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / out)
 
 
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    def full_disk(f):
+        f.write(b"half")
+        raise OSError("No space left on device")
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(SystemExit, match="cannot write .*file: No space left .* is intact"):
+        prepare_data.write_atomically(tmp_path / "file", full_disk)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
     words = ["word ", "x\n", "\n\n  y", "if a:\n", "\ndef", ";\n//c", "é\r\n", " 12"]
     text = "".join(random.choices(words, k=60000))
