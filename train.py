@@ -35,7 +35,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.checkpoint import state_dict
 
-from prepare_data import get_tokenizer, lock, need, open_data, prepare, write_atomically
+from prepare_data import get_tokenizer, lock, need, open_data, prepare, told, write_atomically
 from stu import STU, FlashSTU, FlashSTUConfig, sample
 
 # ------------------------------------------------------------------------------------------------------------
@@ -229,6 +229,7 @@ def draw(name, lines, **labels):
     axis.set(**labels)
     axis.legend()
     axis.grid(alpha=0.3)
+    run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / name, figure.savefig)
     say(f"the picture: {run / name}")
 
@@ -280,17 +281,16 @@ if s.draw:
     sys.exit()
 source, source_folder = None, Path(s.init_from or s.out_dir)
 if s.init_from or reading:
-    saved = load_checkpoint(source_folder)
-    try:  # a run's checkpoint, or what save_pretrained wrote
-        folder = source_folder / "model" if (source_folder / "model").is_dir() else source_folder
-        source = FlashSTU(FlashSTUConfig(**saved["config"])) if saved else FlashSTU.from_pretrained(folder)
-    except (OSError, ValueError) as e:
-        sys.exit(f"{source_folder} holds no checkpoint; {e}")
-    source.load_state_dict(saved["model"] if saved else source.state_dict())
-    size = source.config.vocab_size
-    vocabulary = {256: "bytes", 50304: "gpt2", 200064: "o200k_base"}.get(math.ceil(size / 64) * 64)
-    if vocabulary is None:
-        sys.exit(f"{source_folder} has a vocabulary of {size}, which is that of no tokenizer here")
+    saved, folder = load_checkpoint(source_folder), source_folder
+    with told(f"{source_folder} holds no checkpoint and no model of ours"):
+        if saved:
+            source = FlashSTU(FlashSTUConfig(**saved["config"]))
+            source.load_state_dict(saved["model"])
+        else:  # what save_pretrained wrote
+            folder = folder / "model" if (folder / "model").is_dir() else folder
+            source = FlashSTU.from_pretrained(folder)
+        sizes = {256: "bytes", 50304: "gpt2", 200064: "o200k_base"}
+        vocabulary = sizes[math.ceil(source.config.vocab_size / 64) * 64]
     taken = model_fields.keys() - {"torch_dtype", *given}  # the rest is what the command says
     vars(s).update({name: value for name, value in source.config.to_dict().items() if name in taken})
 if s.sample or s.chat:
@@ -376,39 +376,35 @@ if batch_size % (world * micro):
 # Model
 
 vocab_size = source.config.vocab_size if source else math.ceil(meta["vocab_size"] / 64) * 64  # faster
-try:
+with told("there is no such model"):
     config = FlashSTUConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in model_fields})
     windows = {split: Windows(split, T) for split in shards}
     if s.window_size > s.seq_len:
         raise ValueError(f"window_size {s.window_size} is larger than seq_len {s.seq_len}")
     with torch.device("meta"):  # without memory, to see what it will need
         model = FlashSTU(config)
-except (ValueError, RuntimeError, OverflowError, TypeError) as e:
-    sys.exit(f"there is no such model: {str(e).splitlines()[0]}")
 
 # Memory, about: weights, gradients, moments; and what the layers keep of a token for the backward pass
 n_params, d = sum(p.numel() for p in model.parameters()), config.n_embd
 kept = d * (20 + 4 * config.mlp_scale) / (config.n_layers if config.use_gradient_checkpointing else 1) + 2 * d
 needed = (16 * n_params / (world if sharded else 1) + 4 * micro * T * config.n_layers * kept) / 2**30
-available = math.inf
+pages = getattr(os, "sysconf", lambda _: 2**20)  # Windows does not say
+available = pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") / 2**30
 if device.type == "cuda":
     available = torch.cuda.mem_get_info(device)[0] / 2**30
-elif device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 say(f"{n_params / 1e6:.2f}M parameters, {vocab_size * d / 1e6:.2f}M of them the embedding of "
     f"{meta['tokenizer']}, about {needed:.1f} GiB; {world} x {device.type}, {s.dtype}")  # fmt: skip
-if needed > available:
+if needed > available and device.type != "meta":
     sys.exit(f"{micro} sequences do not fit into {available:.1f} GiB: give a smaller --micro_batch_size")
 if device.type == "meta":
     sys.exit()
 torch.manual_seed(s.seed)
 engine = model = FlashSTU(config)  # on the CPU: the same weights whatever the device
 if source:
-    try:
+    with told(
+        f"the weights of {source_folder} do not fit {' '.join(f'--{k} {v}' for k, v in given.items())}"
+    ):
         model.load_state_dict(source.state_dict())
-    except RuntimeError:
-        sizes = " ".join(f"--{name} {given[name]}" for name in given if name in model_fields)
-        sys.exit(f"the weights of {source_folder} do not fit {sizes}: leave the sizes to it")
     words = ", ".join(f"{name} {getattr(s, name)}" for name in presets["small"] if name in taken)
     say(f"from {source_folder}: the weights, {words}; from the command: {', '.join(given)}")
 model.to(device)
@@ -495,11 +491,10 @@ if s.compile == "true" or (s.compile == "auto" and device.type == "cuda"):
 named = model.layers.named_parameters() if s.optimizer == "muon" else ()
 matrices = [p for n, p in named if p.ndim == 2 and "M_filters" not in n]
 rest = [p for p in model.parameters() if p not in set(matrices)]
-groups = [
-    {"params": [p for p in rest if p.ndim >= 2], "weight_decay": s.weight_decay},
-    {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-]
-optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=device.type != "mps")]
+decayed, others = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+options = {"betas": (0.9, 0.95), "weight_decay": s.weight_decay, "fused": device.type != "mps"}
+optimizers = [torch.optim.AdamW(groups, lr=s.lr, **options)]
 if matrices:
     optimizers.append(torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay))
 peaks = [(group["lr"], group["weight_decay"]) for o in optimizers for group in o.param_groups]
@@ -656,10 +651,8 @@ if not finite:
     good = checkpoints(run)[-1][1] if checkpoints(run) else "none"
     sys.exit(f"the loss or its gradient is not finite. Last good checkpoint: {good}; a lower --lr may help")
 if last and main:  # a folder for from_pretrained, and for transformers
-    try:
+    with told(f"cannot write {run / 'model'}", ". The checkpoint is intact"):
         whole.save_pretrained(run / "model")
-    except Exception as e:  # noqa: BLE001
-        sys.exit(f"cannot write {run / 'model'}: {e}. The checkpoint is intact")
     say(f"{run / 'model'} is ready for FlashSTU.from_pretrained")
 if not last:
     say(f"asked to stop: saved after step {step}; the same command continues")
