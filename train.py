@@ -236,14 +236,18 @@ def draw(name, lines, **labels):
 
 def draw_losses(folders):
     """Each run's losses by step, training (pale) and validation, from its log.jsonl to out_dir/loss.png."""
-    lines = []
+    lines, late = [], []
     for i, folder in enumerate(folders):
         records, label = read_log(folder), ascii(folder.name)[1:-1]
         for key, style in (("loss", {"alpha": 0.2}), ("val_loss", {"marker": ".", "label": label})):
-            points = [(r["step"], r.get(key, math.nan)) for r in records if key in r] or [(0, math.nan)]
+            points = [(r["step"], r[key]) for r in records if math.isfinite(r.get(key, math.nan))] or [(0, 0)]
             lines.append((points, {"color": f"C{i}", **style}))
+            late += [loss for _, loss in points[len(points) // 10 :]]
+    limits = {
+        "ylim": (min(late), max(late) + 0.01)
+    }  # the first tenth, where they fall fastest, may be cut off
     title = "validation (dots) and training (pale)"
-    draw("loss.png", lines, xlabel="step", ylabel="loss (nats per token)", title=title, yscale="log")
+    draw("loss.png", lines, xlabel="step", ylabel="loss (nats per token)", title=title, **limits)
 
 
 # ------------------------------------------------------------------------------------------------------------
