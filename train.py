@@ -39,8 +39,8 @@ from prepare_data import get_tokenizer, lock, need, open_data, prepare, told, wr
 from stu import STU, FlashSTU, FlashSTUConfig, sample
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings: each a flag, --name value. Here the default (of several choices the first), the range of the number
-# or of the text's length, and the meaning
+# Settings, each a flag, --name value: the default (of several choices the first), the range of the number or
+# of the text's length, and the meaning
 
 ANY, POSITIVE, AT_LEAST_0, AT_LEAST_1 = (-1e300, 1e300), (1e-12, 1e300), (0, 1e300), (1, 1e300)
 comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(FlashSTUConfig)))
@@ -59,7 +59,7 @@ table |= {
     # instead of training, with the model of init_from or else of the run
     "sample": ("", AT_LEAST_1, "continue this text; @FILE: the text of a file"),
     "chat": (False, ANY, "continue each line you type, from all that was before; an empty line goes on"),
-    "eval_only": (False, ANY, "the loss, and by position, on the validation split of data, or on a text file"),
+    "eval_only": (False, ANY, "the loss, and by position, on the validation split or on a text file"),
     "draw": ("", AT_LEAST_1, "run folders, separated by commas: their losses in one picture"),
     "temperature": (0.8, AT_LEAST_0, "of sampling; 0 takes the likeliest token"),
     "top_k": (50, AT_LEAST_0, "sample from so many of the likeliest tokens; 0 from all"),
@@ -242,10 +242,8 @@ def draw_losses(folders):
         for key, style in (("loss", {"alpha": 0.2}), ("val_loss", {"marker": ".", "label": label})):
             points = [(r["step"], r[key]) for r in records if math.isfinite(r.get(key, math.nan))] or [(0, 0)]
             lines.append((points, {"color": f"C{i}", **style}))
-            late += [loss for _, loss in points[len(points) // 10 :]]
-    limits = {
-        "ylim": (min(late), max(late) + 0.01)
-    }  # the first tenth, where they fall fastest, may be cut off
+            late += [loss for step, loss in points if step >= points[-1][0] / 10]
+    limits = {"ylim": (min(late), max(late) + 0.01)}  # the first tenth may be cut off
     title = "validation (dots) and training (pale)"
     draw("loss.png", lines, xlabel="step", ylabel="loss (nats per token)", title=title, **limits)
 
