@@ -1,28 +1,33 @@
 """
-Train a Flash STU language model: one CPU, one GPU, or many.
+Train a Flash STU language model, write with it, judge it: one CPU, one GPU, or many.
 
     python train.py                              a small hybrid on Python's own source code, minutes on a CPU
     torchrun --nproc_per_node=2 train.py         the same on two processes; --engine fsdp shards the model
     python train.py --preset 125M --data data/fineweb-edu-o200k_base --out_dir runs/125M
-    python train.py --sample "def "              write from the run's last checkpoint; needs nothing else
+    python train.py --init_from runs/default --data data/shakespeare --out_dir runs/bard      fine-tune it
+    python train.py --sample "def " --chat       write from the last checkpoint, then from what you type
+    python train.py --eval_only                  the loss on the validation split, and far past seq_len
     python train.py --draw runs/a,runs/b --out_dir runs    the losses of several runs in one picture
 
-Every setting below is a flag: --name value. The run folder (--out_dir) receives config.json, log.jsonl,
-loss.png, checkpoints and the finished model. The same command again continues from the last checkpoint,
-whatever stopped it, and on as many processes bit for bit.
+The run folder (--out_dir) receives config.json, log.jsonl, loss.png, checkpoints and the finished model. The
+same command again continues from the last checkpoint, whatever stopped it; on as many processes, bit for bit.
 """
 
 import argparse
 import difflib
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
-import warnings
-from contextlib import nullcontext
+import zipfile
+import zlib
+from contextlib import nullcontext, suppress
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,107 +35,132 @@ import torch
 from torch import distributed as dist
 from torch.distributed.checkpoint import state_dict
 
-from prepare_data import get_tokenizer, prepare, write_atomically
-from stu import FlashSTU, FlashSTUConfig
+from prepare_data import get_tokenizer, lock, need, open_data, prepare, told, write_atomically
+from stu import STU, FlashSTU, FlashSTUConfig, sample
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings
+# Settings, each a flag, --name value: the default (of several choices the first), the range of the number or
+# of the text's length, and the meaning
 
-defaults = {  # a tuple: the choices, the first is the default
-    # run
-    "out_dir": "runs/default",  # the run folder
-    "data": "data/stdlib",  # a folder made by prepare_data.py; the default is made when it is missing
-    "preset": ("small", "125M", "350M", "1B"),
-    "sample": "",  # a prompt: write from the run's last checkpoint instead of training
-    "draw": "",  # run folders, separated by commas: draw their losses to out_dir/loss.png instead of training
-    "seed": 1,
-    "fresh": False,  # start again; the folder's checkpoints are replaced when the new run saves its first
-    # model: the sizes are the preset's; every other field of FlashSTUConfig is a setting too
-    "softcap": 0.0,
-    "torch_dtype": "float32",  # of the weights and the optimizer; `dtype` is what the layers compute in
-    # work
-    "steps": 400,
-    "batch_size": 16,  # sequences a step, over all processes
-    "micro_batch_size": 0,  # sequences a process holds at once; 0: its whole share
-    "eval_interval": 100,  # steps from one evaluation to the next
-    "eval_sequences": 64,  # of seq_len tokens of the validation split
-    "prompt": "def ",  # of the sample written at each evaluation
-    "log_interval": 10,  # steps a line
-    "checkpoint_interval": 100,
-    # optimizer
-    "optimizer": ("muon", "adamw"),  # Muon for the layers' matrices, AdamW for the rest; or AdamW for all
-    "muon_lr": 0.01,
-    "lr": 0.01,  # AdamW's
-    "weight_decay": 0.1,
-    "warmup_steps": 20,
-    "decay": ("cosine", "linear", "none"),  # from the warmup to the last step, down to min_lr
-    "min_lr": 0.05,  # times the learning rates above
-    "grad_clip": 1.0,  # the norm that a longer gradient is cut to
-    "max_skipped": 5,  # steps in a row whose loss or gradient is not finite; then the run ends
-    # machine
-    "device": ("auto", "cuda", "mps", "cpu", "meta"),  # meta: a step without memory, to try a preset's shapes
-    "dtype": ("auto", "float32", "bfloat16", "float16"),  # of autocast; auto: 16 bits on CUDA, else float32
-    "compile": ("auto", "true", "false"),  # auto: on CUDA
-    "engine": ("ddp", "fsdp"),  # of several processes: each holds the model, or a part of it
-    "wandb": "",  # a Weights & Biases project
-}
-presets = {  # named by their parameters with the vocabulary of gpt2
-    "small": {"n_embd": 192, "n_layers": 6, "n_heads": 6, "seq_len": 256, "window_size": 64,
-              "mlp_scale": 2.75},
-    "125M": {"n_embd": 768, "n_layers": 12, "n_heads": 12, "seq_len": 2048, "num_eigh": 24, "mlp_scale": 3.0,
-             "batch_size": 256, "micro_batch_size": 16, "steps": 20000, "warmup_steps": 500},
-    "350M": {"n_embd": 1024, "n_layers": 24, "n_heads": 16, "seq_len": 4096, "num_eigh": 32, "mlp_scale": 3.0,
-             "batch_size": 128, "micro_batch_size": 4, "steps": 30000, "warmup_steps": 1000},
-    "1B": {"n_embd": 2048, "n_layers": 32, "n_heads": 32, "seq_len": 8192, "num_eigh": 48, "mlp_scale": 2.0,
-           "batch_size": 128, "micro_batch_size": 1, "steps": 50000, "warmup_steps": 2000,
-           "use_gradient_checkpointing": True, "engine": "fsdp"},
-}  # fmt: skip
-for large in ("125M", "350M", "1B"):
-    presets[large] |= {"window_size": 1024, "eval_interval": 500, "checkpoint_interval": 500}
-
+ANY, POSITIVE, AT_LEAST_0, AT_LEAST_1 = (-1e300, 1e300), (1e-12, 1e300), (0, 1e300), (1, 1e300)
+comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(FlashSTUConfig)))
 model_fields = {f.name: f.default for f in fields(FlashSTUConfig) if f.name != "vocab_size"}
-
-
-def boolean(text):
-    return ("false", "0", "true", "1").index(text.lower()) > 1  # ValueError: argparse says what is wrong
-
-
-parser = argparse.ArgumentParser(usage="train.py [--name value ...]", description=__doc__, allow_abbrev=False)
-parser.formatter_class = argparse.RawDescriptionHelpFormatter
-for name, value in (model_fields | defaults).items():
-    kind = {bool: boolean, float: float, str: str, tuple: str}.get(type(value), int)
-    options = {"nargs": "?", "const": True} if kind is boolean else {}
-    if isinstance(value, tuple):
-        options, value = {"choices": value}, value[0]
-    parser.add_argument(f"--{name}", type=kind, default=value, help="default: %(default)s", **options)
-parser.set_defaults(**presets["small"])
-parser.set_defaults(**presets[parser.parse_known_args()[0].preset])
-s, unknown = parser.parse_known_args()
-if unknown:
-    near = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in vars(s)], 1)
-    parser.error(f"unknown setting {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-intervals = ("eval_interval", "log_interval", "checkpoint_interval")
-for name in ("seq_len", "steps", "batch_size", "eval_sequences", *intervals):
-    if getattr(s, name) < 1:
-        parser.error(f"--{name} must be at least 1, got {getattr(s, name)}")
-for name in ("lr", "muon_lr"):
-    if getattr(s, name) <= 0:
-        parser.error(f"--{name} must be positive, got {getattr(s, name)}")
-run = Path(s.out_dir)
+table = {name: (value, ANY, comments.get(name, "")) for name, value in model_fields.items()}
+table |= {
+    "softcap": (0.0, AT_LEAST_0, "of attention logits; 0 turns it off"),
+    "torch_dtype": ("float32", ANY, "of the weights and the optimizer; dtype is what the layers compute in"),
+    # run
+    "out_dir": ("runs/default", AT_LEAST_1, "the run folder"),
+    "data": ("data/stdlib", AT_LEAST_1, "a folder of prepare_data.py; the default makes itself"),
+    "preset": (("small", "125M", "350M", "1B"), ANY, "sizes and schedule; with o200k_base 235M, 495M, 1.6B"),
+    "init_from": ("", AT_LEAST_1, "start from the weights and sizes of a run or of a saved model"),
+    "fresh": (False, ANY, "start again; the run's checkpoints are replaced when the new ones are saved"),
+    "seed": (1, (0, 2**32 - 1), "of the weights, the order of the data, dropout and sampling"),
+    # instead of training, with the model of init_from or else of the run
+    "sample": ("", AT_LEAST_1, "continue this text; @FILE: the text of a file"),
+    "chat": (False, ANY, "continue each line you type, from all that was before; an empty line goes on"),
+    "eval_only": (False, ANY, "the loss, and by position, on the validation split or on a text file"),
+    "draw": ("", AT_LEAST_1, "run folders, separated by commas: their losses in one picture"),
+    "temperature": (0.8, AT_LEAST_0, "of sampling; 0 takes the likeliest token"),
+    "top_k": (50, AT_LEAST_0, "sample from so many of the likeliest tokens; 0 from all"),
+    "top_p": (1.0, (1e-9, 1), "sample from the likeliest tokens that together have this probability"),
+    "max_new_tokens": (500, AT_LEAST_1, "of a sample or an answer"),
+    "num_samples": (1, AT_LEAST_1, "of one prompt"),
+    # work
+    "steps": (400, AT_LEAST_1, "of the whole run"),
+    "batch_size": (16, AT_LEAST_1, "sequences a step, over all processes"),
+    "micro_batch_size": (0, AT_LEAST_0, "sequences a process holds at once; 0: its whole share"),
+    "eval_interval": (100, AT_LEAST_1, "steps from one evaluation to the next"),
+    "eval_sequences": (64, AT_LEAST_1, "of the validation split, in an evaluation"),
+    "eval_length": (16, AT_LEAST_1, "of the texts of eval_only, in units of seq_len"),
+    "prompt": ("def ", ANY, "of the sample written at each evaluation"),
+    "log_interval": (10, AT_LEAST_1, "steps a line"),
+    "checkpoint_interval": (100, AT_LEAST_1, "steps from one checkpoint to the next"),
+    # optimizer
+    "optimizer": (("muon", "adamw"), ANY, "Muon for the layers' matrices, AdamW for the rest, or for all"),
+    "muon_lr": (0.01, POSITIVE, "Muon's learning rate"),
+    "lr": (0.01, POSITIVE, "AdamW's learning rate"),
+    "weight_decay": (0.1, AT_LEAST_0, "times the learning rate"),
+    "warmup_steps": (20, AT_LEAST_0, "in which the learning rates rise"),
+    "decay": (("cosine", "linear", "none"), ANY, "of the learning rates, from the warmup to the last step"),
+    "min_lr": (0.05, (0, 1), "where the decay ends, times the learning rates"),
+    "grad_clip": (1.0, POSITIVE, "the norm that a longer gradient is cut to"),
+    "max_skipped": (5, AT_LEAST_1, "steps in a row without a finite loss and gradient end the run"),
+    # machine
+    "device": (("auto", "cuda", "mps", "cpu", "meta"), ANY, "meta: only say what the model would need"),
+    "dtype": (("auto", "float32", "bfloat16", "float16"), ANY, "of autocast; auto: 16 bits on CUDA, else 32"),
+    "compile": (("auto", "true", "false"), ANY, "the layers; auto: on CUDA"),
+    "engine": (("ddp", "fsdp"), ANY, "of several processes: each holds the model, or a part of it"),
+}  # fmt: skip
+columns = ("n_embd", "n_layers", "n_heads", "seq_len", "window_size", "num_eigh", "mlp_scale", "batch_size",
+           "micro_batch_size", "steps", "warmup_steps", "eval_interval", "checkpoint_interval")  # fmt: skip
+presets = {
+    "small": (192, 6, 6, 256, 64, 24, 2.75, 16, 0, 400, 20, 100, 100),
+    "125M": (768, 12, 12, 2048, 1024, 24, 3.0, 256, 16, 20000, 500, 500, 500),
+    "350M": (1024, 24, 16, 4096, 1024, 32, 3.0, 128, 4, 30000, 1000, 500, 500),
+    "1B": (2048, 32, 32, 8192, 1024, 48, 2.0, 128, 1, 50000, 2000, 500, 500),
+}
+presets = {name: dict(zip(columns, values)) for name, values in presets.items()}
+presets["1B"] |= {"use_gradient_checkpointing": True, "engine": "fsdp"}
 
 # ------------------------------------------------------------------------------------------------------------
-# Machine: processes, device, precision
+# The command, and the machine: processes, device, precision
 
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-local_rank, main = int(os.environ.get("LOCAL_RANK", "0")), rank == 0
+local_rank, main, parent = int(os.environ.get("LOCAL_RANK", "0")), rank == 0, os.getppid()
+
+
+def say(text, end="\n", stream=sys.stdout):
+    """Print, on the main process. Control characters, at which a terminal acts, are shown as \\x1b; and what
+    cannot be printed, for lack of a letter, a reader or space, does not end the training."""
+    if main and stream:
+        text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text) + end
+        with suppress(OSError):
+            os.write(stream.fileno(), text.encode(stream.encoding, stream.errors))
+
+
+for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
+    stream.reconfigure(errors="backslashreplace")
+sys.excepthook = lambda kind, error, trace: (
+    print(f"stopped: {error}", file=sys.stderr)  # a file that cannot be read or written: its name, and why
+    if issubclass(kind, (OSError, KeyboardInterrupt))
+    else sys.__excepthook__(kind, error, trace)
+)
+parser = argparse.ArgumentParser(usage="train.py [--name value ...]", description=__doc__, allow_abbrev=False)
+parser.formatter_class, parser.argument_default = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS
+defaults = {name: value[0] if isinstance(value, tuple) else value for name, (value, *_) in table.items()}
+defaults |= presets["small"]
+for name, (value, _, meaning) in table.items():
+    kind, meaning = int if value is None else type(value), f"{meaning} (default: {defaults[name]})"
+    switch = {"type": str.lower, "choices": ("true", "false", "1", "0"), "nargs": "?", "const": "true"}
+    options = {bool: switch, tuple: {"choices": value}}.get(kind, {"type": kind})
+    parser.add_argument(f"--{name}", help=meaning.replace("%", "%%"), **options)
+given, unknown = parser.parse_known_args()
+if unknown:
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in table], 1)
+    parser.error(f"unknown setting {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+given = vars(given)  # what the command says; the rest are defaults
+for name, value in given.items():
+    size, (low, high) = len(value) if isinstance(value, str) else value, table[name][1]
+    if not low <= size <= high:  # nan lies nowhere
+        verb = "lie" if size is value else "have a length"
+        parser.error(f"--{name} must {verb} between {low} and {high}, got {value!r}")
+    if isinstance(table[name][0], bool):
+        given[name] = value in ("true", "1")
+s = argparse.Namespace(**(defaults | presets[given.get("preset", "small")] | given))
+run, reading = Path(s.out_dir), s.sample or s.chat or s.eval_only or s.draw
+if reading:  # one process does it
+    world = 1
+    if not main:
+        sys.exit()
+
 sharded = world > 1 and s.engine == "fsdp"
-device = s.device
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-if device == "cuda" and not torch.cuda.is_available():
-    parser.error("--device cuda: torch finds no CUDA device here; --device cpu would work")
-device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+device = torch.device(device if s.device == "auto" else s.device)
 if device.type == "cuda":
+    if not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; --device cpu would work")
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
 if world > 1:
@@ -144,197 +174,307 @@ if s.dtype != "float32" and device.type != "meta":
     autocast = torch.autocast(device.type, dtype=getattr(torch, s.dtype))
 scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=s.dtype == "float16")
 
-
-def say(*args, **kwargs):
-    if main:
-        print(*args, **kwargs, flush=True)
-
-
-def stop(message):
-    say(message, file=sys.stderr)
-    if world > 1:
-        dist.destroy_process_group()
-    sys.exit(1)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# What can be done with a run: draw its losses, write from its last checkpoint
+# What a run's folder holds: checkpoints, a log, pictures
+
+
+def checkpoints(folder):
+    """(step, path) of each, oldest first."""
+    names = os.listdir(folder) if folder.exists() else []
+    found = (re.fullmatch(r"checkpoint_(0|[1-9][0-9]*)\.pt", name) for name in names)
+    return sorted((int(match[1]), folder / match[0]) for match in found if match)
+
+
+def load_checkpoint(folder):
+    """The newest whole checkpoint, or None where there is none. What cannot be read is not damaged."""
+    for step, path in reversed(checkpoints(folder)):
+        mapped = os.fsencode(path) == str(path).encode(errors="replace")  # torch maps files named in UTF-8
+        try:
+            with open(path, "rb") as f:
+                if damaged := zipfile.ZipFile(f).testzip():  # each part has a checksum
+                    raise ValueError(f"in {damaged}")
+                f.seek(0)
+                saved = torch.load(path if mapped else f, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.device("meta"):
+                FlashSTU(FlashSTUConfig(**saved["config"])).load_state_dict(saved["model"], assign=True)
+            whole = {"scaler", "data", "settings"} <= saved.keys() and saved["step"] == step
+            if whole and saved["optimizer"]["state"].keys() == saved["model"].keys():
+                return saved
+            raise ValueError("parts are missing")
+        except OSError:
+            raise
+        except Exception as e:  # noqa: BLE001
+            say(f"{path} is damaged ({e!r}); trying the one before it", stream=sys.stderr)
+    if checkpoints(folder):
+        sys.exit(f"no checkpoint in {folder} is whole: restore one from a copy, or --fresh to start again")
+
+
+def read_log(folder):
+    """The records of log.jsonl; a line that is none, cut off or damaged, is skipped."""
+    records = []
+    for line in (folder / "log.jsonl").read_text("utf-8", "replace").splitlines():
+        with suppress(Exception):
+            record = json.loads(line)
+            if all(isinstance(value, (int, float)) for value in (record["step"], *record.values())):
+                records.append(record)
+    return records
+
+
+def draw(name, lines, **labels):
+    """Lines, each its points and its style, to out_dir/name."""
+    figure = need("matplotlib.figure").Figure((7, 4), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    for points, style in lines:
+        axis.plot(*zip(*points), **style)
+    axis.set(**labels)
+    axis.legend()
+    axis.grid(alpha=0.3)
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / name, figure.savefig)
+    say(f"the picture: {run / name}")
 
 
 def draw_losses(folders):
     """Each run's losses by step, training (pale) and validation, from its log.jsonl to out_dir/loss.png."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return say("no loss.png: pip install matplotlib")
-    figure, late = Figure((7, 4), dpi=110, layout="constrained"), []
-    axis = figure.subplots()
-    for i, folder in enumerate(map(Path, folders)):
-        if not (folder / "log.jsonl").exists():
-            stop(f"{folder} holds no log.jsonl: it is not the folder of a run")
-        lines = (folder / "log.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
-        for key, style in (("loss", {"alpha": 0.2}), ("val_loss", {"label": folder.name, "marker": "."})):
-            points = [(r["step"], r[key]) for r in records if math.isfinite(r.get(key, math.nan))]
-            axis.plot(*zip(*points), color=f"C{i}", **style)
-            late += [loss for step, loss in points if step >= records[-1]["step"] / 10]
-    if len(set(late)) > 1:  # the first tenth, where they fall fastest, may be cut off
-        axis.set_ylim(min(late), max(late))
-    axis.set(xlabel="step", ylabel="loss (nats per token)", title="validation (dots) and training (pale)")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    run.mkdir(parents=True, exist_ok=True)
-    figure.savefig(run / "loss.png")
-    say(f"the picture: {run / 'loss.png'}")
+    lines, late = [], []
+    for i, folder in enumerate(folders):
+        records, label = read_log(folder), ascii(folder.name)[1:-1]
+        for key, style in (("loss", {"alpha": 0.2}), ("val_loss", {"marker": ".", "label": label})):
+            points = [(r["step"], r[key]) for r in records if math.isfinite(r.get(key, math.nan))] or [(0, 0)]
+            lines.append((points, {"color": f"C{i}", **style}))
+            late += [loss for step, loss in points if step >= points[-1][0] / 10]
+    limits = {"ylim": (min(late), max(late) + 0.01)}  # the first tenth may be cut off
+    title = "validation (dots) and training (pale)"
+    draw("loss.png", lines, xlabel="step", ylabel="loss (nats per token)", title=title, **limits)
 
 
-def checkpoints():
-    """(step, path) of each, oldest first."""
-    return sorted((int(path.stem.split("_")[1]), path) for path in run.glob("checkpoint_*.pt"))
+# ------------------------------------------------------------------------------------------------------------
+# Instead of training: draw, write
 
 
-def load_checkpoint():
-    """The newest checkpoint that is whole, or None."""
-    for _, path in reversed(checkpoints()):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as e:  # noqa: BLE001
-            say(f"{path} is damaged ({type(e).__name__}); trying the one before it", file=sys.stderr)
-
-
-def write(model, tokenizer, prompt, max_new_tokens):
-    """Print the prompt and a continuation."""
-    tokens = torch.tensor([tokenizer.encode(prompt).tolist() or [tokenizer.eot]], device=device)
-    generator = torch.Generator(device).manual_seed(s.seed)
-    options = {"temperature": 0.8, "top_k": 50, "stop_token": tokenizer.eot, "generator": generator}
-    with torch.compiler.set_stance("force_eager"):  # each length would be one more graph
-        tokens = model.generate(tokens, max_new_tokens=max_new_tokens, **options)[0].tolist()
-    print(tokenizer.decode(t for t in tokens if t != tokenizer.eot), flush=True)
+@torch.no_grad()
+def write(model, text, max_new_tokens, generator, state=None, tokens=()):
+    """Print what follows the text, as it comes -> the state and the tokens to go on from."""
+    was_training, pending, text = model.training, [], os.fsencode(text).decode(errors="replace")
+    tokens = [*tokens, *tokenizer.encode(text).tolist()] or [tokenizer.eot]
+    model.eval()
+    for _ in range(max_new_tokens):
+        for piece in torch.tensor([tokens], device=device).split(256, dim=1):
+            _, logits, state = model(piece, state=state, use_cache=True)
+        logits = logits[:, -1, : tokenizer.n_vocab].float()
+        if not logits.isfinite().all():
+            say("(the model's output is not finite)", end="")
+            break
+        tokens = sample(logits, s.temperature, s.top_k or None, s.top_p, generator).tolist()
+        if tokens == [tokenizer.eot]:
+            break
+        pending += tokens
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd") or len(pending) == 4:  # else the last character may be incomplete
+            say(text, end="")
+            pending = []
+    say(tokenizer.decode(pending))
+    model.train(was_training)
+    return state, tokens
 
 
 if s.draw:
-    draw_losses(s.draw.split(","))
+    draw_losses([Path(folder) for folder in s.draw.split(",")])
     sys.exit()
-if s.sample:
-    saved = load_checkpoint()
-    if not saved:
-        stop(f"{run} holds no checkpoint, no run to write from: train first, or give --out_dir")
-    model = FlashSTU(FlashSTUConfig(**saved["config"])).to(device)
-    model.load_state_dict(saved["model"])
-    if main:
-        write(model, get_tokenizer(saved["data"]["tokenizer"]), s.sample, 500)
+source, source_folder = None, Path(s.init_from or s.out_dir)
+if s.init_from or reading:
+    saved, folder = load_checkpoint(source_folder), source_folder
+    with told(f"{source_folder} holds no checkpoint and no model of ours"):
+        if saved:
+            source = FlashSTU(FlashSTUConfig(**saved["config"]))
+            source.load_state_dict(saved["model"])
+        else:  # what save_pretrained wrote
+            folder = folder / "model" if (folder / "model").is_dir() else folder
+            source = FlashSTU.from_pretrained(folder)
+        sizes = {256: "bytes", 50304: "gpt2", 200064: "o200k_base"}
+        vocabulary = sizes[math.ceil(source.config.vocab_size / 64) * 64]
+    taken = model_fields.keys() - {"torch_dtype", *given}  # the rest is what the command says
+    vars(s).update({name: value for name, value in source.config.to_dict().items() if name in taken})
+if s.sample or s.chat:
+    model, tokenizer = source.to(device), get_tokenizer(vocabulary)
+    generator = torch.Generator(device).manual_seed(s.seed)
+    state, tokens, text = None, [tokenizer.eot], s.sample
+    if text.startswith("@"):
+        text = Path(text[1:]).read_bytes().decode(errors="replace")
+    for _ in range(s.num_samples if s.sample else 0):
+        say(text, end="")
+        state, tokens = write(model, text, s.max_new_tokens, generator)
+    with suppress(EOFError, KeyboardInterrupt):
+        while s.chat:
+            state, tokens = write(model, input("> "), s.max_new_tokens, generator, state, tokens)
     sys.exit()
 
 # ------------------------------------------------------------------------------------------------------------
-# Data: the batch of step i is a pure function of the seed and i, whatever the number of processes
+# Data: the batch of step i is a pure function of the seed and i, whatever the number of processes. Windows do
+# not end with a document, and the next one sees it
 
 if s.data == "data/stdlib" and main:
     prepare(out=s.data)
 if world > 1:
     dist.barrier()
-data = Path(s.data)
-if not (data / "meta.json").exists():
-    stop(f"{data} holds no meta.json: make it with  python prepare_data.py YOUR_FILES --out {data}")
-meta = json.loads((data / "meta.json").read_text())
-if not meta["complete"]:
-    stop(f"{data} is only half prepared: the same prepare_data.py command continues where it stopped")
-tokenizer = get_tokenizer(meta["tokenizer"])
-fingerprint = {k: meta[k] for k in ("sources", "tokenizer", "vocab_size", "train", "val")}
-T, batch_size = s.seq_len, s.batch_size
+if s.eval_only and Path(s.data).is_file():
+    text = Path(s.data).read_bytes()
+    shards = {"val": [get_tokenizer(vocabulary).encode(text.decode(errors="replace"))]}
+    meta = {"tokenizer": vocabulary, "val": {"tokens": len(shards["val"][0]), "bytes": len(text)}}
+else:
+    meta, shards = open_data(s.data)
+longest = max(map(len, shards["val"])) - 1
+if source and meta["tokenizer"] != vocabulary:
+    sys.exit(f"{source_folder} reads {vocabulary}, {s.data} holds {meta['tokenizer']}: prepare the text with "
+             f"--tokenizer {vocabulary}")  # fmt: skip
+tokenizer, T, batch_size = get_tokenizer(meta["tokenizer"]), s.seq_len, s.batch_size
+if s.eval_only:
+    T = max(1, min(T, longest))
+bits_per_byte = meta["val"]["tokens"] / max(1, meta["val"]["bytes"]) / math.log(2)  # times nats per token
 
 
 class Windows:
-    """The n windows of T + 1 tokens that tile a split; the shards stay on disk."""
+    """The n windows of T + 1 tokens that tile a split."""
 
-    def __init__(self, split):
-        self.shards = [np.load(data / shard["file"], mmap_mode="r") for shard in meta[split]["shards"]]
-        self.counts = [(len(shard) - 1) // T for shard in self.shards]
-        self.n, self.epoch = sum(self.counts), -1
-        if not self.n:
-            tokens = max(map(len, self.shards))
-            stop(f"the {split} split holds {tokens} tokens in its largest shard: seq_len {T} needs {T + 1}")
+    def __init__(self, split, T):
+        self.shards, self.T, self.epoch = shards[split], T, -1
+        self.n = sum((len(shard) - 1) // T for shard in self.shards)
+        if max(map(len, self.shards)) <= T:
+            sys.exit(f"no shard of the {split} split holds the {T + 1} tokens that seq_len {T} needs")
 
     def window(self, index, phase=0):
         """Window `index`, shifted by `phase` tokens where the shard has room."""
-        for shard, count in zip(self.shards, self.counts):
+        for shard in self.shards:
+            count = (len(shard) - 1) // self.T
             if index < count:
-                start = min(index * T + phase, len(shard) - T - 1)
-                return torch.from_numpy(shard[start : start + T + 1].astype(np.int64))
+                start = min(index * self.T + phase, len(shard) - self.T - 1)
+                return torch.from_numpy(shard[start : start + self.T + 1].astype(np.int64))
             index -= count
 
-    def batch(self, step, rows):
-        """Rows of the batch of `step`: each epoch visits every window once, in new order, at a new phase."""
+    def spread(self, n, rows):
+        """Of n windows spread evenly over the split, those of `rows` [rows, T + 1]."""
+        return torch.stack([self.window(row * self.n // n) for row in rows]).to(device)
+
+    def batch(self, rows):
+        """Rows of training, counted from its start: each epoch visits every window once, in new order, at a
+        new phase [rows, T + 1]."""
         out = []
         for row in rows:
-            epoch, i = divmod(step * batch_size + row, self.n)
+            epoch, i = divmod(row, self.n)
             if epoch != self.epoch:
                 rng = np.random.default_rng([s.seed, epoch])
-                self.epoch, self.order, self.phase = epoch, rng.permutation(self.n), int(rng.integers(T))
+                self.epoch, self.order, self.phase = epoch, rng.permutation(self.n), int(rng.integers(self.T))
             out.append(self.window(int(self.order[i]), self.phase))
-        return torch.stack(out)  # [rows, T + 1]
+        return torch.stack(out).to(device)
 
 
 share = batch_size // world  # sequences of this process
-micro = s.micro_batch_size if s.micro_batch_size > 0 else max(1, share)
+micro = s.micro_batch_size or max(1, share)
 if batch_size % (world * micro):
     fitting = max(1, batch_size // (world * micro)) * world * micro
-    needed = f"{world} processes x {micro} sequences at once"
-    stop(f"batch_size {batch_size} is no multiple of {needed}; {fitting} would be")
-train_windows, val_windows = Windows("train"), Windows("val")
+    sys.exit(f"batch_size {batch_size} is not a multiple of {world} x {micro} sequences; {fitting} would be")
 
 # ------------------------------------------------------------------------------------------------------------
 # Model
 
-if s.window_size > T:
-    stop(f"window_size {s.window_size} is larger than seq_len {T}; give --window_size {T} or less")
-vocab_size = -(-meta["vocab_size"] // 64) * 64  # a multiple of 64 is faster
-try:
+vocab_size = source.config.vocab_size if source else math.ceil(meta["vocab_size"] / 64) * 64  # faster
+with told("there is no such model"):
     config = FlashSTUConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in model_fields})
-except ValueError as e:
-    stop(str(e))
-torch.manual_seed(s.seed)
-with torch.device("meta" if device.type == "meta" else "cpu"):  # the same weights whatever the device
-    model = FlashSTU(config).to(device)
-n_params = sum(p.numel() for p in model.parameters())
+    windows = {split: Windows(split, T) for split in shards}
+    if s.window_size > s.seq_len:
+        raise ValueError(f"window_size {s.window_size} is larger than seq_len {s.seq_len}")
+    with torch.device("meta"):  # without memory, to see what it will need
+        model = FlashSTU(config)
 
-# Training FLOPs a token: 6 for each weight of a matrix, and attention over the window (the FFTs: below 1%)
-flops = 6 * sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-windows = [layer.mixer.window for layer in model.layers if hasattr(layer.mixer, "window")]
-flops += sum(12 * config.n_embd * min(window, T / 2) for window in windows)
-
-
-def gibibytes(micro):
-    """In training, about: weights, gradients, optimizer state, what a micro-batch keeps for the backward."""
-    size, d = 4 if s.dtype == "float32" else 2, config.n_embd
-    layers = d * (14 * size + 24) + 4 * size * int(d * config.mlp_scale)  # of one, for one token
-    if config.use_gradient_checkpointing:  # one at a time, and the input of each
-        layers += 2 * size * d * config.n_layers
-    else:
-        layers *= config.n_layers
-    logits = 8 * min(2**26, micro * T * vocab_size)
-    return (16 * n_params / (world if sharded else 1) + micro * T * (layers + 8 * d) + logits) / 2**30
-
-
-available = math.inf
+# Memory, about: weights, gradients, moments; and what the layers keep of a token for the backward pass
+n_params, d = sum(p.numel() for p in model.parameters()), config.n_embd
+kept = d * (20 + 4 * config.mlp_scale) / (config.n_layers if config.use_gradient_checkpointing else 1) + 2 * d
+needed = (16 * n_params / (world if sharded else 1) + 4 * micro * T * config.n_layers * kept) / 2**30
+pages = getattr(os, "sysconf", lambda _: 2**20)  # Windows does not say
+available = pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") / 2**30
 if device.type == "cuda":
     available = torch.cuda.mem_get_info(device)[0] / 2**30
-elif device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-say(f"{n_params / 1e6:.2f}M parameters, {config.n_layers} layers, {flops / 1e6:.1f} MFLOP a token, "
-    f"about {gibibytes(micro):.1f} GiB; {world} x {device.type}, {s.dtype}")  # fmt: skip
-if gibibytes(micro) > available:
-    fits = [m for m in range(1, min(micro, 4096)) if share % m == 0 and gibibytes(m) <= available]
-    advice = f"--micro_batch_size {max(fits)} would" if fits else "a smaller model is needed"
-    stop(f"{micro} sequences at once do not fit into {available:.1f} GiB; {advice}")
+say(f"{n_params / 1e6:.2f}M parameters, {vocab_size * d / 1e6:.2f}M of them the embedding of "
+    f"{meta['tokenizer']}, about {needed:.1f} GiB; {world} x {device.type}, {s.dtype}")  # fmt: skip
+if needed > available and device.type != "meta":
+    sys.exit(f"{micro} sequences do not fit into {available:.1f} GiB: give a smaller --micro_batch_size")
 if device.type == "meta":
-    tokens = torch.zeros(micro, T + 1, dtype=torch.long, device=device)
-    model(tokens, labels=tokens).loss.backward()
+    sys.exit()
+torch.manual_seed(s.seed)
+engine = model = FlashSTU(config)  # on the CPU: the same weights whatever the device
+if source:
+    with told(
+        f"the weights of {source_folder} do not fit {' '.join(f'--{k} {v}' for k, v in given.items())}"
+    ):
+        model.load_state_dict(source.state_dict())
+    words = ", ".join(f"{name} {getattr(s, name)}" for name in presets["small"] if name in taken)
+    say(f"from {source_folder}: the weights, {words}; from the command: {', '.join(given)}")
+model.to(device)
+
+
+def evaluate(n):
+    """Mean loss (nats a token) on at most n windows spread evenly over the validation split."""
+    n = min(n, windows["val"].n)
+    total, mine = torch.zeros(2, device=device), range(n)[rank::world]  # of losses, of windows
+    model.eval()
+    for i in range(0, math.ceil(n / world), micro):  # every process makes the same number of calls
+        rows = mine[i : i + micro]
+        x = windows["val"].spread(n, rows or [0])
+        with torch.no_grad(), autocast:
+            loss = engine(x, labels=x).loss
+        total += torch.stack([loss * len(rows), torch.tensor(len(rows), device=device)])
+    if world > 1:
+        dist.all_reduce(total)
+    model.train()
+    return (total[0] / total[1]).item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Instead of training: judge. Texts far longer than seq_len are read with the state carried on, and with parts
+# of it forgotten every seq_len tokens: the difference is what that memory is worth
+
+
+@torch.no_grad()
+def bits_by_position(texts, n, forget):
+    """Bits per byte at each position of n texts; `forget` is done to the state every T tokens."""
+    total = torch.zeros(texts.T)
+    for i in range(0, n, micro):
+        x, state, losses = texts.spread(n, range(n)[i : i + micro]), None, []
+        for inputs, targets in zip(x[:, :-1].split(T, dim=1), x[:, 1:].split(T, dim=1)):
+            state = state and forget(state)
+            for part, labels in zip(inputs.split(256, dim=1), targets.split(256, dim=1)):  # few logits
+                with autocast:
+                    _, logits, state = model(part, state=state, use_cache=True)
+                logits = logits.float().transpose(1, 2)  # [B, V, 256]
+                losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none").sum(0))
+        total += torch.cat(losses).cpu()
+    return total / n * bits_per_byte
+
+
+if s.eval_only:
+    loss, texts = evaluate(windows["val"].n), Windows("val", min(s.eval_length * T, longest))
+    n, words = min(s.eval_sequences, texts.n), f"{windows['val'].n} windows of {T}"
+    say(f"{s.data}: loss {loss:.4f}, {loss * bits_per_byte:.4f} bits per byte in {words}")
+    spectral = [i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, STU)]
+    ways = {
+        "state carried": lambda state: state,
+        "all reset": lambda state: None,
+        "STU reset": lambda state: [None if i in spectral else part for i, part in enumerate(state)],
+    }
+    say(f"{f'{n} texts of {texts.T}':<24}" + "".join(f"{name:>16}" for name in ways))
+    model.eval()
+    bits = [bits_by_position(texts, n, forget) for forget in ways.values()]
+    edges, points = [0, *(64 * 2**i for i in range(24) if 64 * 2**i < texts.T), texts.T], []
+    for a, b in pairwise(edges):
+        points.append([(f"{a}-{b}", way[a:b].mean().item()) for way in bits])
+        say(f"{f'{a}-{b}':<24}" + "".join(f"{value:>16.4f}" for _, value in points[-1]))
+    lines = [(line, {"label": name, "marker": "."}) for name, line in zip(ways, zip(*points))]
+    draw("context.png", lines, xlabel=f"position in the text (seq_len {T})", ylabel="bits per byte")
     sys.exit()
 
 # ------------------------------------------------------------------------------------------------------------
 # Engine and optimizer
 
-engine = model  # what is called in training
 if sharded:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -346,7 +486,6 @@ elif world > 1:
     ids = [local_rank] if device.type == "cuda" else None
     engine = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
 if s.compile == "true" or (s.compile == "auto" and device.type == "cuda"):
-    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
     for layer in model.layers:
         layer.compile()
 
@@ -354,70 +493,32 @@ if s.compile == "true" or (s.compile == "auto" and device.type == "cuda"):
 named = model.layers.named_parameters() if s.optimizer == "muon" else ()
 matrices = [p for n, p in named if p.ndim == 2 and "M_filters" not in n]
 rest = [p for p in model.parameters() if p not in set(matrices)]
-groups = [
-    {"params": [p for p in rest if p.ndim >= 2], "weight_decay": s.weight_decay},
-    {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-]
-optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=device.type != "mps")]
+decayed, others = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+options = {"betas": (0.9, 0.95), "weight_decay": s.weight_decay, "fused": device.type != "mps"}
+optimizers = [torch.optim.AdamW(groups, lr=s.lr, **options)]
 if matrices:
     optimizers.append(torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay))
 peaks = [(group["lr"], group["weight_decay"]) for o in optimizers for group in o.param_groups]
 
-
-def lr_factor(step):
-    if step < s.warmup_steps:
-        return (step + 1) / s.warmup_steps
-    done = (step - s.warmup_steps) / max(1, s.steps - s.warmup_steps)
-    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "none": 1}[s.decay]
-    return s.min_lr + (1 - s.min_lr) * shape
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: whole or not there. One file whatever the engine, so that of N processes resumes on M. The last
-# two are kept
+# Go on from the last checkpoint. It is one file whatever the engine: a run of N processes resumes on M
 
-full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def save_checkpoint(step):
-    weights, moments = state_dict.get_state_dict(model, optimizers, options=full)  # all processes together
-    if main:
-        state = {
-            "step": step, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
-            "config": config.to_dict(), "data": fingerprint, "settings": vars(s),
-        }  # fmt: skip
-        write_atomically(run / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
-        kept = [n for n, _ in checkpoints() if n <= step][-2:]
-        for n, path in checkpoints():
-            if n not in kept:
-                path.unlink()  # older; or beyond this step: damaged, or of a run that --fresh replaced
-    if world > 1:
-        dist.barrier()
-
-
-def whole_model():
-    """The model in one piece on the main process's CPU. All processes call it together."""
-    weights, _ = state_dict.get_state_dict(model, [], options=full)
-    if main:
-        whole = FlashSTU(config)
-        whole.load_state_dict(weights)
-        return whole
-
-
-start_step, saved = 0, None if s.fresh else load_checkpoint()
+owner = lock(run) if main else None  # as long as this process lives
+start_step, saved = 0, None if s.fresh else load_checkpoint(run)
+full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on the main process's CPU
+contents = f"{meta['sources']} ({zlib.crc32(json.dumps([meta['train'], meta['val']]).encode()):08x})"
 if saved:
-    no_matter = ("use_gradient_checkpointing", "d_in_tile", "d_out_tile")  # the results are the same
-    for what, before, now in (
-        ("model settings", saved["config"], config.to_dict()), ("data", saved["data"], fingerprint),
-        ("settings", saved["settings"], {"optimizer": s.optimizer}),
-    ):  # fmt: skip
-        for key in now:
-            if before.get(key) != now[key] and key not in no_matter:
-                stop(f"{run} was trained with other {what} ({key}: {before.get(key)!r}, now {now[key]!r}): "
-                     f"choose another --out_dir, or --fresh to start again")  # fmt: skip
+    before = saved["settings"] | saved["config"] | {"data": saved["data"]}
+    now = config.to_dict() | {name: getattr(s, name) for name in ("optimizer", "seed", "batch_size")}
+    free = {"use_gradient_checkpointing", "d_in_tile", "d_out_tile"}  # the results are the same
+    for name, value in (now | {"data": contents}).items():
+        if before.get(name) != value and name not in free:
+            sys.exit(f"{run} was trained with another {name}: {before.get(name)!r}, now {value!r}; "
+                     "choose another --out_dir, or --fresh to start again")  # fmt: skip
     start_step = saved["step"]
     if start_step > s.steps:
-        stop(f"{run} is already at step {start_step}: give more --steps, or --fresh to start again")
+        sys.exit(f"{run} is already at step {start_step}: give more --steps, or --fresh to start again")
     states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
     state_dict.set_state_dict(model, optimizers, **states, options=full)
     if saved["scaler"]:  # empty unless the run was in float16
@@ -427,136 +528,136 @@ if world > 1:
     found = [None] * world
     dist.all_gather_object(found, start_step)
     if len(set(found)) > 1:
-        stop(f"the processes found different checkpoints, {found}: is {run} on a file system they share?")
-
-# ------------------------------------------------------------------------------------------------------------
-# Training
-
-
-@torch.no_grad()
-def evaluate():
-    """Mean loss (nats a token) on eval_sequences windows spread evenly over the validation split."""
-    model.eval()
-    n = min(s.eval_sequences, val_windows.n)
-    mine = list(range(n))[rank::world]
-    total = torch.zeros(2, device=device)  # of losses, of windows
-    for i in range(0, -(-n // world), micro):  # every process makes the same number of calls
-        rows = mine[i : i + micro]
-        x = torch.stack([val_windows.window(r * val_windows.n // n) for r in rows or [0]]).to(device)
-        with autocast:
-            loss = engine(x, labels=x).loss
-        total += torch.stack([loss * len(rows), torch.tensor(len(rows), device=device)])
-    if world > 1:
-        dist.all_reduce(total)
-    model.train()
-    return (total[0] / total[1]).item()
-
+        sys.exit(f"the processes found different checkpoints, {found}: is {run} on a file system they share?")
 
 log_path = run / "log.jsonl"
 if main:
     text = json.dumps({"settings": vars(s), "model": config.to_dict()}, indent=1)
     write_atomically(run / "config.json", lambda f: f.write(text.encode()))
-    if log_path.exists():  # forget what came after the checkpoint, and a line that was cut off
-        lines = [line for line in log_path.read_text().splitlines(True) if line.endswith("}\n")]
-        lines = [line for line in lines if json.loads(line)["step"] <= start_step - ("val_loss" in line)]
-        write_atomically(log_path, lambda f: f.write("".join(lines if saved else []).encode()))
-wandb = None
-if s.wandb and main:
-    try:
-        import wandb
-    except ImportError:
-        stop("--wandb needs Weights & Biases: pip install wandb")
-    wandb.init(project=s.wandb, id=run.name, config=vars(s), resume="allow")
+    records = read_log(run) if saved and log_path.exists() else []
+    records = [r for r in records if r["step"] <= start_step - ("val_loss" in r)]  # the others come again
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(log_path, lambda f: f.write(lines.encode()))
 
 
 def log(step, **record):
     if main:
         with open(log_path, "a") as f:
             f.write(json.dumps({"step": step, **record}) + "\n")
-    if wandb:
-        wandb.log(record, step=step)
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
 
 asked_to_stop = []
 for signum in (signal.SIGTERM, signal.SIGINT):
     signal.signal(signum, lambda *_: asked_to_stop.append(1))
-gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-speeds = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L40S": 362e12, "B200": 2250e12}
-gpu_flops = next((v for k, v in speeds.items() if k in gpu), None)  # a second, dense 16-bit
-skipped, skipped_in_row, t_log, tokens_log = 0, 0, time.time(), 0
+skipped, in_a_row, save_due, rate, t_log, tokens_log = 0, 0, False, 1.0, time.time(), 0
 model.train()
 
 for step in range(start_step, s.steps + 1):
     last = step == s.steps
-    if step % s.eval_interval == 0 or last:
-        loss = evaluate()
-        bits_per_byte = loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
-        say(f"step {step}: validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte")
-        log(step, val_loss=loss, val_bits_per_byte=bits_per_byte)
-        writer = whole_model() if sharded else model
+    evaluating = last or step % s.eval_interval == 0
+    if evaluating:
+        loss, norm, stopping = evaluate(s.eval_sequences), 0.0, False
+        say(f"step {step}: validation loss {loss:.4f}, {loss * bits_per_byte:.4f} bits per byte")
+        log(step, val_loss=loss, val_bits_per_byte=loss * bits_per_byte)
+
+    if not last:  # the gradient
+        torch.manual_seed(s.seed + 1000003 * step + rank)  # dropout too is a function of the step
+        first = step * batch_size + rank * share
+        rows = windows["train"].batch(range(first, first + share))
+        stopping = asked_to_stop or (world > 1 and os.getppid() != parent)  # torchrun is dead
+        status = torch.tensor([0.0, bool(stopping)], device=device)  # loss; is any process to stop?
+        for i, x in enumerate(rows.split(micro)):
+            sync = (i + 1) * micro == share  # accumulate locally, exchange gradients once
+            if sharded:
+                model.set_requires_gradient_sync(sync)
+            engine.require_backward_grad_sync = sync  # what DDP's no_sync() sets
+            with autocast:
+                loss = engine(x, labels=x).loss * (micro / share)
+            scaler.scale(loss).backward()
+            status[0] += loss.detach() / world
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        norm = (norm.full_tensor() if sharded else norm).item()
+        if world > 1:
+            dist.all_reduce(status)
+        loss, stopping = status.tolist()
+        tokens_log += batch_size * T
+    finite = math.isfinite(loss) and math.isfinite(norm)
+
+    # Save, then show. Only weights that gave a finite loss and gradient are saved
+    save_due = step > start_step and (save_due or last or stopping or step % s.checkpoint_interval == 0)
+    if finite and save_due:
+        save_due = False
+        weights, moments = state_dict.get_state_dict(model, optimizers, options=full)  # by all together
+        state = {
+            "step": step, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
+            "config": config.to_dict(), "data": contents, "settings": vars(s),
+        }  # fmt: skip
         if main:
-            write(writer.to(device), tokenizer, s.prompt, 400 if last else 80)
+            write_atomically(run / f"checkpoint_{step}.pt", lambda f, state=state: torch.save(state, f))
+            kept = [n for n, _ in checkpoints(run) if n <= step][-2:]
+            for path in (path for n, path in checkpoints(run) if n not in kept):
+                try:
+                    path.unlink()  # older; or beyond this step: damaged, or of a run that --fresh replaced
+                except OSError as e:
+                    say(f"cannot delete it: {e}", stream=sys.stderr)
+    if evaluating:
+        whole = model
+        if sharded:
+            weights = state_dict.get_model_state_dict(model, options=full)
+            whole = FlashSTU(config).to(device)
+            if main:
+                whole.load_state_dict(weights)
+        say(s.prompt, end="")
+        if main:
+            generator = torch.Generator(device).manual_seed(s.seed)
+            with torch.compiler.set_stance("force_eager"):  # each length would be one more graph
+                write(whole, s.prompt, 400 if last else 80, generator)
         t_log, tokens_log = time.time(), 0
-    if (step % s.checkpoint_interval == 0 and step > start_step) or last:
-        save_checkpoint(step)
-    if last:
+    if last or (stopping and finite):
         break
 
-    factor = lr_factor(step)
+    factor = min(1, (step + 1) / max(1, s.warmup_steps))
+    if step >= s.warmup_steps:
+        done = (step - s.warmup_steps) / max(1, s.steps - s.warmup_steps)
+        shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "none": 1}[s.decay]
+        factor = s.min_lr + (1 - s.min_lr) * shape
     param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group, (lr, weight_decay) in zip(param_groups, peaks):  # of this command, not of the checkpoint
         group["lr"], group["weight_decay"] = lr * factor, weight_decay
-    torch.manual_seed(s.seed + 1000003 * step + rank)  # dropout too is a function of the step
-    rows = train_windows.batch(step, range(rank * share, (rank + 1) * share)).to(device)
-    status = torch.tensor([0.0, len(asked_to_stop)], device=device)  # loss; was any process asked?
-    for i, x in enumerate(rows.split(micro)):
-        sync = (i + 1) * micro == share  # accumulate locally, exchange gradients once
-        if sharded:
-            model.set_requires_gradient_sync(sync)
-        engine.require_backward_grad_sync = sync  # what DDP's no_sync() sets
-        with autocast:
-            loss = engine(x, labels=x).loss * (micro / share)
-        scaler.scale(loss).backward()
-        status[0] += loss.detach() / world
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-    norm = (norm.full_tensor() if sharded else norm).item()
-    if world > 1:
-        dist.all_reduce(status)
-    loss, stopping = status.tolist()
-    if math.isfinite(loss) and math.isfinite(norm):
+    skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
+    if finite:
         for optimizer in optimizers:
             scaler.step(optimizer)
-        skipped_in_row = 0
     else:
-        skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
         say(f"step {step + 1}: loss {loss}, gradient norm {norm}: step skipped ({skipped} so far)")
-        if skipped_in_row >= s.max_skipped:
-            good = checkpoints()[-1][1] if checkpoints() else "none"
-            stop(f"{skipped_in_row} such steps in a row. Last good checkpoint: {good}; a lower --lr may help")
+        if in_a_row >= s.max_skipped:
+            break
     scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad()
-    tokens_log += batch_size * T
 
-    if (step + 1) % s.log_interval == 0 or stopping:
-        lr, rate = s.lr * factor, tokens_log / (time.time() - t_log)
+    if (step + 1) % s.log_interval == 0:
+        lr, rate = s.lr * factor, tokens_log / (time.time() - t_log) or rate
         left = (s.steps - step - 1) * batch_size * T / rate
-        mfu = f", MFU {flops * rate / gpu_flops / world:.1%}" if gpu_flops else ""
         say(f"step {step + 1}/{s.steps}: loss {loss:.4f}, lr {lr:.1e}, grad norm {norm:.2f}, "
-            f"{rate:,.0f} tokens/s{mfu}, {left / 60:.1f} min left")  # fmt: skip
+            f"{rate:,.0f} tokens/s, {left / 60:.1f} min left")  # fmt: skip
         log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate, skipped=skipped)
         t_log, tokens_log = time.time(), 0
-    if stopping:
-        save_checkpoint(step + 1)
-        say(f"asked to stop: saved after step {step + 1}; the same command continues")
-        break
 
-finished = whole_model() if last else None  # a folder for from_pretrained, and for transformers
-if finished:
-    finished.save_pretrained(run / "model")
+if not finite:
+    good = checkpoints(run)[-1][1] if checkpoints(run) else "none"
+    sys.exit(f"the loss or its gradient is not finite. Last good checkpoint: {good}; a lower --lr may help")
+if last and main:  # a folder for from_pretrained, and for transformers
+    with told(f"cannot write {run / 'model'}", ". The checkpoint is intact"):
+        whole.save_pretrained(run / "model")
     say(f"{run / 'model'} is ready for FlashSTU.from_pretrained")
+if not last:
+    say(f"asked to stop: saved after step {step}; the same command continues")
 if main:
     draw_losses([run])
 if world > 1:
