@@ -84,8 +84,7 @@ def lock(folder: str | Path, wait: bool = False):
 
 
 class TiktokenTokenizer:
-    """bytes: a token is a byte of UTF-8, and byte 0, which no text holds, ends a document. Or one of OpenAI's
-    encodings: tiktoken fetches its ranks once, or finds them in $TIKTOKEN_CACHE_DIR."""
+    """bytes (of UTF-8; 0 ends a document), or an encoding that tiktoken fetches or has in TIKTOKEN_CACHE_DIR."""
 
     def __init__(self, name: str):
         if name not in ("bytes", "gpt2", "o200k_base"):
@@ -100,8 +99,10 @@ class TiktokenTokenizer:
         return self.encoding.encode_to_numpy(text.encode(errors="replace").decode(), disallowed_special=())
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Some ids below n_vocab are no token's; a model can choose them all the same."""
-        ranks, special = len(self.encoding._mergeable_ranks), self.encoding.is_special_token
+        ranks, special = (
+            len(self.encoding._mergeable_ranks),
+            self.encoding.is_special_token,
+        )  # ids may have gaps
         return self.encoding.decode([t for t in tokens if t != self.eot and (t < ranks or special(t))])
 
 
@@ -109,9 +110,8 @@ get_tokenizer = TiktokenTokenizer  # by name
 
 
 def save_tokenizer(tokenizer: TiktokenTokenizer, folder: str | Path) -> None:
-    """Write it as transformers reads it, with the same ids, into a saved model's folder ("<|endoftext|>" in a
-    text is that token, unless split_special_tokens=True). Padding is byte FF, which no text holds, on the
-    right, to train; to generate from batches want padding_side="left"."""
+    """Write it as transformers reads it, with the same ids, into a saved model's folder. Padding is byte FF,
+    which no text holds, on the right, to train; batches to generate from want padding_side="left"."""
     transformers = need("transformers")
     special, eot = dict(tokenizer.encoding._special_tokens), tokenizer.eot
     ranks = {token: i for token, i in tokenizer.encoding._mergeable_ranks.items() if i != eot}
