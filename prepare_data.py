@@ -99,10 +99,8 @@ class TiktokenTokenizer:
         return self.encoding.encode_to_numpy(text.encode(errors="replace").decode(), disallowed_special=())
 
     def decode(self, tokens: Iterable[int]) -> str:
-        ranks, special = (
-            len(self.encoding._mergeable_ranks),
-            self.encoding.is_special_token,
-        )  # ids may have gaps
+        ranks = len(self.encoding._mergeable_ranks)  # not every id above is a token's
+        special = self.encoding.is_special_token
         return self.encoding.decode([t for t in tokens if t != self.eot and (t < ranks or special(t))])
 
 
@@ -127,7 +125,7 @@ def save_tokenizer(tokenizer: TiktokenTokenizer, folder: str | Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------
 # Sources -> files -> texts -> pieces -> tokens -> shards
-
+#
 # A piece ends before a space or behind a newline, where no token reaches across. Where 2^17 characters hold
 # no such place it ends all the same: tiktoken gives up on a million spaces.
 PIECE = re.compile(r".{16384,131072}?(?:(?<=\S)(?= )|(?<=\S)\n(?=\w)|\Z)|.{1,131072}", re.DOTALL)
