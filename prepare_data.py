@@ -33,8 +33,7 @@ HUB = {  # name -> a repository of the Hugging Face Hub, and which of its files
 }
 LOCK = ".flash_stu.lock"  # in each folder that prepare_data.py or train.py writes to
 BLOCK = 1 << 20  # bytes of a shard that have one checksum
-SPLITS = ("train", "val")
-END = "<|endoftext|>"
+SPLITS, END = ("train", "val"), "<|endoftext|>"
 
 
 @contextmanager
