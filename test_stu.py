@@ -2706,6 +2706,19 @@ def test_the_losses_of_several_runs_are_drawn_in_one_picture(data, trained, tmp_
     assert code == 0 and (tmp_path / "pictures" / "loss.png").stat().st_size > 5000, output
 
 
+def test_the_benchmark_prints_and_draws(tmp_path, capsys):
+    benchmark_filters(64)
+    for approx in (True, False):
+        benchmark_filtering(2, 60, 8, approx, "cpu")
+    seconds, speeds = (
+        benchmark_generation([20, 90], "cpu", torch.float32),
+        benchmark_length([64, 130], "cpu", "float32"),
+    )
+    draw_costs(tmp_path / "cost.png", "here", [20, 90], seconds, [64, 130], speeds)
+    assert (tmp_path / "cost.png").stat().st_size > 5000 and len(speeds) == 4
+    assert capsys.readouterr().out.count("\n") == 11 and stu.windowed_attention is windowed_attention
+
+
 # ------------------------------------------------------------------------------------------------------------
 # python test_stu.py: stu.py against the usual route, on this machine
 
@@ -2840,7 +2853,7 @@ def draw_costs(path, where, contexts, seconds, lengths, speeds):
         milliseconds = np.array(times) * 1e3
         left.loglog(contexts, milliseconds, marker="o", color=f"C{i}")
         left.annotate(
-            label, (contexts[2], milliseconds[2]), (0, 8), textcoords="offset points", color=f"C{i}"
+            label, (contexts[-3:][0], milliseconds[-3:][0]), (0, 8), textcoords="offset points", color=f"C{i}"
         )
     for i, (name, values) in enumerate(speeds.items()):
         right.semilogx(lengths[: len(values)], values, marker="o", color=f"C{i}")
