@@ -466,7 +466,7 @@ def ant(args: argparse.Namespace, figure) -> None:
         table({"no change": judge(lambda x: torch.zeros(*x.shape[:2], d))})
         for name, path in zip((*kinds, "no change"), rollouts):
             axes[0].plot(path[0, :, 5], label=name)
-            axes[1].semilogy((path - alone).square().mean((0, 2))[1:], label=name)
+            axes[1].semilogy(range(1, 51), (path - alone).square().mean((0, 2))[1:], label=name)
         axes[0].plot(alone[0, :, 5], "k", label="true")
         axes[0].set(title=f"{task.capitalize()}: one joint", xlabel="steps on their own predictions")
         axes[1].set(title=f"{task.capitalize()}: mean squared error", xlabel="steps on their own predictions")
