@@ -252,7 +252,7 @@ def descend(model: nn.Module, measure, num_steps: int, rate: float, label="", af
         if label and 20 * step // num_steps > 20 * (step - 1) // num_steps:
             s = round((time.perf_counter() - start) * (num_steps / step - 1) + after)
             bar = f"{'█' * (20 * step // num_steps):·<20} {s // 60}:{s % 60:02} left"
-            end = "\r" if terminal and step < num_steps else "\n"  # in a terminal the line redraws itself
+            end = "\r" if terminal and step < num_steps else "\n"
             print(f"{label:<26} step {step}/{num_steps} {number:8.2g} {bar}", end=end, flush=True)
     model.eval()
     return watched
@@ -280,16 +280,16 @@ def race(makers: dict, measure, judge, steps: int, rates: tuple, seed: int, same
 
     def attempt(name, rate, steps, label="", after=0.0):
         torch.manual_seed(seed + 1)  # the same weights and the same data at every rate
-        model, start = makers[name](), time.perf_counter()
-        return model, rate, descend(model, measure, steps, rate, label, after), time.perf_counter() - start
+        model, start = makers[name](), time.process_time()  # of all threads, and of no other program
+        return model, rate, descend(model, measure, steps, rate, label, after), time.process_time() - start
 
     cost, runs, scores, final, rows = {}, [], {}, {}, {}
     for name in makers:
         cost[name] = min(attempt(name, rates[0], 1)[-1] for _ in range(5))  # seconds of a step
         full = round(steps * cost[next(iter(makers))] / cost[name]) if same_time else steps
         runs += [(name, rate, full // 4 + 1) for rate in rates if len(rates) > 1] + [(name, None, full)]
-    due = [cost[name] * steps for name, _, steps in runs]
-    print(f"{len(runs)} runs, {torch.get_num_threads()} CPU threads: about {sum(due) / 60:.1f} minutes")
+    due = [cost[name] * steps / torch.get_num_threads() for name, _, steps in runs]
+    print(f"{len(runs)} runs on {torch.get_num_threads()} CPU threads: about {sum(due) / 60:.1f} minutes")
     for i, (name, rate, n) in enumerate(runs):
         rate = rate or min(rates, key=lambda r: scores.get((name, r), 0))
         final[name] = attempt(name, rate, n, f"{name}, rate {rate}", sum(due[i + 1 :]))
@@ -297,7 +297,7 @@ def race(makers: dict, measure, judge, steps: int, rates: tuple, seed: int, same
     for name, (model, rate, watched, seconds) in final.items():
         torch.manual_seed(seed + 2)  # the same data for every model
         size = sum(p.numel() for p in model.parameters())
-        row = {"params": size, "rate": rate, "steps": len(watched), "seconds": seconds}
+        row = {"params": size, "rate": rate, "steps": len(watched), "CPU s": seconds}
         rows[name] = row | torch.no_grad()(judge)(model)
     table(rows)
     return {name: [number for _, number in watched] for name, (_, _, watched, _) in final.items()}
@@ -466,7 +466,7 @@ def ant(args: argparse.Namespace, figure) -> None:
         table({"no change": judge(lambda x: torch.zeros(*x.shape[:2], d))})
         for name, path in zip((*kinds, "no change"), rollouts):
             axes[0].plot(path[0, :, 5], label=name)
-            axes[1].semilogy((path - alone).square().mean((0, 2))[1:], label=name)
+            axes[1].semilogy(range(1, 51), (path - alone).square().mean((0, 2))[1:], label=name)
         axes[0].plot(alone[0, :, 5], "k", label="true")
         axes[0].set(title=f"{task.capitalize()}: one joint", xlabel="steps on their own predictions")
         axes[1].set(title=f"{task.capitalize()}: mean squared error", xlabel="steps on their own predictions")
