@@ -155,7 +155,7 @@ def fft_conv(u, h, tile):
 # Each branch has its own rows of M_filters: shared, they make a kernel ∝ 1 + (-1)^t, blind to odd lags.
 class Mixer(nn.Module):
     """What the layers of both kinds share: x [B, T, d_in] -> y, or (y, state) with use_cache; of the layer's
-    own, `mix` gives y and the tensors to remember. attention_mask [B, past + T] is 0 at padding."""
+    own, `mix` gives y and the tensors to remember. attention_mask [B, >= past + T] is 0 at padding."""
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
         right = x.ndim == 3 and x.shape[1] >= 1 and x.shape[2] == self.d_in and x.is_floating_point()
@@ -181,8 +181,7 @@ class STU(Mixer):
     stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, with state=None
     first. The state holds S [B, n, d_out] (full STU: d_in), or the last seq_len inputs where no recurrence
     fits. A call without a state and with T <= seq_len takes the route `backend`, "fft" (a convolution), "lds"
-    (a recurrence over chunks) or "auto" (the faster one); all others recur.
-    attention_mask [B, >= T] is 0 where an input is padding; its last column is for the last input."""
+    (a recurrence over chunks) or "auto" (the faster one); all others recur."""
 
     def __init__(self, d_in, d_out, seq_len=None, num_eigh=24, *, precomputed_filters=None, backend="auto",
                  config=None, **options):  # fmt: skip
@@ -221,8 +220,8 @@ class STU(Mixer):
         c, T, (S,) = self.config, x.shape[1], state or (None,)
         u, M = (x @ self.M_inputs, self.M_filters) if c.use_approx else (x, self.M)
         filters, lds = self.bank.on(u)
-        # Operations for a weight of the full STU: 2 d_out by FFT, whatever B; B (n + chunk + d_out) by
-        # recurrence, at 2 to 3 times the speed
+        # Operations for a weight of the full STU: by FFT 2 d_out for any B; recurring B (n + chunk + d_out),
+        # at 2 to 3 times the speed
         few = self.backend == "auto" and not c.use_approx and 64 * len(x) <= self.d_out
         with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
             u, M = u.to(filters.dtype), M.to(filters.dtype)  # at least float32 (on CUDA in TF32, if allowed)
@@ -359,8 +358,8 @@ def rotary(x, start):
 def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=128):
     """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i sees key past + i and the `window` keys before it.
 
-    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, past + T] is False
-    at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in time, and
+    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T] is
+    False at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in time, and
     backward too: k and v are cut into tiles once, for the gradient of a slice is as long as what it is of."""
     q_tiles, y = q.split(tile, dim=2), []
     cuts = [k.shape[2] - q.shape[2], *(q_i.shape[2] for q_i in q_tiles)]  # the past, then as the queries
@@ -372,8 +371,8 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=1
         causal = torch.ones(T, keys, dtype=torch.bool, device=q.device).tril(keys - T)
         visible = causal.triu(keys - T - window)
         if attention_mask is not None:  # [B, 1, T, keys]
-            mask_i = cat(attention_mask[:, None, None].split(cuts, dim=3)[near], dim=3)
-            visible = visible & mask_i | causal.triu(keys - T)
+            mask_tiles = attention_mask[:, None, None, -k.shape[2] :].split(cuts, dim=3)
+            visible = visible & cat(mask_tiles[near], dim=3) | causal.triu(keys - T)
         if softcap:
             logits = softcap * torch.tanh(q_i @ k_i.transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap))
             logits = logits.masked_fill(~visible, -torch.inf)
@@ -410,7 +409,6 @@ class SlidingWindowAttention(Mixer):
             q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
             y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=c.softcap)
         else:
-            mask = None if mask is None else mask[:, -k.shape[2] :]
             y = windowed_attention(q, k, v, w, c.softcap, mask).transpose(1, 2)
         return self.c_proj(y.flatten(2)), [t[:, :, max(0, t.shape[2] - w) :] for t in (k, v)]
 
@@ -426,10 +424,9 @@ def piece_by_piece(function, *tensors):
 
 
 def full_conv(x, filters, M, tile):
-    """Σ_f (Φ_f * x) M_f for x [B, T, d_in], filters [<= T, F], M [F, d_in, d_out] -> [B, T, d_out].
-
-    At each frequency ω the layer is one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in]
-    are never formed. Of these matrices 64 are made at a time, or 64 · tile / (d_in · d_out)."""
+    """Σ_f (Φ_f * x) M_f for x [B, T, d_in], filters [<= T, F], M [F, d_in, d_out] -> [B, T, d_out]: at each
+    frequency ω one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are never formed. Of
+    these matrices 64 are made at a time, or 64 · tile / (d_in · d_out)."""
 
     def mix(x_f, filters_f):  # [band, B, d_in], [2, band, F] -> [band, B, d_out]
         matrices = torch.complex(*(filters_f @ M.flatten(1)))  # M is real: real and imaginary part apart
