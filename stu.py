@@ -359,8 +359,8 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=1
     """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i sees key past + i and the `window` keys before it.
 
     Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T] is
-    False at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in time, and
-    backward too: k and v are cut into tiles once, for the gradient of a slice is as long as what it is of."""
+    False at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in
+    time, backward too: k and v are cut into tiles once, as the gradient of a slice is of full length."""
     q_tiles, y = q.split(tile, dim=2), []
     cuts = [k.shape[2] - q.shape[2], *(q_i.shape[2] for q_i in q_tiles)]  # the past, then as the queries
     k_tiles, v_tiles = k.split(cuts, dim=2), v.split(cuts, dim=2)
@@ -832,9 +832,9 @@ if "transformers" in sys.modules:
             raise ValueError("FlashSTU cannot take back a token: no assisted decoding, as model or assistant")
 
     class FlashSTUPreTrainedModel(PreTrainedModel):
-        config_class, base_model_prefix = FlashSTUPretrainedConfig, "model"
+        config_class, base_model_prefix, _input_embed_layer = FlashSTUPretrainedConfig, "model", "tok_emb"
         supports_gradient_checkpointing, _is_stateful = True, True  # stateful: it cannot take back a token
-        _supports_default_dynamic_cache, _input_embed_layer = (lambda self: False), "tok_emb"
+        _supports_default_dynamic_cache = _can_set_attn_implementation = classmethod(lambda cls: False)
         _no_split_modules, _skip_keys_device_placement = ("FlashSTUBlock",), ("past_key_values", "cache")
 
         def _init_weights(self, module):  # weights that a checkpoint lacks, embeddings that a resize adds
