@@ -110,52 +110,37 @@ def fft_size(n):
     return min(m << max(0, ceil(log2(n / m))) for m in (1, 3, 5, 9, 15))
 
 
-class Spectrum(torch.autograd.Function):
-    """u [..., T] -> its spectrum at n points, conjugated. As torch.fft.rfft, without keeping u padded."""
+class FFTConv(torch.autograd.Function):
+    """u [B, d, T], h [d, <= T] -> y [B, d, T], y_f = u_f · h_f on n points, and both spectra conjugated.
+
+    PyTorch's derivative of rfft is a complex FFT; the backward here is one rfft and two irffts. It needs the
+    spectra. They are outputs, so that it can itself be differentiated, to any order."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(u, n):
-        return rfft(u, n=n).conj_physical_()
+    def forward(u, h, n):
+        u_f, h_f = rfft(u, n=n), rfft(h, n=n)
+        y = irfft(u_f * h_f, n=n)[..., : u.shape[-1]]
+        return y, u_f.conj_physical_(), h_f.conj_physical_()  # in place: no second spectrum
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.T, ctx.n = inputs[0].shape[-1], inputs[1]
+        ctx.lengths, ctx.n = [t.shape[-1] for t in inputs[:2]], inputs[2]
+        ctx.save_for_backward(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad):
-        if grad is None:  # as always in a first backward
-            return None, None
-        return torch.fft.ifft(grad.conj(), n=ctx.n, norm="forward").real[..., : ctx.T], None
-
-
-class FFTConv(torch.autograd.Function):
-    """u [B, d, T], h [d, <= T] -> y [B, d, T], y_f = u_f · h_f; the spectra at n points are given conjugated.
-
-    PyTorch's derivative of rfft is a complex FFT; the backward here is one rfft and two irffts. The spectra
-    are arguments, so that the derivative of this derivative (of any order) finds its way through them."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(u, h, u_conj, h_conj, n):
-        return irfft((u_conj * h_conj).conj_physical_(), n=n)[..., : u.shape[-1]]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        u, h, u_conj, h_conj, n = inputs
-        ctx.sizes = u.shape[-1], h.shape[-1], n
-        ctx.save_for_backward(u_conj, h_conj)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (u_conj, h_conj), (T, T_h, n) = ctx.saved_tensors, ctx.sizes
-        grad_f = rfft(grad, n=n)
-        grad_u = irfft(grad_f * h_conj, n=n)[..., :T]
-        grad_h = irfft((grad_f * u_conj).sum(0), n=n)[..., :T_h]
-        return grad_u, grad_h, None, None, None
+    def backward(ctx, grad, *grad_spectra):
+        (u_conj, h_conj), n, grads = ctx.saved_tensors, ctx.n, [None, None]
+        if grad is not None:
+            grad_f = rfft(grad, n=n)
+            grads = [irfft(grad_f * h_conj, n=n), irfft((grad_f * u_conj).sum(0), n=n)]
+        for i, g in enumerate(grad_spectra):
+            if g is not None:  # of a higher derivative: through rfft
+                g = torch.fft.ifft(g.conj(), n=n, norm="forward").real
+                grads[i] = g if grads[i] is None else grads[i] + g
+        return *(g if g is None else g[..., :length] for g, length in zip(grads, ctx.lengths)), None
 
 
 def fft_conv(u, h, tile):
@@ -163,9 +148,8 @@ def fft_conv(u, h, tile):
     time, and so few that the CPU's cache holds their spectra: up to 1.7 times faster."""
     n, y = fft_size(u.shape[2] + h.shape[1] - 1), []
     tile = max(1, min(tile, (2**24 if u.is_cuda else 2**20) // (len(u) * n)))
-    for u_i, h_i in zip(u.split(tile, dim=1), h.split(tile)):
-        spectra = (Spectrum.apply(t, n) for t in (u_i, h_i))
-        y.append(FFTConv.apply(u_i, h_i, *spectra, n))
+    for pair in zip(u.split(tile, dim=1), h.split(tile)):
+        y.append(FFTConv.apply(*pair, n)[0])
     return cat(y, dim=1)
 
 
@@ -214,11 +198,12 @@ class STU(Mixer):
             bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_tensorized)
         elif not isinstance(bank, FilterBank):
             bank = FilterBank(bank if c.use_hankel_L else both_signs(bank))
-        self.d_in, self.d_out, self.backend, self.bank = d_in, d_out, backend, bank
+        self.d_in, self.d_out, self.bank = setting("d_in", d_in, int), setting("d_out", d_out, int), bank
+        self.backend = backend
         L, n_filters = bank.filters.shape
-        right = min(d_in, d_out) > 0 and L == c.seq_len and backend in ("auto", "fft", "lds")
-        wanted = f'd_in, d_out >= 1, filters of length seq_len = {c.seq_len}, backend "auto", "fft" or "lds"'
-        check(right, f"an STU needs {wanted}", f"{d_in}, {d_out}, length {L}, {backend!r}")
+        right = L == c.seq_len and backend in ("auto", "fft", "lds")
+        wanted = f'filters of length seq_len = {c.seq_len} and backend "auto", "fft" or "lds"'
+        check(right, f"an STU needs {wanted}", f"length {L}, {backend!r}")
         if c.use_approx:
             self.M_inputs = nn.Parameter(torch.empty(d_in, d_out))
             self.M_filters = nn.Parameter(torch.empty(n_filters, d_out))
@@ -498,6 +483,14 @@ def check(right, wanted, given):
         raise ValueError(f"{wanted}, got {got}")
 
 
+def setting(name, given, annotation):
+    """A number or truth value as exactly that, numpy's too."""
+    value, (kinds, least, wanted) = np.asarray(given), SETTINGS[annotation]
+    right = value.ndim == 0 and value.dtype.kind in kinds and least <= value < inf
+    check(right, f"{name} must be {wanted}", repr(given))
+    return value.item()
+
+
 @dataclass
 class FlashSTUConfig:
     n_embd: int = 1536  # width d
@@ -528,12 +521,9 @@ class FlashSTUConfig:
         w, *right = np.ravel(self.window_size).tolist()
         self.window_size = w if right == [0] else self.window_size
         for f in fields(self)[:-1]:
-            given, (kinds, least, wanted) = getattr(self, f.name), SETTINGS[f.type]
+            given = getattr(self, f.name)
             if given is not None or f.default is not None:
-                value = np.asarray(given)
-                right = value.ndim == 0 and value.dtype.kind in kinds and least <= value < inf
-                check(right, f"{f.name} must be {wanted}", repr(given))
-                setattr(self, f.name, value.item())
+                setattr(self, f.name, setting(f.name, given, f.type))
         dtype, heads = self.torch_dtype, self.n_heads
         self.torch_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
         right = isinstance(self.torch_dtype, torch.dtype) and self.torch_dtype.is_floating_point

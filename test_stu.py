@@ -522,7 +522,9 @@ def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
     (lambda: get_spectral_filters(8, 4, dtype=torch.int32), "floating-point"),
     (lambda: STU(4, 4, 8, 4, use_approx=False)(torch.ones(1, 8, 4, dtype=torch.int64)), "floating-point"),
     (lambda: STU(4, 4, 400, num_eigh=400), "length 400 has 2.. filters"),
-    (lambda: STU(0, 4, 8, 4), "d_in"),
+    (lambda: STU(0, 4, 8, 4), "d_in must be a positive integer, got 0"),
+    (lambda: STU(4, True, 8, 4), "d_out must be a positive integer, got True"),
+    (lambda: STU(4, "4", 8, 4), "d_out must be a positive integer, got '4'"),
     (lambda: STU(4, 4, 8, 4, backend="scan"), "backend"),
     (lambda: STU(4, 4, 8, 4, d_in_tile=0), "d_in_tile"),
     (lambda: STU(4, 4, 8, precomputed_filters=torch.ones(7, 3)), "seq_len = 8"),
@@ -1384,7 +1386,7 @@ def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
         answers = torch.tensor([[follower(row, t) for t in range(len(row))] for row in ids.tolist()])
         if task == "selective copying":
             answers[:, 48:] = ids[ids < 62].view(-1, 8)
-        return stu.Output(logits=100.0 * F.one_hot(answers, 64))
+        return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
 
     assert quiz(oracle, task, 50)[1] > 0.9
 
