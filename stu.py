@@ -16,7 +16,7 @@ The letters, everywhere in this file:
     Φ  the filter bank [L, F]: F = 2K filters φ_k(t), (-1)^t φ_k(t); Hankel-L has both signs inside: F = K
     M  what is learned, [F, d_in, d_out]: M_f takes the output of filter f to the layer's output
     A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
-    S  the state of that system, [B, n, d]: everything that an STU layer remembers of its past
+    S  the state of that system, [B, n, d]: what an STU layer remembers (no system fits: its last L inputs)
     w  attention window: a token sees itself and the w tokens before it; [B, H, T, hd] are H heads of size hd
 F is also torch.nn.functional, as everywhere.
 """
@@ -72,7 +72,8 @@ def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torc
     found = []  # (eigenvalue^½, filter)
     for first in range(min(step, L)):  # Hankel-L: a filter lives on the even lags or on the odd ones
         lags = np.arange(first, L, step)
-        Q, R = torch.linalg.qr(torch.from_numpy(np.exp(-lags[:, None] * rate) * weight))  # of G, O(L m²)
+        G = torch.from_numpy(np.exp(-lags[:, None] * rate) * weight)  # [lags, m]
+        Q, R = torch.linalg.qr(G)  # [lags, m], [m, m], in O(L m²)
         U, sigma, _ = torch.linalg.svd(R)  # [m, m]: G = (Q U) diag(σ) Vᵀ
         phi = Q.new_zeros(L, len(sigma[:K]))
         phi[lags] = Q @ U[:, :K] * sigma[:K].sqrt()  # √σ = λ^¼
@@ -85,7 +86,8 @@ def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torc
 
 def both_signs(phi):
     """φ [L, K] -> the bank Φ = [φ, (-1)^t φ], [L, 2K]."""
-    return cat([phi, (-1.0) ** arange(len(phi), device=phi.device)[:, None] * phi], dim=1)
+    sign = 1 - 2 * (arange(len(phi), device=phi.device)[:, None] % 2)
+    return cat([phi, sign * phi], dim=1)
 
 
 def stu_formula(x, phi, M):
@@ -213,7 +215,7 @@ class STU(Mixer):
 
     def reset_parameters(self):
         """White input of unit variance gives output of about unit variance, whatever the filters' scales."""
-        std, gain = self.d_in**-0.5, self.bank.filters.norm().item()  # √ Σ_f |Φ_f|²
+        std, gain = self.d_in**-0.5, np.linalg.norm(self.bank.filters)  # √ Σ_f |Φ_f|²
         stds = {"M_inputs": std, "M_filters": 1 / gain, "M": std / gain}
         for name, p in self.named_parameters():
             nn.init.normal_(p, std=stds[name])
@@ -225,7 +227,7 @@ class STU(Mixer):
     def mix(self, x, state, seen, mask, use_cache):
         c, T, (S,) = self.config, x.shape[1], state or (None,)
         u, M = (x @ self.M_inputs, self.M_filters) if c.use_approx else (x, self.M)
-        filters, lds = self.bank.on(u)
+        dtype, (filters, lds) = u.dtype, self.bank.on(u)
         # Operations for a weight of the full STU: by FFT 2 d_out for any B; recurring B (n + chunk + d_out),
         # at 2 to 3 times the speed
         few = self.backend == "auto" and not c.use_approx and 64 * len(x) <= self.d_out
@@ -233,14 +235,14 @@ class STU(Mixer):
             u, M = u.to(filters.dtype), M.to(filters.dtype)  # at least float32 (on CUDA in TF32, if allowed)
             if lds and (few or self.backend == "lds" or state or use_cache or T > c.seq_len):
                 y, S = recur(u, S, lds, M)
-            else:  # with a state, where no recurrence fits: S are the inputs before
+            else:  # a convolution; where no recurrence fits, the state S is the inputs before
                 u = u if S is None else cat([S, u], dim=1)
-                y, S = self.convolve(u, filters[: u.shape[1]], M, x.dtype), u[:, -c.seq_len :]
+                y, S = self.convolve(u, filters[: u.shape[1]], M, dtype), u[:, -c.seq_len :]
                 y = y[:, u.shape[1] - T :]
-        return y.to(x.dtype), (S,)
+        return y.to(dtype), (S,)
 
     def convolve(self, u, filters, M, dtype):
-        """Σ_f (Φ_f * u) M_f, with M [F, d] for STU-T; dtype is that of the layer's input."""
+        """Σ_f (Φ_f * u) M_f, with M [F, d] for STU-T; dtype is what u had before."""
         c, tile = self.config, self.config.d_out_tile or self.d_out
         if len(u) == 0:  # FFTs refuse an empty batch
             return u @ u.new_zeros(u.shape[2], self.d_out)
@@ -315,7 +317,7 @@ def fit_recurrence(filters, n_pairs=0, chunk=64, fade=1e-5, tolerance=1e-6):
     C = np.linalg.solve(np.eye(len(A)) - (1 - fade**2) * A_L @ A_L.T, psi.T @ phi).T
     error = np.abs(psi @ C.T - phi).max() / np.abs(phi).max()
     past_L = np.linalg.norm(C @ A_L, axis=1).max() / np.linalg.norm(phi, axis=0).max()
-    if max(error, 2e-5 * past_L) <= tolerance:
+    if error <= tolerance and past_L <= 5e4 * tolerance:
         powers = np.stack([np.linalg.matrix_power(A, i) for i in range(chunk + 1)])
         return SpectralLDS(*map(torch.from_numpy, (powers, b, C)))
 
@@ -371,7 +373,7 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=1
     cuts = [k.shape[2] - q.shape[2], *(q_i.shape[2] for q_i in q_tiles)]  # the past, then as the queries
     k_tiles, v_tiles = k.split(cuts, dim=2), v.split(cuts, dim=2)
     for i, q_i in enumerate(q_tiles):
-        near = slice(max(0, i + 1 - ceil(window / tile)), i + 2)  # the tiles that it can see
+        near = slice(max(0, i + 1 - ceil(window / tile)), i + 2)  # of keys: 0 is the past, i + 1 is its own
         k_i, v_i = cat(k_tiles[near], dim=2), cat(v_tiles[near], dim=2)
         T, keys = q_i.shape[2], k_i.shape[2]
         causal = torch.ones(T, keys, dtype=torch.bool, device=q.device).tril(keys - T)
@@ -720,7 +722,9 @@ class FlashSTU(nn.Module):
         wanted = "max_new_tokens, temperature >= 0, top_k >= 1, 0 < top_p <= 1, stop_token of the vocabulary"
         given = f"{max_new_tokens = }, {temperature = }, {top_k = }, {top_p = }, {stop_token = }"
         check(right, f"need {wanted}", given)
+        check(use_cache or not state, "a state wants use_cache=True", "False")
         state = [] if state is None else state
+        input_ids = check_ids(input_ids, shortest=0 if state else 1)
         done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
         logits = self.read(input_ids, state)
         for _ in range(max_new_tokens):
@@ -775,14 +779,14 @@ class FlashSTU(nn.Module):
             values["torch_dtype"] = values.get("dtype") or values["torch_dtype"]  # transformers' name, ours
             model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
             # transformers may have cut it into shards, and names what it wraps
-            found = sorted(Path(folder).glob("model*.safetensors"))
-            for path in found or [Path(folder) / "model.safetensors"]:
+            whole, shards = Path(folder) / "model.safetensors", Path(folder).glob("model-*.safetensors")
+            for path in [whole] if whole.exists() else sorted(shards) or [whole]:
                 tensors |= {name.removeprefix("model."): t for name, t in load_file(path).items()}
             model.load_state_dict(tensors)
-        except Exception as e:  # noqa: BLE001 (a file that cannot be read may be whole)
-            raise (
-                e if isinstance(e, OSError) else ValueError(f"{path} is damaged, or of another model: {e!r}")
-            )
+        except Exception as e:  # an OSError says nothing about what the file holds
+            if isinstance(e, OSError):
+                raise
+            raise ValueError(f"{path} is damaged, or of another model: {e!r}") from None
         return model.to(device)
 
 
@@ -793,7 +797,7 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
         raise ValueError("the logits are not finite: do the weights hold NaN or infinite values?")
     if temperature == 0:
         return logits.argmax(-1)
-    probs, tokens = ((logits - best) / temperature).softmax(-1), None
+    probs, tokens = ((logits - best).double() / temperature).softmax(-1), None
     if top_k or top_p:
         probs, tokens = probs.topk(min(top_k or probs.shape[1], probs.shape[1]))  # likeliest first
         before = (probs.cumsum(-1) - probs) / probs.sum(-1, keepdim=True)

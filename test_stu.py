@@ -380,6 +380,17 @@ def test_casting_to_bfloat16_leaves_the_filters_exact():
     assert layer.bank.on(x.double())[0].dtype == torch.float64
 
 
+def test_a_bank_does_not_depend_on_the_default_dtype():
+    expected = STU(4, 4, 600).bank
+    stu.standard_bank.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does while it makes a model
+    try:
+        made = STU(4, 4, 600).bank
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(made.filters, expected.filters) and torch.equal(made.lds.C, expected.lds.C)
+
+
 def test_layers_share_one_bank_and_a_copy_or_a_pickle_computes_the_same():
     a, b, x = STU(4, 4, 50), STU(4, 8, 50), torch.randn(1, 50, 4)
     assert a.bank is b.bank
@@ -842,6 +853,8 @@ def test_a_text_goes_on_from_the_state_of_the_last():
             if i >= n:
                 break
         n = max(n, 1)
+        with pytest.raises(ValueError, match="use_cache"):
+            model.generate(ids, max_new_tokens=1, state=state, use_cache=False)
         rest = model.generate(ids[:, :0], max_new_tokens=12 - n, state=list(state), **greedy)
         assert torch.equal(rest, whole[:, 30 + n :])
         more = torch.randint(61, (2, 4))
