@@ -50,10 +50,9 @@ table |= {
     "init_from": ("", AT_LEAST_1, "start from the weights and sizes of a run or of a saved model"),
     "fresh": (False, ANY, "start again; the run's checkpoints are replaced when the new ones are saved"),
     "seed": (1, (0, 2**32 - 1), "of the weights, the order of the data, dropout and sampling"),
-    # instead of training, with the model of init_from or else of the run
-    "sample": ("", AT_LEAST_1, "continue this text; @FILE: the text of a file"),
+    "sample": ("", AT_LEAST_1, "instead of training, continue this text; @FILE: the text of a file"),
     "chat": (False, ANY, "continue each line you type, from all that was before; an empty line goes on"),
-    "eval_only": (False, ANY, "the loss, and by position, on the validation split or on a text file"),
+    "eval_only": (False, ANY, "instead: the loss, also by position, on the validation split or a text file"),
     "draw": ("", AT_LEAST_1, "run folders, separated by commas: their losses in one picture"),
     "temperature": (0.8, AT_LEAST_0, "of sampling; 0 takes the likeliest token"),
     "top_k": (50, AT_LEAST_0, "sample from so many of the likeliest tokens; 0 from all"),
@@ -155,13 +154,12 @@ def say(text, end="\n"):
 
 
 def write(model, text, max_new_tokens, state):
-    """Print what follows the text, as it comes. `state`, a list, is where it goes on from, and then where it
-    ended; an empty text at the start begins a document."""
-    tokens, pending = tokenizer.encode(text).tolist() or [tokenizer.eot][: not state], []
-    ids, options = torch.tensor([tokens], dtype=torch.long, device=device), (s.top_k or None, s.top_p)
-    stream = model.stream(ids, max_new_tokens, s.temperature, *options, tokenizer.eot, True, generator, state)
+    """Print what follows the text, as it comes. The list `state` is where it begins, then where it ended."""
+    tokens = tokenizer.encode(text).tolist() or ([] if state else [tokenizer.eot])  # of a document before
+    ids, pending = torch.tensor([tokens], dtype=torch.long, device=device), []
+    options = s.temperature, s.top_k or None, s.top_p, tokenizer.eot, True, generator, state
     try:
-        for token in stream:
+        for token in model.stream(ids, max_new_tokens, *options):
             pending += token.tolist()
             text = tokenizer.decode(pending)
             if not text.endswith("\ufffd") or len(pending) == 4:  # else the last character may be incomplete
@@ -220,14 +218,13 @@ def log(step, **record):
 
 def draw(name, lines, **labels):
     """Lines, each its points and its style, to out_dir/name."""
-    figure = need("matplotlib.figure").Figure((7, 4), dpi=110, layout="constrained")
-    axis = figure.subplots()
+    axis = need("matplotlib.figure").Figure((7, 4), dpi=110, layout="constrained").subplots()
     for points, style in lines:
         axis.plot(*zip(*points), **style)
     axis.set(**labels)
     axis.legend()
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / name, figure.savefig)
+    write_atomically(run / name, axis.figure.savefig)
     say(f"the picture: {run / name}")
 
 
@@ -271,7 +268,7 @@ def evaluate(places):
             total += engine(x, labels=x).loss * (len(mine) / len(places))
     if world > 1:
         dist.all_reduce(total)
-    model.train()
+    model.train(not reading)
     return total.item()
 
 
@@ -328,13 +325,15 @@ if s.eval_only and Path(s.data).is_file():
 else:
     meta, shards = open_data(s.data)
 if source and meta["tokenizer"] != vocabulary:
-    sys.exit(f"{source_folder} reads {vocabulary}, {s.data} holds {meta['tokenizer']}: prepare it anew")
-tokenizer, batch_size = get_tokenizer(meta["tokenizer"]), s.batch_size
+    sys.exit(
+        f"{source_folder} reads {vocabulary}, {s.data} holds {meta['tokenizer']}: see prepare_data.py --help"
+    )
+tokenizer = get_tokenizer(meta["tokenizer"])
 bits_per_byte = meta["val"]["tokens"] / max(1, meta["val"]["bytes"]) / math.log(2)  # times nats per token
 longest = max(map(len, shards["val"])) - 1
 T = max(1, min(s.seq_len, longest) if s.eval_only else s.seq_len)
 windows = {split: tile(split, T) for split in shards}
-share = batch_size // world  # sequences of this process
+batch_size, share = s.batch_size, s.batch_size // world  # of all processes, of this one
 micro = s.micro_batch_size or share
 if batch_size % world:
     sys.exit(f"--batch_size {batch_size} is not a multiple of the {world} processes")
@@ -375,7 +374,6 @@ elif world > 1:
 if s.compile == "true" or (s.compile == "auto" and device.type == "cuda"):
     for layer in model.layers:
         layer.compile()
-
 # Muon orthogonalises each step of a matrix; embeddings, norms and the filter weights are no such matrices
 named = model.layers.named_parameters() if s.optimizer == "muon" else ()
 matrices = [p for n, p in named if p.ndim == 2 and "M_filters" not in n]
@@ -396,7 +394,6 @@ if s.eval_only:
     spectral = [i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, STU)]
     ways = {"state carried": (), "all reset": range(config.n_layers), "STU reset": spectral}
     edges, lines = [0, *(64 * 2**i for i in range(24) if 64 * 2**i < length), length], []
-    model.eval()
     for name, forgotten in ways.items():
         bits = bits_by_position(texts, length, forgotten)
         means = [(f"{a}-{b}", bits[a:b].mean().item()) for a, b in pairwise(edges)]
@@ -415,7 +412,7 @@ if saved:
     free = {"use_gradient_checkpointing", "d_in_tile", "d_out_tile"}  # the results are the same
     for name in [*(model_fields.keys() - free), "text", "optimizer", "seed", "batch_size"]:
         if before.get(name) != (value := getattr(s, name)):
-            sys.exit(f"{run} has {name}: {before.get(name)!r}, now {value!r}; choose another --out_dir")
+            sys.exit(f"{run} had {name}: {before.get(name)!r}, now {value!r}; choose another --out_dir")
     if start_step > s.steps:
         sys.exit(f"{run} is already at step {start_step}: give more --steps, or --fresh to start again")
     states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
@@ -432,8 +429,6 @@ asked_to_stop = []
 for signum in (signal.SIGTERM, signal.SIGINT):
     signal.signal(signum, lambda *_: asked_to_stop.append(1))
 skipped, in_a_row, epoch, n_windows = 0, 0, -1, len(windows["train"])
-model.train()
-
 for step in range(start_step, s.steps + 1):
     last, began = step == s.steps, time.time()
     torch.manual_seed(s.seed + 1000003 * step + rank)  # dropout too is a function of the step
@@ -510,14 +505,13 @@ for step in range(start_step, s.steps + 1):
         log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate, skipped=skipped)
 
 if not finite:
-    good = max(checkpoints(run), default="none")
-    sys.exit(f"the loss or its gradient is not finite. Last good checkpoint: {good}. A lower --lr may help")
+    sys.exit(
+        f"the loss or gradient is not finite. Good checkpoints: {[*checkpoints(run)]}; a lower --lr may help"
+    )
 if last and main:  # a folder for from_pretrained, and for transformers
     with told(f"cannot write {run / 'model'}", ". The checkpoint is intact"):
         whole.save_pretrained(run / "model")
-    say(f"{run / 'model'} is ready for FlashSTU.from_pretrained")
-if not last:
-    say(f"asked to stop: saved after step {step}; the same command continues")
+say(f"{run / 'model'} is ready" if last else f"asked to stop: saved after step {step}; start again to go on")
 if main:
     draw_losses([run])
 if world > 1:
