@@ -667,7 +667,9 @@ class FlashSTU(nn.Module):
         x = self.norm(x)
         return x, [*states, x[:, -1:].clone()] if use_cache else None
 
-    head = lambda self, x: self.tok_emb(x)  # hidden states [..., d] -> logits [..., vocab_size]
+    def head(self, x):
+        """Hidden states [..., d] -> logits [..., vocab_size]."""
+        return self.tok_emb(x)
 
     def forward(self, input_ids, labels=None, state=None, use_cache=False):
         """input_ids [B, T] -> logits [B, T, vocab_size]; with labels [B, T], instead, the mean cross-entropy
