@@ -2324,7 +2324,7 @@ def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
     for run in runs.values():
         code, output = finish(run)
         assert code == 0, output
-    curves = {name: logged(tmp_path / name) for name in runs}
+    curves = {name: logged(tmp_path / name) + logged(tmp_path / name, "val_loss") for name in runs}
     for name, curve in curves.items():
         assert curve == pytest.approx(curves["one"], rel=1e-5), name
     assert curves["one"][-1] < curves["one"][0]

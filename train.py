@@ -146,7 +146,7 @@ scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=s.dtype =
 
 
 def say(text, end="\n"):
-    """Print, on the main process; control characters as \\x1b, what cannot be printed not at all."""
+    """Print, on the main process, control characters as \\x1b; that nobody reads it ends no training."""
     text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text) + end
     with suppress(OSError):
         if main and sys.stdout:
@@ -300,7 +300,7 @@ if s.init_from or reading:
         source = saved["whole"] if saved else FlashSTU.from_pretrained(source_folder)
         sizes = {256: "bytes", 50304: "gpt2", 200064: "o200k_base"}
         vocabulary = sizes[math.ceil(source.config.vocab_size / 64) * 64]
-    taken = {name: getattr(source.config, name) for name in model_fields.keys() - {"torch_dtype", *given}}
+    taken = {k: getattr(source.config, k) for k in model_fields if k not in ("torch_dtype", *given)}
     vars(s).update(taken)
 if s.sample or s.chat:
     model, tokenizer, state = source.to(device), get_tokenizer(vocabulary), []
