@@ -420,7 +420,8 @@ if saved:
     scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty unless it was in float16
     say(f"continuing {run} after step {start_step}")
 if main:
-    (run / "config.json").write_text(json.dumps({"settings": vars(s), "model": config.to_dict()}, indent=1))
+    text = json.dumps({"settings": vars(s), "model": config.to_dict()}, indent=1)
+    write_atomically(run / "config.json", lambda f: f.write(text.encode()))
     with open(log_path, "a") as f:  # what came after the checkpoint comes again
         f.truncate(min(saved["log"], f.tell()) if saved else 0)
 
@@ -505,9 +506,7 @@ for step in range(start_step, s.steps + 1):
         log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate, skipped=skipped)
 
 if not finite:
-    sys.exit(
-        f"the loss or gradient is not finite. Good checkpoints: {[*checkpoints(run)]}; a lower --lr may help"
-    )
+    sys.exit(f"loss or gradient not finite. Good checkpoints: {[*checkpoints(run)]}; a lower --lr may help")
 if last and main:  # a folder for from_pretrained, and for transformers
     with told(f"cannot write {run / 'model'}", ". The checkpoint is intact"):
         whole.save_pretrained(run / "model")
