@@ -555,6 +555,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ImportError, ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError, KeyboardInterrupt) as error:
         needs = ': pip install matplotlib, and for --ant "gymnasium[mujoco]"'
-        sys.exit(f"error: {error}{needs if isinstance(error, ImportError) else ''}")
+        sys.exit(f"stopped: {error or 'asked to'}{needs if isinstance(error, ImportError) else ''}")
