@@ -221,7 +221,7 @@ def open_data(folder: str | Path, full: bool = False) -> tuple[dict, dict[str, l
     folder, opened = Path(folder), {split: [] for split in SPLITS}
     meta = read_meta(folder)
     if not meta or not meta["complete"]:
-        raise SystemExit(f"{folder} holds no complete data:  python prepare_data.py YOUR_FILES --out {folder}")
+        raise SystemExit(f"{folder} is not complete:  python prepare_data.py YOUR_FILES --out {folder}")
     for split, shards in opened.items():
         for i, sums in enumerate(meta[split]["shards"]):
             path, step = folder / f"{split}_{i:05d}.npy", 1 if full else max(1, len(sums) // 32)
