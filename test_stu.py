@@ -510,7 +510,7 @@ class FakeFlashFFTConv(torch.nn.Module):
         return y[..., : u.shape[2]].to(u.dtype)
 
 
-@pytest.mark.parametrize("L, T", [(100, 100), (128, 128), (300, 257), (64, 1)])
+@pytest.mark.parametrize("L, T", [(100, 100), (128, 128), (300, 257), (64, 1), (20000, 20000)])
 def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
     layer, x = STU(4, 4, L), torch.randn(2, T, 4)
     exact, names, runs = layer(x), list(layer.state_dict()), FakeFlashFFTConv.runs
