@@ -62,7 +62,7 @@ on_cuda = lambda t: t.is_cuda  # the one switch to them, so that a test can thro
 def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
     """The top K eigenvectors of Z, leading one first, each times (its eigenvalue)^¼ (the papers' scale):
     [seq_len, K]. Computed in float64 from G, in O(seq_len) memory: 4 GB at 2^20."""
-    c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)  # its checks
+    c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)  # section 7: checks
     L, K, step = c.seq_len, c.num_eigh, 2 if use_hankel_L else 1
     # -ln α = e^x at nodes x. The slowest: over L steps nothing of α^t is lost (1 - e^-12), or so near to 1
     # that (1-α)² w, of order (e^-21)³, is nothing in float64
@@ -116,7 +116,7 @@ class FFTConv(torch.autograd.Function):
     """u [B, d, T], h [d, <= T] -> y [B, d, T], y_f = u_f · h_f on n points, and both spectra conjugated.
 
     PyTorch's derivative of rfft is a complex FFT; the backward here is one rfft and two irffts. It needs the
-    spectra. They are outputs, so that it can itself be differentiated, to any order."""
+    spectra. They are outputs, so that the backward can itself be differentiated, to any order."""
 
     generate_vmap_rule = True
 
@@ -159,7 +159,7 @@ def fft_conv(u, h, tile):
 # 3. The STU layer
 # By the formula above both branches are one sum over the bank Φ = [φ, (-1)^t φ]:  y = Σ_f (Φ_f * x) M_f.
 # STU-T:  M_f = M_inputs · diag(M_filters[f]), hence y = (x M_inputs) * (Φ M_filters): one filter a channel.
-# Each branch has its own rows of M_filters: shared, they make a kernel ∝ 1 + (-1)^t, blind to odd lags.
+# Each branch has its own rows of M_filters: with M⁺ = M⁻ the kernel is ∝ 1 + (-1)^t, blind to odd lags.
 class Mixer(nn.Module):
     """What the layers of both kinds share: x [B, T, d_in] -> y, or (y, state) with use_cache; of the layer's
     own, `mix` gives y and the tensors to remember. attention_mask [B, >= past + T] is 0 at padding."""
