@@ -22,14 +22,13 @@ F is also torch.nn.functional, as everywhere.
 """
 
 import json
-import os
+import shutil
 import sys
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from math import ceil, inf, log, log2
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +45,7 @@ try:
     from flashfftconv import FlashFFTConv
 except ImportError:
     FlashFFTConv = None
-HALF = (torch.float16, torch.bfloat16)  # what these two take
-on_cuda = lambda t: t.is_cuda  # the one switch to them, so that a test can throw it on a CPU
+on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two take
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -63,31 +61,27 @@ def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torc
     """The top K eigenvectors of Z, leading one first, each times (its eigenvalue)^¼ (the papers' scale):
     [seq_len, K]. Computed in float64 from G, in O(seq_len) memory: 4 GB at 2^20."""
     c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)  # section 7: checks
-    L, K, step = c.seq_len, c.num_eigh, 2 if use_hankel_L else 1
+    L, K, signs = c.seq_len, c.num_eigh, 2 if c.use_hankel_L else 1
     # -ln α = e^x at nodes x. The slowest: over L steps nothing of α^t is lost (1 - e^-12), or so near to 1
     # that (1-α)² w, of order (e^-21)³, is nothing in float64
     rate = np.exp(np.arange(3.8, max(-12 - log(L), -21), -0.1))  # [m]
     w = 0.1 * rate * np.exp(-rate)  # |dα| = e^x α dx, in steps dx = 0.1
-    weight = -np.expm1(-step * rate) * np.sqrt(step * w)  # √w (1-α); Hankel-L, a column for ±α: √(2w) (1-α²)
-    found = []  # (eigenvalue^½, filter)
-    for first in range(min(step, L)):  # Hankel-L: a filter lives on the even lags or on the odd ones
-        lags = np.arange(first, L, step)
-        G = torch.from_numpy(np.exp(-lags[:, None] * rate) * weight)  # [lags, m]
-        Q, R = torch.linalg.qr(G)  # [lags, m], [m, m], in O(L m²)
-        U, sigma, _ = torch.linalg.svd(R)  # [m, m]: G = (Q U) diag(σ) Vᵀ
-        phi = Q.new_zeros(L, len(sigma[:K]))
-        phi[lags] = Q @ U[:, :K] * sigma[:K].sqrt()  # √σ = λ^¼
-        found += zip(sigma, (phi * phi[first].sign()).T)  # positive at the first lag
-    found = sorted(found, key=lambda pair: -pair[0])[:K]
-    wanted = f"length {L} has {len(found)} filters, of floating-point dtype"
-    check(len(found) >= K and dtype.is_floating_point, wanted, f"{K = }, {dtype}")
-    return torch.stack([phi for _, phi in found], dim=1).to(device=device, dtype=dtype)
+    weight = -np.expm1(-signs * rate) * np.sqrt(w)  # √w (1-α); Hankel-L: √w (1-α²)
+    G = torch.from_numpy(np.exp(-np.arange(L)[:, None] * rate) * weight)  # [L, m]
+    Q, R = torch.linalg.qr(both_signs(G) if c.use_hankel_L else G)  # [L, m], [m, m], in O(L m²)
+    U, sigma, _ = torch.linalg.svd(R)  # [m, m]: G = (Q U) diag(σ) Vᵀ
+    wanted = f"length {L} has {len(sigma)} filters, of floating-point dtype"
+    check(len(sigma) >= K and dtype.is_floating_point, wanted, f"{K = }, {dtype}")
+    phi = Q @ U[:, :K] * sigma[:K].sqrt()  # √σ = λ^¼
+    phi = phi * phi[:signs].sum(0).sign()  # positive at the first lag; Hankel-L: the first two, one of them 0
+    return phi.to(device=device, dtype=dtype)
 
 
 def both_signs(phi):
     """φ [L, K] -> the bank Φ = [φ, (-1)^t φ], [L, 2K]."""
-    sign = 1 - 2 * (arange(len(phi), device=phi.device)[:, None] % 2)
-    return cat([phi, sign * phi], dim=1)
+    minus = phi.clone()
+    minus[1::2] *= -1
+    return cat([phi, minus], dim=1)
 
 
 def stu_formula(x, phi, M):
@@ -167,18 +161,14 @@ class Mixer(nn.Module):
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
         right = x.ndim == 3 and x.shape[1] >= 1 and x.shape[2] == self.d_in and x.is_floating_point()
         check(right, f"input must be floating-point [batch, length >= 1, {self.d_in} channels]", x)
-        tensors, seen, mine = None, 0, self.extra_repr()
-        if state:
-            tensors, _, seen = state
-            own = LayerState((x,), mine)
-            check(str(state) == str(own), f"this layer wants a state of {own}", f"one of {state}")
-        mask = check_mask(attention_mask, len(x), seen + x.shape[1])
+        T, own = x.shape[1], f"{len(x)} sequences in a layer ({self.extra_repr()})"
+        tensors, owner, seen = state or (None, own, 0)
+        check(owner == own, f"this layer wants a state of {own}", f"one of {owner}")
+        mask = check_mask(attention_mask, len(x), seen + T)
         if mask is not None:
-            x = x.masked_fill(~mask[:, -x.shape[1] :, None], 0)  # whatever stood there
+            x = x.masked_fill(~mask[:, -T:, None], 0)  # whatever stood there
         y, tensors = self.mix(x, tensors, seen, mask, use_cache)
-        if not use_cache:
-            return y
-        return y, LayerState(tuple(t.clone() for t in tensors), mine, seen + x.shape[1])
+        return (y, LayerState(tuple(t.clone() for t in tensors), own, seen + T)) if use_cache else y
 
 
 class STU(Mixer):
@@ -193,15 +183,14 @@ class STU(Mixer):
     def __init__(self, d_in, d_out, seq_len=None, num_eigh=24, *, precomputed_filters=None, backend="auto",
                  config=None, **options):  # fmt: skip
         super().__init__()
-        options |= {"seq_len": seq_len, "num_eigh": num_eigh, "use_attn": False}
-        self.config = c = config or FlashSTUConfig(**options)
+        c = config or FlashSTUConfig(seq_len=seq_len, num_eigh=num_eigh, use_attn=False, **options)
         bank = precomputed_filters
         if bank is None:
             bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_tensorized)
         elif not isinstance(bank, FilterBank):
             bank = FilterBank(bank if c.use_hankel_L else both_signs(bank))
-        self.d_in, self.d_out, self.bank = setting("d_in", d_in, int), setting("d_out", d_out, int), bank
-        self.backend = backend
+        self.d_in, self.d_out = setting("d_in", d_in, int), setting("d_out", d_out, int)
+        self.config, self.bank, self.backend = c, bank, backend
         L, n_filters = bank.filters.shape
         right = L == c.seq_len and backend in ("auto", "fft", "lds")
         wanted = f'filters of length seq_len = {c.seq_len} and backend "auto", "fft" or "lds"'
@@ -249,8 +238,9 @@ class STU(Mixer):
         if not c.use_approx:
             return full_conv(u, filters, M, tile * (c.d_in_tile or self.d_in))
         u, h = u.transpose(1, 2), M.T @ filters.T  # [B, d, T], [d, <= T]
-        flash = c.use_flash_fft and FlashFFTConv and on_cuda(u) and dtype in HALF
-        return (flash_fft_conv(u.to(dtype), h) if flash else fft_conv(u, h, tile)).transpose(1, 2)
+        if c.use_flash_fft and FlashFFTConv and on_cuda_16_bit(u.to(dtype)):
+            return flash_fft_conv(u.to(dtype), h).transpose(1, 2)
+        return fft_conv(u, h, tile).transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -369,7 +359,7 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=1
     Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T] is
     False at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in
     time, backward too: k and v are cut into tiles once, as the gradient of a slice is of full length."""
-    q_tiles, y = q.split(tile, dim=2), []
+    q_tiles, y = (q * q.shape[-1] ** -0.5).split(tile, dim=2), []
     cuts = [k.shape[2] - q.shape[2], *(q_i.shape[2] for q_i in q_tiles)]  # the past, then as the queries
     k_tiles, v_tiles = k.split(cuts, dim=2), v.split(cuts, dim=2)
     for i, q_i in enumerate(q_tiles):
@@ -381,12 +371,10 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=1
         if attention_mask is not None:  # [B, 1, T, keys]
             mask_tiles = attention_mask[:, None, None, -k.shape[2] :].split(cuts, dim=3)
             visible = visible & cat(mask_tiles[near], dim=3) | causal.triu(keys - T)
+        logits = q_i @ k_i.transpose(-1, -2)
         if softcap:
-            logits = softcap * torch.tanh(q_i @ k_i.transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap))
-            logits = logits.masked_fill(~visible, -torch.inf)
-            y.append(logits.softmax(-1) @ v_i)
-        else:
-            y.append(F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible))
+            logits = softcap * torch.tanh(logits / softcap)
+        y.append(logits.masked_fill(~visible, -inf).softmax(-1) @ v_i)
     return cat(y, dim=2)
 
 
@@ -397,8 +385,8 @@ class SlidingWindowAttention(Mixer):
 
     def __init__(self, d_model=None, n_heads=None, window_size=1024, softcap=50.0, config=None, **options):
         super().__init__()
-        options |= {"n_embd": d_model, "n_heads": n_heads, "window_size": window_size, "softcap": softcap}
-        self.config = c = config or FlashSTUConfig(**options)
+        sizes = {"n_embd": d_model, "n_heads": n_heads, "window_size": window_size, "softcap": softcap}
+        self.config = c = config or FlashSTUConfig(**sizes, **options)
         self.d_in = c.n_embd
         self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, c.bias)
         self.c_proj = nn.Linear(c.n_embd, c.n_embd, c.bias)
@@ -413,7 +401,7 @@ class SlidingWindowAttention(Mixer):
         q, k = (rotary(t, seen).to(v.dtype) for t in (self.q_norm(q), self.k_norm(k)))
         if state:
             k, v = (cat(pair, dim=2) for pair in zip(state, (k, v)))
-        if flash_attn_func and on_cuda(q) and q.dtype in HALF and mask is None:
+        if flash_attn_func and on_cuda_16_bit(q) and mask is None:
             q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
             y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=c.softcap)
         else:
@@ -520,20 +508,20 @@ class FlashSTUConfig:
     torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters; train with float32 and autocast
 
     def __post_init__(self):
-        w, *right = np.ravel(self.window_size).tolist()
-        self.window_size = w if right == [0] else self.window_size
+        if np.shape(w := self.window_size) == (2,) and w[1] == 0:
+            self.window_size = w[0]
         for f in fields(self)[:-1]:
             given = getattr(self, f.name)
             if given is not None or f.default is not None:
                 setattr(self, f.name, setting(f.name, given, f.type))
-        dtype, heads = self.torch_dtype, self.n_heads
-        self.torch_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
-        right = isinstance(self.torch_dtype, torch.dtype) and self.torch_dtype.is_floating_point
-        check(right, "torch_dtype must be a floating-point dtype", repr(dtype))
+        dtype, heads = getattr(torch, str(self.torch_dtype).removeprefix("torch."), None), self.n_heads
+        right = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        check(right, "torch_dtype must be a floating-point dtype", repr(self.torch_dtype))
         even = self.n_embd % (2 * heads) == 0 or not self.use_attn
         check(even, f"n_heads = {heads} does not divide n_embd into heads of even size", self.n_embd)
         check(self.use_stu or self.use_attn, "use_stu or use_attn must be True: no layer is left", "neither")
         check(self.dropout < 1, "dropout must be below 1", self.dropout)
+        self.torch_dtype = dtype
 
     def to_dict(self):
         return asdict(self) | {"torch_dtype": str(self.torch_dtype).removeprefix("torch.")}
@@ -557,15 +545,9 @@ def check_mask(mask, B, T):
     return mask.bool()
 
 
-class LayerState(NamedTuple):
-    """What a layer remembers between two pieces of a sequence."""
-
-    tensors: tuple  # [B, ...] each
-    layer: str  # its description: no other layer takes this state
-    seen: int = 0  # attention: inputs so far, padding included
-
-    def __str__(self):
-        return f"{len(self.tensors[0])} sequences in a layer ({self.layer})"
+# What a layer remembers between two pieces of a sequence: tensors [B, ...]; the layer's description and the
+# batch size, as no other takes this state; the number of inputs so far, padding included
+LayerState = namedtuple("LayerState", "tensors owner seen")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -577,8 +559,9 @@ class FlashSTUBlock(nn.Module):
     def __init__(self, d_model=None, sequence_length=None, num_filters=24, use_attention=False, config=None,
                  **options):  # fmt: skip
         super().__init__()
-        options |= {"n_embd": d_model, "seq_len": sequence_length, "num_eigh": num_filters}
-        c = config or FlashSTUConfig(use_attn=use_attention, use_stu=not use_attention, **options)
+        sizes = {"n_embd": d_model, "seq_len": sequence_length, "num_eigh": num_filters}
+        kind = {"use_attn": use_attention, "use_stu": not use_attention}
+        c = config or FlashSTUConfig(**sizes, **kind, **options)
         d, width, self.sandwich = c.n_embd, int(c.n_embd * c.mlp_scale), None
         linear, inner = partial(nn.Linear, bias=c.bias), d
         if c.stu_enable_mlp_sandwich and not use_attention:
@@ -586,8 +569,8 @@ class FlashSTUBlock(nn.Module):
             self.sandwich = nn.ModuleList([linear(d, inner), linear(inner, d)])
         self.mixer = SlidingWindowAttention(config=c) if use_attention else STU(inner, inner, config=c)
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
-        sizes = {"gate_proj": (d, width), "up_proj": (d, width), "down_proj": (width, d)}
-        self.mlp = nn.ModuleDict({name: linear(*size) for name, size in sizes.items()})
+        gate, up, down = linear(d, width), linear(d, width), linear(width, d)
+        self.mlp = nn.ModuleDict({"gate_proj": gate, "up_proj": up, "down_proj": down})
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
@@ -643,9 +626,8 @@ class FlashSTU(nn.Module):
         self.layers = nn.ModuleList(FlashSTUBlock(config=c, use_attention=a) for a in attention)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        last = ("sandwich.1.weight",) if c.stu_enable_mlp_sandwich else ("M_filters", "mixer.M")
         for name, p in self.named_parameters():
-            if name.endswith(("c_proj.weight", "down_proj.weight", *last)):
+            if name.endswith(("mixer.M", "M_filters", "c_proj.weight", "down_proj.weight")):
                 p.data *= (2 * c.n_layers) ** -0.5  # so many branches add up in the residual stream
         self.to(c.torch_dtype)
 
@@ -653,13 +635,13 @@ class FlashSTU(nn.Module):
         """Token ids [B, T] -> normalised output of the last layer [B, T, d] and, with use_cache, the state to
         go on from. attention_mask [B, past + T] is 0 at padding; `trace`: a list, for every layer's input."""
         x, n, states = self.dropout(self.tok_emb(check_ids(input_ids))), len(self.layers), []
-        if state and len(state) != n + 1:
-            raise ValueError(f"state is of a model with {len(state) - 1} layers, this one has {n}")
+        before = state or [None] * (n + 1)
+        check(len(before) == n + 1, f"this model wants a state of {n} layers", f"one of {len(before) - 1}")
         attention_mask = check_mask(attention_mask, *input_ids.shape)
-        for layer, layer_state in zip(self.layers, state or [None] * n):
+        for layer, layer_state in zip(self.layers, before):
             if trace is not None:
                 trace.append(x)
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
             out = layer(x, layer_state, use_cache, attention_mask)
             x, layer_state = out if use_cache else (out, None)
@@ -724,7 +706,7 @@ class FlashSTU(nn.Module):
         wanted = "max_new_tokens, temperature >= 0, top_k >= 1, 0 < top_p <= 1, stop_token of the vocabulary"
         given = f"{max_new_tokens = }, {temperature = }, {top_k = }, {top_p = }, {stop_token = }"
         check(right, f"need {wanted}", given)
-        check(use_cache or not state, "a state wants use_cache=True", "False")
+        check(use_cache or not state, "a state wants use_cache=True", use_cache)
         state = [] if state is None else state
         input_ids = check_ids(input_ids, shortest=0 if state else 1)
         done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
@@ -734,11 +716,8 @@ class FlashSTU(nn.Module):
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
-            if use_cache:
-                logits = self.read(token[:, None], state)
-            else:
-                input_ids = cat([input_ids, token[:, None]], dim=1)
-                logits = self.read(input_ids, [])
+            input_ids = token[:, None] if use_cache else cat([input_ids, token[:, None]], dim=1)
+            logits = self.read(input_ids, state if use_cache else [])
             yield token
             if len(done) and done.all():
                 return
@@ -755,20 +734,18 @@ class FlashSTU(nn.Module):
         this file. Each replaces its predecessor only when it is whole."""
         from safetensors.torch import save_file
 
-        folder, config = Path(folder), replace(self.config, torch_dtype=self.tok_emb.weight.dtype).to_dict()
-        folder.mkdir(parents=True, exist_ok=True)
+        part = Path(folder) / "unfinished"
+        part.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        texts = {
-            "stu.py": Path(__file__).read_text("utf-8"),
-            "config.json": json.dumps(config | HF_CONFIG, indent=2),
-        }
-        if not (folder / "generation_config.json").exists():  # else it may know the end-of-text token
-            texts["generation_config.json"] = "{}"
-        for name, text in texts.items():
-            (folder / f"{name}.tmp").write_text(text, "utf-8")
-        for name in ("model.safetensors", *texts):
-            os.replace(folder / f"{name}.tmp", folder / name)
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        config = replace(self.config, torch_dtype=self.tok_emb.weight.dtype).to_dict() | HF_CONFIG
+        (part / "config.json").write_text(json.dumps(config, indent=2))
+        shutil.copyfile(__file__, part / "stu.py")
+        if not (part.parent / "generation_config.json").exists():  # else it may know the end-of-text token
+            (part / "generation_config.json").write_text("{}")
+        for file in part.iterdir():
+            file.replace(part.parent / file.name)
+        part.rmdir()
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
@@ -819,7 +796,8 @@ if "transformers" in sys.modules:
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
     from transformers.utils import can_return_tuple
 
-    OPTIONS = [f.name for f in fields(FlashSTUConfig) if f.name != "torch_dtype"]  # the dtype it keeps itself
+    OPTIONS = FlashSTUConfig().to_dict()
+    OPTIONS.pop("torch_dtype")  # which it keeps itself
 
     class FlashSTUPretrainedConfig(PretrainedConfig):
         model_type, _auto_class = HF_CONFIG["model_type"], "AutoConfig"
@@ -829,10 +807,8 @@ if "transformers" in sys.modules:
         }  # fmt: skip
 
         def __init__(self, **options):
-            options = {self.attribute_map.get(name, name): value for name, value in options.items()}
-            ours = FlashSTUConfig(**{name: options[name] for name in OPTIONS if name in options})
-            options |= {name: getattr(ours, name) for name in OPTIONS}
-            super().__init__(**{"tie_word_embeddings": True, "auto_map": HF_CONFIG["auto_map"]} | options)
+            defaults = OPTIONS | {"tie_word_embeddings": True, "auto_map": HF_CONFIG["auto_map"]}
+            super().__init__(**defaults | options)
 
     @dataclass
     class FlashSTUCache:  # a call goes on from it and leaves it as it is: several texts can share a prefix
