@@ -12,25 +12,26 @@ When the spectral radius of A (its largest |eigenvalue|) is near 1 the memory is
 but convex in A. An STU does not learn A: it filters u with the few fixed signals that span all decays α^t
 (stu.py, section 1) and learns a linear map on top, so its loss is a parabola with a bottom one can compute.
 
-What it can learn: real poles of both signs, as every symmetric A has. The Hankel integral runs over α in
-[0, 1], the alternating filters add -α. A pole r e^(iθ) rings, r^t cos θt, and slow ringing (r near 1) away
-from θ = 0° and 180° is no mixture of decays: the demo shows the error by angle.
+What it can learn: real poles of both signs, as every symmetric A has: the Hankel integral runs over α in
+[0, 1], the alternating filters add -α. What rings slowly, poles r e^(iθ) with r near 1 and θ away from 0° and
+180°, is no mixture of decays: the demo shows the error by angle.
 
-The letters, as in stu.py: B batch (and the input matrix), T time, L seq_len, K base filters, Φ [L, F] the
-filter bank, M [F, d_in, d_out] the learned map. Responses are written [in, out]: C A^t B is [T, in, out].
+Letters as in stu.py, and B is the input matrix, too. Responses are written [in, out]: C A^t B is [T, in, out].
 """
 
 import argparse
+import contextlib
 import functools
 import math
-import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prepare_data import need, told, write_atomically
 from stu import STU, FilterBank, FlashSTU, FlashSTUBlock, FlashSTUConfig, get_spectral_filters
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,8 +166,7 @@ class MiniSTU(nn.Module):
         self.mlp = nn.Sequential(*layers[2:])  # a linear layer comes first; empty, it is the identity
         self.to(device=device, dtype=dtype)
 
-    def get_num_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+    get_num_params = lambda self: sum(p.numel() for p in self.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mlp(self.stu(check_input(x, self.input_dim, seq_len=self.seq_len).to(self.stu.M.dtype)))
@@ -296,9 +296,8 @@ def race(makers: dict, measure, judge, steps: int, rates: tuple, seed: int, same
         scores[name, rate] = sum(loss for loss, _ in final[name][2][-10:])
     for name, (model, rate, watched, seconds) in final.items():
         torch.manual_seed(seed + 2)  # the same data for every model
-        size = sum(p.numel() for p in model.parameters())
-        row = {"params": size, "rate": rate, "steps": len(watched), "CPU s": seconds}
-        rows[name] = row | torch.no_grad()(judge)(model)
+        row = {"params": sum(p.numel() for p in model.parameters()), "rate": rate, "steps": len(watched)}
+        rows[name] = row | {"CPU s": seconds} | torch.no_grad()(judge)(model)
     table(rows)
     return {name: [number for _, number in watched] for name, (_, _, watched, _) in final.items()}
 
@@ -413,11 +412,11 @@ def linear(args: argparse.Namespace, figure) -> None:
 
 def ant_trajectories(number: int, length: int, seed: int) -> Tensor:
     """MuJoCo's Ant under smooth random torques, [number, length, 27 + 8 torques]; simulated but once."""
-    path = f"data/ant-{number}x{length}-{seed}.pt"
-    if not os.path.exists(path):
-        import gymnasium
-        import mujoco  # noqa: F401
-
+    path = Path(f"data/ant-{number}x{length}-{seed}.pt")
+    if not path.exists():
+        with told('the robot needs pip install "gymnasium[mujoco]"'):
+            import gymnasium
+            import mujoco  # noqa: F401
         print(f"simulating {number} trajectories of {length} steps, to {path}")
         env = gymnasium.make("Ant-v5", terminate_when_unhealthy=False).unwrapped
         torch.manual_seed(seed)
@@ -428,9 +427,8 @@ def ant_trajectories(number: int, length: int, seed: int) -> Tensor:
             for step in row:
                 step[:27] = torch.tensor([*env.data.qpos[2:], *env.data.qvel])
                 env.step(step[27:].numpy())
-        os.makedirs("data", exist_ok=True)
-        torch.save(rows, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)  # whole or not at all
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda f: torch.save(rows, f))
     return torch.load(path)
 
 
@@ -446,7 +444,6 @@ def ant(args: argparse.Namespace, figure) -> None:
         state, change = data[..., :d], data[..., :d].diff(dim=1)
         inputs, unit = torch.cat([state, data[..., 27:]], dim=2)[:, :-1], change[:n].std()
         alone, rollouts = state[n:, -51:], []
-
         error = lambda model, rows: F.mse_loss(unit * model(inputs[rows]), change[rows])
         measure = lambda model: [error(model, torch.randint(n, (args.batch_size,)))] * 2
 
@@ -456,9 +453,9 @@ def ant(args: argparse.Namespace, figure) -> None:
                 x[:, t, :d] = path[-1]
                 path.append(path[-1] + unit * model(x[:, : t + 1])[:, -1])
             rollouts.append(torch.stack(path, dim=1))
-            errors = (rollouts[-1] - alone).square().mean((0, 2))
-            row = {"one step": error(model, slice(n, None))}
-            return row | {f"{k} alone": errors[k] for k in (1, 5, 10, 25, 50)}
+            mse = (rollouts[-1] - alone).square().mean((0, 2))
+            errors = {f"{k} alone": mse[k] for k in (1, 5, 10, 25, 50)}
+            return {"one step": error(model, slice(n, None))} | errors
 
         print(f"\n{task}")
         makers = {name: functools.partial(stack, *kind, d + 8, d, 64, L) for name, kind in kinds.items()}
@@ -505,11 +502,30 @@ def recall(args: argparse.Namespace, figure) -> None:
         print(f"\n{task}")
         measure = functools.partial(quiz, task=task, n=args.batch_size)
         judge = lambda model, task=task: {"right": quiz(model, task, 512)[1]}
-        for name, curve in race(
-            makers, measure, judge, round(share * args.steps), (1e-2,), args.seed
-        ).items():
+        curves = race(makers, measure, judge, round(share * args.steps), (1e-2,), args.seed)
+        for name, curve in curves.items():
             axis.plot(curve, label=name)
         axis.set(title=task, xlabel="step", ylabel="right answers")
+
+
+@contextlib.contextmanager
+def picture(path: str | Path, width: float, height: float):
+    """A figure to draw on, then written: every line's name at its right end, in its colour, none over another."""
+    open(path, "ab").close()  # fails before the work, not after it
+    style = {"grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False, "lines.markersize": 4}
+    with need("matplotlib").rc_context(style | {"axes.grid": True, "axes.titlelocation": "left"}):
+        figure = need("matplotlib.figure").Figure((width, height), dpi=110, layout="constrained")
+        yield figure
+        for axis in figure.axes:
+            axis.autoscale_view()
+            top, place = -1.0, (axis.transData + axis.transAxes.inverted()).transform
+            named = [line for line in axis.lines if line.get_label()[0] != "_" and len(line.get_xydata())]
+            ends = [(place(line.get_xydata()[-1])[1], line.get_label(), line.get_color()) for line in named]
+            for above, (y, name, color) in enumerate(sorted(ends), 1 - len(ends)):
+                top = max(min(y, 1 + 0.08 * above), top + 0.08)
+                axis.text(1.02, top, name, color=color, transform=axis.transAxes, va="center")
+        write_atomically(Path(path), figure.savefig)
+    print(f"\nthe picture: {path}")
 
 
 def main() -> None:
@@ -532,29 +548,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch_size < 1 or args.ant and (args.seq_len < 51 or args.trajectories < 2):
         parser.error("need --batch-size >= 1, and for the robot --seq-len >= 51, --trajectories >= 2")
-    from matplotlib import rcParams  # fails before the work, not after it
-    from matplotlib.figure import Figure
-
-    open(args.out, "ab").close()  # so does this
-    rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.titlelocation": "left"})
-    rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    figure = Figure((11, 6.6), dpi=110, layout="constrained")  # draws to a file, needs no display
     torch.manual_seed(args.seed)
-    (ant if args.ant else recall if args.recall else linear)(args, figure)
-    for axis in figure.axes:  # every line's name at its right end, in its colour, none over another
-        axis.autoscale_view()
-        height, place = -1.0, (axis.transData + axis.transAxes.inverted()).transform
-        ends = [(place(xy[-1])[1], id(line), line) for line in axis.lines if len(xy := line.get_xydata())]
-        for above, (y, _, line) in enumerate(sorted(ends), 1 - len(ends)):
-            height = max(min(y, 1 + 0.08 * above), height + 0.08)
-            axis.text(1.01, height, line.get_label(), color=line.get_color(), transform=axis.transAxes)
-    figure.savefig(args.out)
-    print(f"\nthe picture: {args.out}")
+    with picture(args.out, 11, 6.6) as figure:
+        (ant if args.ant else recall if args.recall else linear)(args, figure)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ImportError, ValueError, OSError, KeyboardInterrupt) as error:
-        needs = ': pip install matplotlib, and for --ant "gymnasium[mujoco]"'
-        sys.exit(f"stopped: {error or 'asked to'}{needs if isinstance(error, ImportError) else ''}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"stopped: {error or 'asked to'}")

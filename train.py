@@ -34,7 +34,8 @@ from torch import distributed as dist
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from prepare_data import get_tokenizer, lock, need, open_data, prepare, told, write_atomically
+from lds import picture
+from prepare_data import get_tokenizer, lock, open_data, prepare, told, write_atomically
 from stu import STU, FlashSTU, FlashSTUConfig
 
 # ---- Settings, each a flag: its default (of several the first), range (of a text: of its length), meaning
@@ -216,27 +217,26 @@ def log(step, **record):
             f.write(json.dumps({"step": step, **record}) + "\n")
 
 
-def draw(name, lines, **labels):
-    """Lines, each its points and its style, to out_dir/name."""
-    axis = need("matplotlib.figure").Figure((7, 4), dpi=110, layout="constrained").subplots()
-    for points, style in lines:
-        axis.plot(*zip(*points), **style)
-    axis.set(**labels)
-    axis.legend()
+def draw(name, lines, **labels):  # lines: each its points and its style
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / name, axis.figure.savefig)
-    say(f"the picture: {run / name}")
+    with picture(run / name, 7, 4) as figure:
+        axis = figure.subplots()
+        for points, style in lines:
+            axis.plot(*zip(*points), **style)
+        axis.set(**labels)
 
 
-def draw_losses(folders):
-    """Each run's losses, but for the first tenth, from its log.jsonl to out_dir/loss.png."""
+def draw_losses(folders):  # of each run, but for the first fifth
     lines = []
     for i, folder in enumerate(folders):
-        records, label = list(read_log(folder)), ascii(folder.name)[1:-1]
-        for key, style in (("loss", {"alpha": 0.2}), ("val_loss", {"marker": ".", "label": label})):
-            points = [(r["step"], r[key]) for r in records[len(records) // 10 :] if key in r]
+        records, dots = list(read_log(folder)), {"marker": ".", "label": ascii(folder.name)[1:-1]}
+        records = [r for r in records if r["step"] >= records[-1]["step"] / 5]
+        for key, n, style in (("loss", 1 + len(records) // 10, {"alpha": 0.4}), ("val_loss", 1, dots)):
+            points = np.reshape([(r["step"], r[key]) for r in records if key in r], (-1, 2))
+            points = points[: len(points) // n * n].reshape(-1, n, 2).mean(1)  # of n neighbours
             lines.append((points, {"color": f"C{i}", **style}))
-    draw("loss.png", lines, xlabel="step", ylabel="loss (nats per token): training pale, validation dots")
+    title = "Loss, in nats per token: dots validation, pale training"
+    draw("loss.png", lines, title=title, xlabel="step")
 
 
 def tile(split, T, most=2**62):
@@ -399,7 +399,8 @@ if s.eval_only:
         means = [(f"{a}-{b}", bits[a:b].mean().item()) for a, b in pairwise(edges)]
         say(f"{name}: " + ", ".join(f"{span} {mean:.4f}" for span, mean in means))
         lines.append((means, {"label": name, "marker": "."}))
-    draw("context.png", lines, xlabel=f"position in the text (seq_len {T})", ylabel="bits per byte")
+    title, where = "What a memory is worth, far past seq_len", f"position in the text (seq_len {T})"
+    draw("context.png", lines, title=title, xlabel=where, ylabel="bits per byte")
     sys.exit()
 
 # ---- Go on from the last checkpoint. It is one file whatever the engine: a run of N processes resumes on M
