@@ -525,7 +525,6 @@ def picture(path: str | Path, width: float, height: float):
                 top = max(min(y, 1 + 0.08 * above), top + 0.08)
                 axis.text(1.02, top, name, color=color, transform=axis.transAxes, va="center")
         write_atomically(Path(path), figure.savefig)
-    print(f"\nthe picture: {path}")
 
 
 def main() -> None:
@@ -551,6 +550,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     with picture(args.out, 11, 6.6) as figure:
         (ant if args.ant else recall if args.recall else linear)(args, figure)
+    print(f"\nthe picture: {args.out}")
 
 
 if __name__ == "__main__":

@@ -2734,7 +2734,7 @@ def test_the_benchmark_prints_and_draws(tmp_path, capsys):
     )
     draw_costs(tmp_path / "cost.png", [20, 90], seconds, [64, 130], speeds)
     assert (tmp_path / "cost.png").stat().st_size > 5000 and len(speeds) == 4
-    assert capsys.readouterr().out.count("\n") == 13 and stu.windowed_attention is windowed_attention
+    assert capsys.readouterr().out.count("\n") == 11 and stu.windowed_attention is windowed_attention
 
 
 # ------------------------------------------------------------------------------------------------------------

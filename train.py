@@ -224,6 +224,7 @@ def draw(name, lines, **labels):  # lines: each its points and its style
         for points, style in lines:
             axis.plot(*zip(*points), **style)
         axis.set(**labels)
+    say(f"the picture: {run / name}")
 
 
 def draw_losses(folders):  # of each run, but for the first fifth
@@ -235,8 +236,7 @@ def draw_losses(folders):  # of each run, but for the first fifth
             points = np.reshape([(r["step"], r[key]) for r in records if key in r], (-1, 2))
             points = points[: len(points) // n * n].reshape(-1, n, 2).mean(1)  # of n neighbours
             lines.append((points, {"color": f"C{i}", **style}))
-    title = "Loss, in nats per token: dots validation, pale training"
-    draw("loss.png", lines, title=title, xlabel="step")
+    draw("loss.png", lines, title="Loss, nats per token: dots validation, pale training", xlabel="step")
 
 
 def tile(split, T, most=2**62):
