@@ -255,7 +255,7 @@ def prepare(
         return meta
     sources = sources or ["stdlib"]
     if shard_tokens < 1 or not 0 < val_fraction < 1:
-        raise SystemExit("--shard_tokens must be at least 1, --val_fraction between 0 and 1")
+        raise SystemExit(f"need {shard_tokens = } of at least 1, {val_fraction = } between 0 and 1")
     if folder.resolve() in [Path(source).resolve() for source in sources]:
         raise SystemExit(f"{folder} is to be written, it cannot be a source")
     with lock(folder, wait=default):
@@ -265,8 +265,8 @@ def prepare(
         new = {s: {"tokens": 0, "bytes": 0, "shards": []} for s in SPLITS} | {"complete": False, "pieces": 0}
         meta = read_meta(folder) or request | new
         for name in sorted((request | meta).keys() - new):
-            if (was := meta.get(name)) != (now := request.get(name)):
-                raise SystemExit(f"{out} was made with {name} = {was}, now {now}: choose another --out")
+            if (was := meta.get(name, "absent")) != (now := request.get(name, "absent")):
+                raise SystemExit(f"{out} was made with {name}: {was}, now {now}: choose another --out")
         if meta["complete"]:
             return meta
         n = int(min(20 / min(val_fraction, 1 - val_fraction), 1e6))  # texts give about 20 to a split

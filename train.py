@@ -100,7 +100,7 @@ local_rank, main, parent = int(os.environ.get("LOCAL_RANK", "0")), rank == 0, os
 for stream in filter(None, (sys.stdin, sys.stdout)):
     stream.reconfigure(errors="backslashreplace")
 sys.excepthook = lambda kind, error, trace: (
-    print(f"stopped: {error}", file=sys.stderr)  # a file that cannot be read or written: its name, and why
+    print(f"stopped: {str(error) or 'as asked'}", file=sys.stderr)  # a file that cannot be read or written: its name, and why
     if issubclass(kind, (OSError, KeyboardInterrupt)) else sys.__excepthook__(kind, error, trace)
 )  # fmt: skip
 parser = argparse.ArgumentParser(usage="train.py [--name value ...]", description=__doc__, allow_abbrev=False)
