@@ -13,7 +13,7 @@ Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.1048
 The letters, everywhere in this file:
     B batch    T length of this input    L seq_len, the length of the filters    d, d_in, d_out channels
     K  number of eigenvectors φ_1..φ_K of the Hankel matrix Z (`num_eigh`), each a signal of length L
-    Φ  the filter bank [L, F]: F = 2K filters φ_k(t), (-1)^t φ_k(t); Hankel-L has both signs inside: F = K
+    Φ  the filter bank [L, F]: φ_k(t), (-1)^t φ_k(t) (Hankel-L has both signs inside), and 4 unit impulses
     M  what is learned, [F, d_in, d_out]: M_f takes the output of filter f to the layer's output
     A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
     S  the state of that system, [B, n, d]: what an STU layer remembers (no system fits: its last L inputs)
@@ -84,13 +84,14 @@ def both_signs(phi):
     return cat([phi, minus], dim=1)
 
 
-def stu_formula(x, phi, M):
+def stu_formula(x, bank, M):
     """The layer as the papers define it (2312.06837, section 2; 2409.10489, equation 1), slow and obvious.
 
-    x [B, T, d_in], filters phi [>= T, K], M [2K, d_in, d_out] = M⁺_1..M⁺_K, M⁻_1..M⁻_K -> y [B, T, d_out]:
-        y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk,  U⁺_tk = Σ_i φ_k(i) x_{t-i},  U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
-    All that follows computes the same, faster. Hankel-L has no second branch: give M [K, d_in, d_out]."""
-    bank, y = both_signs(phi)[:, : len(M)], []  # [L, F]
+    x [B, T, d_in], Φ [>= T, F], M = M⁺_1..M⁺_K, M⁻_1..M⁻_K, M^u_0..M^u_3 [F, d_in, d_out] -> y [B, T, d_out]:
+        y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk + Σ_i M^u_i x_{t-i},
+        U⁺_tk = Σ_i φ_k(i) x_{t-i},   U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i},
+    which is Σ_f M_f U_tf over all columns of the bank. All that follows computes the same, faster."""
+    y = []
     for t in range(x.shape[1]):
         past = x[:, : t + 1].flip(1)  # x_t, x_{t-1}, ..., x_0: [B, t + 1, d_in]
         U = einsum("if,bid->bfd", bank[: t + 1], past)
@@ -186,9 +187,9 @@ class STU(Mixer):
         c = config or FlashSTUConfig(seq_len=seq_len, num_eigh=num_eigh, use_attn=False, **options)
         bank = precomputed_filters
         if bank is None:
-            bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_tensorized)
+            bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_impulses, c.use_tensorized)
         elif not isinstance(bank, FilterBank):
-            bank = FilterBank(bank if c.use_hankel_L else both_signs(bank))
+            bank = make_bank(bank, c.use_hankel_L, c.use_impulses)
         self.d_in, self.d_out = setting("d_in", d_in, int), setting("d_out", d_out, int)
         self.config, self.bank, self.backend = c, bank, backend
         L, n_filters = bank.filters.shape
@@ -278,12 +279,18 @@ class FilterBank:
         return copy
 
 
+def make_bank(phi, use_hankel_L, use_impulses):
+    """Base filters φ [L, K] -> Φ: both signs of them, and unit impulses at lags 0 to 3."""
+    bank, n = phi if use_hankel_L else both_signs(phi), 4 if use_impulses else 0
+    return FilterBank(cat([bank, torch.eye(len(phi), n, dtype=phi.dtype, device=phi.device)], dim=1))
+
+
 @lru_cache(maxsize=32)
-def standard_bank(seq_len, K, use_hankel_L, use_tensorized):
+def standard_bank(seq_len, K, use_hankel_L, use_impulses, use_tensorized):
     make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
     with torch.inference_mode(False), torch.device("cpu"):
         phi = make(seq_len, K, use_hankel_L, dtype=torch.float64)
-        return FilterBank(phi if use_hankel_L else both_signs(phi))
+        return make_bank(phi, use_hankel_L, use_impulses)
 
 
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")  # A^0 .. A^chunk [chunk + 1, n, n], b [n], C [F, n]
@@ -494,6 +501,7 @@ class FlashSTUConfig:
     bias: bool = False  # of the linear layers
     dropout: float = 0.0  # after the embedding and on both branches of a block
     use_hankel_L: bool = False  # the Hankel matrix of decays of both signs
+    use_impulses: bool = True  # unit impulses in the bank: the autoregressive terms M^u of 2312.06837
     use_approx: bool = True  # STU-T; False: the full STU
     use_tensorized: bool = False  # Kronecker filters, min(K, √seq_len)² of them
     use_flash_fft: bool = True  # FlashFFTConv where installed
@@ -754,7 +762,7 @@ class FlashSTU(nn.Module):
 
         path, tensors = Path(folder) / "config.json", {}
         try:  # whatever goes wrong, `path` is the file that is being read
-            values = json.loads(path.read_text("utf-8"))
+            values = {"use_impulses": False} | json.loads(path.read_text("utf-8"))  # which some do not know
             values["torch_dtype"] = values.get("dtype") or values["torch_dtype"]  # transformers' name, ours
             model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
             # transformers may have cut it into shards, and names what it wraps
@@ -808,6 +816,7 @@ if "transformers" in sys.modules:
 
         def __init__(self, **options):
             defaults = OPTIONS | {"tie_word_embeddings": True, "auto_map": HF_CONFIG["auto_map"]}
+            defaults["use_impulses"] = "architectures" not in options  # false in a file that does not say it
             super().__init__(**defaults | options)
 
     @dataclass

@@ -229,15 +229,13 @@ def make_stu(L, d_in=6, d_out=6, **options):
     return STU(d_in, d_out, L, **({"num_eigh": K} | options))
 
 
-def formula(layer, x, hankel_L=False):
+def formula(layer, x):
     """stu_formula with this layer's filters and weights, float64."""
-    bank = layer.bank.filters
-    phi = bank if hankel_L else bank[:, : bank.shape[1] // 2]
     if layer.config.use_approx:
         M = torch.einsum("io,fo->fio", layer.M_inputs, layer.M_filters)
     else:
         M = layer.M
-    return stu_formula(x.double(), phi, M.double())
+    return stu_formula(x.double(), layer.bank.filters, M.double())
 
 
 def usual_stu(x, phi, M):
@@ -263,6 +261,8 @@ KINDS = [
     {"use_approx": False, "use_hankel_L": True},
     {"use_tensorized": True},
     {"use_tensorized": True, "use_approx": False},
+    {"use_impulses": False},
+    {"use_impulses": False, "use_approx": False},
 ]
 kinds = pytest.mark.parametrize("options", KINDS, ids=lambda o: "+".join(o) or "default")
 
@@ -271,9 +271,9 @@ kinds = pytest.mark.parametrize("options", KINDS, ids=lambda o: "+".join(o) or "
 def test_stu_equals_its_formula(options):
     for L, T, B in ((1, 1, 1), (33, 33, 2), (50, 20, 1), (64, 64, 3)):
         layer, x = make_stu(L, 5, 7, **options), torch.randn(B, T, 5)
-        expected = formula(layer, x, hankel_L := options.get("use_hankel_L", False))
+        expected = formula(layer, x)
         assert relative_error(layer(x).double(), expected) < 2e-6
-        if T > 1 and not hankel_L:  # and so does the usual route, by which the benchmark measures
+        if T > 1 and options.get("use_impulses") is False:  # and so does the usual route of the benchmark
             u, M = (x @ layer.M_inputs, layer.M_filters) if layer.config.use_approx else (x, layer.M)
             phi = layer.bank.filters[:T, : layer.bank.filters.shape[1] // 2]
             assert relative_error(usual_stu(u.double(), phi, M.double()), expected) < 2e-6
@@ -320,7 +320,7 @@ def test_stu_is_causal_and_sees_odd_lags(options):
 
 @pytest.mark.parametrize("L", [64, 2048])
 def test_stu_t_represents_a_delay_by_one(L):
-    layer = STU(3, 3, L)
+    layer = STU(3, 3, L, use_impulses=False)
     delay = torch.zeros(L, 1).double()
     delay[1] = 1
     weights = torch.linalg.lstsq(layer.bank.filters, delay, driver="gelsd").solution
@@ -425,8 +425,8 @@ def test_a_model_made_on_the_meta_device_computes_when_it_gets_memory():
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1000.0])
 def test_filters_of_any_scale_have_their_recurrence_and_noise_has_none(scale):
-    assert STU(4, 4, 200, precomputed_filters=scale * get_spectral_filters(200, 10)).bank.lds is not None
-    assert STU(4, 4, 200, precomputed_filters=scale * torch.randn(200, 10)).bank.lds is None
+    assert FilterBank(scale * get_spectral_filters(200, 10)).lds is not None
+    assert FilterBank(scale * torch.randn(200, 10)).lds is None
 
 
 @pytest.mark.parametrize("make", [
@@ -482,9 +482,9 @@ def test_derivatives_of_any_order_agree_with_the_recurrence(approx):
 
 
 def test_precomputed_filters_are_used():
-    phi, x, own = get_spectral_filters(60, 10), torch.randn(1, 60, 4), STU(4, 4, 60, 10)
+    phi, x, own = get_spectral_filters(60, 10), torch.randn(1, 60, 4), STU(4, 4, 60, 10, use_impulses=False)
     for filters, expected in ((phi, own(x)), (-phi, -own(x)), (FilterBank(both_signs(-phi)), -own(x))):
-        layer = STU(4, 4, 60, precomputed_filters=filters)
+        layer = STU(4, 4, 60, precomputed_filters=filters, use_impulses=False)
         layer.load_state_dict(own.state_dict())
         assert relative_error(layer(x), expected) < 1e-5
 
@@ -880,7 +880,7 @@ def test_a_state_of_another_model_is_refused():
     _, _, state = small_model()(ids, use_cache=True)
     for changes, rows, message in (
         ({"n_layers": 2}, 2, "of 2 layers, got one of 4"), ({}, 1, "2 sequences"), ({"seq_len": 49}, 2, "length 48"),
-        ({"window_size": 11}, 2, "window 12"), ({"use_approx": False}, 2, "STU-T"), ({"num_eigh": 20}, 2, "48 filters"),
+        ({"window_size": 11}, 2, "window 12"), ({"use_approx": False}, 2, "STU-T"), ({"num_eigh": 20}, 2, "52 filters"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             small_model(**changes)(ids[:rows, :1], state=state)
@@ -1848,7 +1848,9 @@ def test_a_saved_tokenizer_has_our_tokens_and_the_pipeline_writes(hf, saved, tmp
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         ids = torch.tensor([list(prompt.encode())])
         expected = model.generate(ids, max_new_tokens=12, temperature=0, stop_token=0)[0].tolist()
-        assert answer["generated_text"] == bytes(b for b in expected if b).decode(errors="replace")
+        expected = bytes(b for b in expected if b).decode(errors="replace")
+        # how many marks stand for bytes that are no letter differs between decoders
+        assert re.sub("\ufffd+", "?", answer["generated_text"]) == re.sub("\ufffd+", "?", expected)
 
 
 def test_lm_eval_measures_our_likelihoods(hf, saved, tmp_path):
@@ -2791,7 +2793,7 @@ def benchmark_filters(L, K=24):
 
 def benchmark_filtering(B, T, d, approx, device):
     """Forward and backward of a layer's convolution on the same weights; the error is relative to float64."""
-    layer = STU(d, d, T, use_approx=approx).to(device)
+    layer = STU(d, d, T, use_approx=approx, use_impulses=False).to(device)
     x, grad = torch.randn(2, B, T, d, device=device)
     x.requires_grad_()
     M, (filters, _) = (layer.M_filters if approx else layer.M), layer.bank.on(x)
