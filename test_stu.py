@@ -5,6 +5,7 @@ import codecs
 import contextlib
 import copy
 import gzip
+import io
 import json
 import math
 import multiprocessing
@@ -683,13 +684,12 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
 def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    use, chat = re.findall(r"```python\n(import torch\n.*?)```", text, re.DOTALL)
+    use, chat = re.findall(r"```python\n((?:import sys\n\n)?import torch\n.*?)```", text, re.DOTALL)
     Path("readme.py").write_text(use)
     names = runpy.run_path("readme.py")
     assert names["y"].shape == (2, 1948, 64) and names["tokens"].shape == (2, 150)
     small_model(vocab_size=256).save_pretrained("runs/default/model")
-    lines = iter(("hello", "and then?", ""))
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand then?\n"))
     Path("chat.py").write_text(chat)
     assert runpy.run_path("chat.py")["state"][1].seen == len("hello\nand then?\n") + 400  # it read all of it
 
