@@ -152,7 +152,7 @@ def fft_conv(u, h, tile):
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. The STU layer
-# By the formula above both branches are one sum over the bank Φ = [φ, (-1)^t φ]:  y = Σ_f (Φ_f * x) M_f.
+# By the formula above all branches are one sum over the bank Φ:  y = Σ_f (Φ_f * x) M_f.
 # STU-T:  M_f = M_inputs · diag(M_filters[f]), hence y = (x M_inputs) * (Φ M_filters): one filter a channel.
 # Each branch has its own rows of M_filters: with M⁺ = M⁻ the kernel is ∝ 1 + (-1)^t, blind to odd lags.
 class Mixer(nn.Module):
@@ -657,16 +657,12 @@ class FlashSTU(nn.Module):
         x = self.norm(x)
         return x, [*states, x[:, -1:].clone()] if use_cache else None
 
-    def head(self, x):
-        """Hidden states [..., d] -> logits [..., vocab_size]."""
-        return self.tok_emb(x)
-
     def forward(self, input_ids, labels=None, state=None, use_cache=False):
         """input_ids [B, T] -> logits [B, T, vocab_size]; with labels [B, T], instead, the mean cross-entropy
         (nats) of predicting labels[:, t+1] at t: pass labels = input_ids. -100 is ignored."""
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
-            return Output(None, self.head(x), state)
+            return Output(None, self.tok_emb(x), state)
         ids, labels = check_ids(input_ids), check_ids(labels, "labels", shortest=2)
         check(labels.shape == ids.shape, "labels are not of the shape of input_ids", labels)
         # the last token has no label: leave it out, so that seq_len + 1 tokens train seq_len positions
@@ -676,7 +672,7 @@ class FlashSTU(nn.Module):
 
     def loss(self, x, targets):
         """Mean cross-entropy of x [N, d] against targets [N]; N x vocab_size logits never exist at once."""
-        sum_of = lambda x, y: F.cross_entropy(self.head(x).float(), y, ignore_index=-100, reduction="sum")
+        sum_of = lambda x, y: F.cross_entropy(self.tok_emb(x).float(), y, ignore_index=-100, reduction="sum")
         size = max(1, 2**26 // self.config.vocab_size)  # at most 2^26 logits at a time, 256 MB
         total = sum(piece_by_piece(sum_of, x.split(size), targets.split(size)))
         return total / (targets != -100).sum().clamp(min=1)
@@ -693,7 +689,7 @@ class FlashSTU(nn.Module):
                 if piece.shape[1] or not state:
                     _, now = self.hidden(piece, now, use_cache=True)
             state[:] = now
-            return self.head(state[-1][:, 0]).float()
+            return self.tok_emb(state[-1][:, 0]).float()
         finally:
             if training:
                 self.train()
@@ -873,7 +869,7 @@ if "transformers" in sys.modules:
                 # nobody sees padding on the right, unless the state goes on from there
                 padding = attention_mask == 0 if use_cache else attention_mask.int().diff(dim=1) > 0
                 attention_mask = attention_mask if padding.any() else None
-            elif position_ids is not None and not use_cache:
+            if position_ids is not None and attention_mask is None and not use_cache:
                 # from each place where position_ids start again: a row for each, padded on the right, so that
                 # none sees another. Nothing else matters: positions are relative
                 starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).expand_as(input_ids)

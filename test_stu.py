@@ -1004,6 +1004,530 @@ print(*optional & set(sys.modules), hasattr(stu, "FlashSTUForCausalLM"))
 
 
 # ------------------------------------------------------------------------------------------------------------
+# stu.py: it learns
+
+
+def learn(measure, steps, rate, **options):
+    """Accuracy of a two-layer model on unseen questions after some steps; measure(model) -> loss, accuracy."""
+    torch.manual_seed(0)
+    model = FlashSTU(small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options))
+    descend(model, measure, steps, rate)
+    with torch.no_grad():
+        return measure(model)[1].item()
+
+
+def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
+    """The STU hands each value its key (the token before), attention finds it: two layers and 100 steps are
+    enough."""
+    options = {"n_embd": 64, "seq_len": 32, "window_size": 32, "num_eigh": 16, "mlp_scale": 1}
+    measure = lambda model: quiz(model, "associative recall", 64)
+    kinds = ({}, {"use_stu": False}, {"use_attn": False})
+    hybrid, attention, spectral = (learn(measure, 100, 1e-2, **options, **kind) for kind in kinds)
+    assert hybrid > 0.99 and attention < 0.5 and spectral < 0.5, (hybrid, attention, spectral)
+
+
+@pytest.mark.parametrize("task", ["associative recall", "induction", "selective copying"])
+def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
+    back = 2 if task == "induction" else 1
+
+    def follower(row, t):  # what came after the last time that the `back` tokens up to t were there
+        seen = (
+            s for s in range(t - 1, back - 2, -1) if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
+        )
+        return next((row[s + 1] for s in seen), 0)
+
+    def oracle(ids):
+        answers = torch.tensor([[follower(row, t) for t in range(len(row))] for row in ids.tolist()])
+        if task == "selective copying":
+            answers[:, 48:] = ids[ids < 62].view(-1, 8)
+        return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
+
+    assert quiz(oracle, task, 50)[1] > 0.9
+
+
+def memory(model, n=8, T=512, decay=0.99):
+    """Random signs; the label is the octile of their exponential average, a memory of some 300 steps."""
+    signs = 2 * torch.randint(2, (n, T)) - 1
+    weights = (1 - decay**2) ** 0.5 * decay ** torch.arange(T)
+    average = convolve(signs[..., None].float(), weights[:, None])[:, 100:, 0].contiguous()
+    labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
+    logits = model((signs + 1) // 2).logits[:, 100:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), (
+        logits.argmax(-1) == labels
+    ).float().mean()
+
+
+def test_the_hybrid_remembers_beyond_the_attention_window():
+    options = {"n_embd": 32, "seq_len": 512, "window_size": 64, "num_eigh": 24, "mlp_scale": 2}
+    hybrid = learn(memory, 150, 2e-2, **options)
+    attention = learn(memory, 150, 2e-2, **options, use_stu=False)
+    assert hybrid > 0.85 and attention < 0.65, (hybrid, attention)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# stu.py: Hugging Face
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return pytest.importorskip("transformers")
+
+
+def lively_model(**options):
+    """Not trained, but its greedy text is no repetition of one token."""
+    model = small_model(**options)
+    with torch.no_grad():
+        for p in model.layers.parameters():
+            p.mul_(2)
+    return model
+
+
+def load(hf, folder, **options):
+    return hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def in_transformers(config):
+    """The model of a FlashSTUConfig as transformers would make it, from the classes of this process."""
+    return stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(**config.to_dict())).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(hf, tmp_path_factory):
+    """The same model twice, ours and that of transformers, and its folder; vocabulary: bytes."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    model = lively_model(vocab_size=256, dropout=0.1)
+    model.save_pretrained(folder)
+    prepare_data.save_tokenizer(prepare_data.get_tokenizer("bytes"), folder)
+    return model, load(hf, folder), folder
+
+
+def padded(ids, lengths, pad=0):
+    """Rows ids[i, -lengths[i]:] behind padding, and their attention_mask."""
+    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
+    return torch.where(mask, ids, pad), mask.long()
+
+
+@models
+def test_transformers_computes_what_we_compute(hf, options, tmp_path):
+    model, ids = lively_model(**options), torch.randint(61, (2, 60))
+    model.save_pretrained(tmp_path)
+    theirs = load(hf, tmp_path)
+    assert isinstance(theirs, hf.PreTrainedModel)
+    assert type(theirs).__module__.startswith("transformers_modules")
+    assert torch.equal(theirs(ids).logits, model(ids).logits)
+    greedy = theirs.generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(greedy, model.generate(ids, max_new_tokens=20, temperature=0))
+    assert len(greedy[0, 60:].unique()) > 3
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = FlashSTU.from_pretrained(tmp_path / "theirs")
+    assert again.config == model.config and torch.equal(again(ids).logits, model(ids).logits)
+
+
+@models
+@torch.no_grad()
+def test_left_padding_reaches_neither_state_nor_attention(hf, options):
+    """... whatever stands there, in one piece and in two, and over the generation that follows."""
+    model, ids, lengths = lively_model(**options), torch.randint(1, 61, (3, 40)), [40, 7, 25]
+    theirs = in_transformers(model.config)
+    theirs.model.load_state_dict(model.state_dict())
+    x, mask = padded(ids, lengths)
+    logits = theirs(x, attention_mask=mask).logits
+    noise = torch.where(mask == 1, x, torch.randint(61, x.shape))
+    assert torch.equal(theirs(noise, attention_mask=mask).logits * mask[..., None], logits * mask[..., None])
+    first = theirs(x[:, :20], attention_mask=mask[:, :20], use_cache=True)
+    second = theirs(x[:, 20:], attention_mask=mask, past_key_values=first.past_key_values)
+    in_two = torch.cat([first.logits, second.logits], 1)
+    assert relative_error(in_two * mask[..., None], logits * mask[..., None]) < 1e-5
+    text = theirs.generate(x, attention_mask=mask, max_new_tokens=15, do_sample=False, pad_token_id=0)
+    for row, n in enumerate(lengths):
+        alone = ids[row : row + 1, -n:]
+        assert relative_error(logits[row, -n:], model(alone).logits[0]) < 1e-5
+        assert torch.equal(text[row, 40 - n :], model.generate(alone, max_new_tokens=15, temperature=0)[0])
+
+
+def test_only_padding_that_is_seen_costs_the_fast_route(hf, saved, monkeypatch):
+    masks = []
+
+    def hidden(self, ids, state, use_cache, mask, trace):
+        masks.append(mask)
+        return torch.zeros(*ids.shape, 32), []
+
+    monkeypatch.setattr(stu.FlashSTUModel, "hidden", hidden)
+    model, ids = in_transformers(small_config()), torch.ones(2, 6, dtype=torch.long)
+    left = padded(ids, [6, 3])[1]
+    right, none = left.flip(1), torch.ones_like(left)
+    for mask, cached in ((none, True), (right, False), (right, True), (left, False)):
+        model(ids, attention_mask=mask, use_cache=cached)
+    assert [mask is not None for mask in masks] == [False, False, True, True]
+    attention, x = stu.SlidingWindowAttention(32, 2, 4).bfloat16(), torch.randn(2, 6, 32).bfloat16()
+    expected = attention(x, attention_mask=left)
+    monkeypatch.setattr(stu, "on_cuda_16_bit", lambda t: t.element_size() == 2)
+    monkeypatch.setattr(stu, "flash_attn_func", lambda *_, **__: pytest.fail("flash-attn knows no padding"))
+    assert torch.equal(attention(x, attention_mask=left), expected)
+    with pytest.raises(ValueError, match=r"must be \[2, 6\], .*, got \[2, 5\]"):
+        model(ids, attention_mask=left[:, 1:])
+
+
+def test_transformers_generates_from_our_state(hf, saved):
+    _, theirs, folder = saved
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    prompt = tokenizer(["def f(x):", "import"], padding=True, padding_side="left", return_tensors="pt")
+    greedy = {"max_new_tokens": 24, "do_sample": False}
+    text = theirs.generate(**prompt, **greedy)
+    assert torch.equal(theirs.generate(**prompt, max_new_tokens=24, do_sample=True, top_k=1), text)
+    assert torch.equal(theirs.generate(**prompt, **greedy, use_cache=False), text)
+    beams = theirs.generate(**prompt, max_new_tokens=12, num_beams=3)  # the state is reordered as they are
+    again = theirs.generate(**prompt, max_new_tokens=12, num_beams=3, use_cache=False)
+    assert torch.equal(beams, again) and beams.shape[1] > 10
+    hf.set_seed(1)
+    samples = theirs.generate(**prompt, max_new_tokens=12, do_sample=True, num_return_sequences=3)
+    assert samples.shape[0] == 6 and len({tuple(row) for row in samples.tolist()}) == 6
+    one = tokenizer("def f(x):", return_tensors="pt")
+    text, shown, streamer = theirs.generate(**one, **greedy), [], hf.TextStreamer(tokenizer)
+    streamer.on_finalized_text = lambda piece, stream_end=False: shown.append(piece)
+    theirs.generate(**one, **greedy, streamer=streamer)
+    assert len(shown) > 1 and "".join(shown) == tokenizer.decode(text[0])
+    new = text[0, 9:].tolist()
+    stop = next(bytes([b]).decode("ascii") for b in new[4:] if 32 < b < 127)
+    stopped = theirs.generate(**one, **greedy, stop_strings=[stop], tokenizer=tokenizer)
+    assert stopped[0, -1] == ord(stop) and stopped.shape[1] == 9 + new.index(ord(stop)) + 1
+
+
+def test_texts_go_on_from_a_cache_and_leave_it_as_it_was(hf, saved):
+    """Two turns of a chat, the second one twice; and a prefix with two continuations, padded and not."""
+    model, theirs, _ = saved
+    ids, mask = torch.randint(1, 256, (2, 30)), torch.ones(2, 30, dtype=torch.long)
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    first = theirs.generate(ids, **greedy, return_dict_in_generate=True)
+    chat, cache = torch.cat([first.sequences, torch.randint(1, 256, (2, 5))], 1), first.past_key_values
+    for given in (chat, chat[:, cache.get_seq_length() :]):  # all ids, or the new ones and a mask of all
+        full = {"attention_mask": torch.ones_like(chat), "past_key_values": cache}
+        answer = theirs.generate(given, **full, **greedy)[:, -8:]
+        assert torch.equal(answer, model.generate(chat, max_new_tokens=8, temperature=0)[:, -8:])
+    mask[0, :11] = 0
+    prefix = theirs(ids[:, :20], attention_mask=mask[:, :20], use_cache=True).past_key_values
+    for length in (21, 30):
+        x = {"input_ids": ids[:, :length], "attention_mask": mask[:, :length]}
+        assert torch.equal(
+            theirs.generate(**x, **greedy, past_key_values=prefix), theirs.generate(**x, **greedy)
+        )
+    for read in (20, 15, 3):  # nothing new: transformers would read them all once more
+        with pytest.raises(ValueError, match="give all ids"):
+            theirs.generate(ids[:, :read], **greedy, past_key_values=prefix)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[2, 40\], past and new, got \[2, 20\]"):
+        theirs(ids[:, :20], attention_mask=mask[:, :20], past_key_values=prefix)
+
+
+def test_documents_packed_into_rows_do_not_see_each_other(hf, saved):
+    _, theirs, _ = saved
+    documents = [torch.randint(256, (1, n)) for n in (9, 6, 12, 3)]
+    alone = [theirs(d, output_hidden_states=True) for d in documents]
+    rows = torch.cat(documents, 1).view(2, 15)  # 9 + 6, 12 + 3
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents]).view(2, 15)
+    for mask in (None, torch.ones(2, 15)):
+        packed = theirs(rows, mask, positions, output_hidden_states=True)
+        for ours, expected in (
+            (packed.logits, [one.logits for one in alone]),
+            (packed.hidden_states[2], [one.hidden_states[2] for one in alone]),
+        ):
+            assert torch.allclose(ours.flatten(0, 1), torch.cat(expected, 1)[0], atol=1e-5)
+    shifted = theirs(rows, position_ids=torch.arange(7, 22)[None]).logits
+    assert torch.equal(shifted, theirs(rows).logits)  # positions are relative
+
+
+def test_what_transformers_cannot_have_is_refused_in_words(hf, saved):
+    _, theirs, _ = saved
+    ids, embeds = torch.randint(256, (1, 8)), torch.zeros(1, 8, 32)
+    llama = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    other = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=256, **llama))
+    for call, message in (
+        (lambda: theirs(inputs_embeds=embeds), "takes input_ids, no inputs_embeds"),
+        (lambda: theirs(ids, inputs_embeds=embeds), "takes input_ids, no inputs_embeds"),
+        (lambda: theirs.generate(inputs_embeds=embeds), "inputs_embeds"),
+        (lambda: theirs(ids, output_attentions=True), "no attention weights"),
+        (lambda: theirs(ids, past_key_values=hf.DynamicCache()), "FlashSTU's own, or None at first"),
+        (lambda: theirs(ids, seq_idx=ids), "want position_ids"),
+        (lambda: theirs.generate(ids, assistant_model=other), "stateful"),
+        (lambda: other.generate(ids, assistant_model=theirs), "cannot take back a token"),
+        (lambda: theirs(ids, colour=1), "colour"),
+        (lambda: theirs.generate(ids, colour=1), "colour"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+
+
+def test_the_transformers_class_returns_what_is_asked_for(hf, saved):
+    model, theirs, _ = saved
+    ids = torch.randint(256, (2, 30))
+    labels = ids.clone()
+    labels[0, :10] = -100
+    out = theirs(ids, labels=labels, output_hidden_states=True, use_cache=True)
+    assert torch.allclose(out.loss, model(ids, labels=labels).loss)
+    assert torch.allclose(out.logits, model(ids).logits, atol=1e-5)
+    first, *_, last = out.hidden_states
+    assert len(out.hidden_states) == 5 and torch.equal(first, theirs.get_input_embeddings()(ids))
+    assert torch.equal(model.tok_emb(last), out.logits)
+    assert theirs(ids).past_key_values is None and out.past_key_values.get_seq_length() == 30
+    tuples = theirs(ids, labels=labels, return_dict=False)
+    assert isinstance(tuples, tuple) and len(tuples) == 2 and torch.equal(tuples[1], theirs(ids).logits)
+    token = torch.randint(256, (2, 1))
+    step = theirs(token, past_key_values=out.past_key_values).logits[:, -1]
+    assert relative_error(step, model(torch.cat([ids, token], 1)).logits[:, -1]) < 1e-5
+    last = torch.tensor([3, 29])
+    assert torch.equal(theirs(ids, logits_to_keep=last).logits, theirs(ids).logits[:, last])
+    assert torch.allclose(theirs(ids, logits_to_keep=2).logits, out.logits[:, -2:], atol=1e-6)
+    shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)  # what the loss makes of labels
+    assert torch.equal(theirs(ids, labels=ids, shift_labels=shifted).loss, out.loss)
+    assert torch.equal(theirs(ids, shift_labels=shifted).loss, out.loss)
+    half = theirs(ids, labels=labels, num_items_in_batch=2 * (shifted != -100).sum()).loss
+    assert torch.allclose(2 * half, out.loss)
+    base = hf.AutoModel.from_pretrained(saved[2], trust_remote_code=True).eval()
+    assert torch.equal(base(ids, return_dict=False)[0], theirs.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_dtype_is_that_of_the_checkpoint_or_the_one_asked_for(hf, saved, dtype):
+    model, theirs, folder = saved
+    assert theirs.dtype == torch.float32
+    ids, dtype = torch.randint(256, (1, 20)), getattr(torch, dtype)
+    other = load(hf, folder, dtype=dtype)
+    assert other.dtype == dtype and torch.equal(other(ids).logits, copy.deepcopy(model).to(dtype)(ids).logits)
+    made = hf.AutoModelForCausalLM.from_config(theirs.config, trust_remote_code=True, dtype=dtype)
+    spread, expected = (m.layers[0].mixer.M_filters.std() for m in (made.model, FlashSTU(model.config)))
+    assert made.dtype == dtype and 0.8 < spread / expected < 1.25  # initialised as FlashSTU does
+
+
+def test_resized_embeddings_come_back_from_shards(hf, saved, tmp_path):
+    model, ids = copy.deepcopy(saved[1]), torch.randint(256, (2, 20))
+    before = model(ids).logits
+    model.resize_token_embeddings(300)
+    assert torch.equal(model(ids).logits[..., :256], before)
+    assert model(ids + 44, labels=ids + 44).logits.shape[-1] == 300
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    for again in (load(hf, tmp_path), FlashSTU.from_pretrained(tmp_path).eval()):
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(ValueError, match="size mismatch|Missing key"):
+        FlashSTU.from_pretrained(tmp_path)
+
+
+@models
+@torch.no_grad()
+def test_offloaded_weights_give_the_same_logits(hf, options, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = lively_model(**options), torch.randint(61, (2, 30))
+    model.save_pretrained(tmp_path / "model")
+    expected = model(ids).logits
+    on_disk = dict.fromkeys(("model.tok_emb", "model.layers.1", "lm_head"), "disk")
+    rest = ("model.layers.0", "model.layers.2", "model.layers.3", "model.norm", "model.dropout")
+    device_map = on_disk | dict.fromkeys(rest, "cpu")
+    theirs = load(hf, tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "map"))
+    assert theirs.model.tok_emb.weight.is_meta and torch.equal(theirs(ids).logits, expected)
+    for ours in (model, load(hf, tmp_path / "model")):
+        accelerate.cpu_offload(ours, execution_device=torch.device("cpu"))
+        assert next(ours.parameters()).is_meta and torch.equal(ours(ids).logits, expected)
+
+
+def test_a_saved_folder_is_ready_for_the_hub(hf, saved, tmp_path):
+    folder = saved[2]
+    in_transformers(small_config()).save_pretrained(tmp_path)
+    for place in (folder, tmp_path):
+        config = json.loads((place / "config.json").read_text())
+        assert config["auto_map"] == stu.HF_CONFIG["auto_map"]
+        assert config["architectures"] == ["FlashSTUForCausalLM"]
+        assert (place / "stu.py").read_bytes() == (HERE / "stu.py").read_bytes()
+        assert hf.GenerationConfig.from_pretrained(place).eos_token_id == (0 if place == folder else None)
+        config = hf.AutoConfig.from_pretrained(place, trust_remote_code=True)
+        assert config.hidden_size == 32 and config.num_hidden_layers == 4
+    with pytest.raises(ValueError, match="n_heads = 5 does not divide"):
+        stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(n_embd=32, n_heads=5))
+
+
+def test_gradient_checkpointing_through_their_switch_changes_no_gradient(hf, saved):
+    model, ids = copy.deepcopy(saved[1]).train(), torch.randint(256, (2, 40))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ran, gradients = [], []
+    model.model.layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
+    enable, disable = model.activation_checkpointing_enable, model.activation_checkpointing_disable
+    for switch in (lambda: None, enable, disable):
+        switch()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        ran.append(0)
+    assert ran == [1, 0, 1, 1, 0, 1, 0]  # computed a second time only between the two
+    for one in gradients[1:]:
+        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(one, gradients[0]))
+
+
+def text_rows(n=24, length=40):
+    line = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 40))
+    return [{"input_ids": (row := line[i : i + length]), "labels": row} for i in range(n)]
+
+
+def test_their_trainer_trains_it_and_we_load_the_result(hf, saved, tmp_path):
+    pytest.importorskip("accelerate")
+    model = copy.deepcopy(saved[1])
+    args = hf.TrainingArguments(
+        tmp_path, max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True, gradient_checkpointing=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = hf.Trainer(model, args, train_dataset=text_rows())
+    trainer.train()
+    curve = [step["loss"] for step in trainer.state.log_history if "loss" in step]
+    assert curve[-1] < 0.7 * curve[0]
+    trainer.save_model(tmp_path / "trained")
+    ids = text_rows(1)[0]["input_ids"][None]
+    ours = FlashSTU.from_pretrained(tmp_path / "trained").eval()
+    assert torch.equal(ours(ids).logits, model.eval()(ids).logits)
+
+
+def lora(peft):
+    """The STU's matrices are parameters, not linear layers."""
+    targets = {"target_modules": "all-linear", "target_parameters": ["mixer.M_inputs", "mixer.M_filters"]}
+    return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **targets)
+
+
+def test_lora_reaches_every_matrix_and_merges(hf, saved):
+    peft = pytest.importorskip("peft")
+    base, ids = copy.deepcopy(saved[1]), text_rows(1)[0]["input_ids"][None]
+    model = peft.get_peft_model(base, lora(peft))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4 * 3 + 2 * 2 + 2 * 2
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        text = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+        merged = model.merge_and_unload()
+        assert relative_error(merged(ids).logits, expected) < 1e-5
+        assert torch.equal(merged.generate(ids, max_new_tokens=5, do_sample=False), text)
+
+
+@pytest.mark.parametrize("kind", ["SFT", "packed SFT", "LoRA SFT", "DPO", "GRPO"])
+def test_trl_trains_it(hf, saved, tmp_path, kind):
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    from datasets import Dataset
+
+    model = load(hf, saved[2])
+    kind, trainer_class = kind.removesuffix(" SFT"), getattr(trl, f"{kind.split()[-1]}Trainer")
+    arguments = {
+        "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
+        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True,
+        "trust_remote_code": True,
+    }  # fmt: skip
+    text = ["the quick brown fox jumps over the lazy dog. " * n for n in (1, 2, 1, 1)] * 6
+    rows, options = [{"text": t} for t in text], {}
+    if kind == "packed":
+        arguments |= {"packing": True, "max_length": 100}
+    if kind == "LoRA":
+        options = {"peft_config": lora(peft)}
+    if kind == "DPO":
+        rows = [{"prompt": "the quick ", "chosen": "brown fox", "rejected": "zzz"}] * 24
+    if kind == "GRPO":
+        rows, arguments = [{"prompt": t} for t in text], arguments | {"max_steps": 2, "num_generations": 4}
+        arguments |= {"max_completion_length": 8}
+        options = {"reward_funcs": lambda completions, **_: [float(len(set(text))) for text in completions]}
+    config = getattr(trl, trainer_class.__name__.replace("Trainer", "Config"))(str(tmp_path), **arguments)
+    trainer = trainer_class(model, args=config, train_dataset=Dataset.from_list(rows), **options)
+    trained = [(p, p.detach().clone()) for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    curve = [step["loss"] for step in trainer.state.log_history if "loss" in step]
+    if kind != "GRPO":  # whose loss does not fall
+        assert curve[-1] < 0.99 * curve[0]
+    assert not any(torch.equal(*pair) for pair in trained)
+
+
+def test_a_saved_tokenizer_has_our_tokens_and_the_pipeline_writes(hf, saved, tmp_path):
+    model, _, folder = saved
+    text = "héllo  wörld's\n\tdef f(x):  1234 日本 \x7f"
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)}
+    for piece in (b"th", b"he", b"the", b" t", b" the", b"in", b"ing", b"  ", b"12"):
+        ranks[piece] = len(ranks)
+    # as in o200k_base, the end of text does not directly follow the ranks
+    tiny = prepare_data.TiktokenTokenizer.__new__(prepare_data.TiktokenTokenizer)
+    pattern = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    special = {"<|endoftext|>": 280}
+    tiny.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    tiny.eot = 280
+    prepare_data.save_tokenizer(tiny, tmp_path)
+    for ours, place in ((tiny, tmp_path), (prepare_data.get_tokenizer("bytes"), folder)):
+        theirs = hf.AutoTokenizer.from_pretrained(place, trust_remote_code=place == folder)
+        for t in (text, "the thing in the  thesis 12345", ""):
+            assert theirs(t).input_ids == ours.encode(t).tolist() and theirs.decode(theirs(t).input_ids) == t
+        # special tokens are read in a text, as trl wants it, unless one asks for their letters
+        assert theirs.eos_token_id == ours.eot and theirs("a<|endoftext|>").input_ids[-1] == ours.eot
+        letters = theirs("a<|endoftext|>", split_special_tokens=True).input_ids
+        assert letters == ours.encode("a<|endoftext|>").tolist()
+        # padding is on the right and no end of text, so that a model learns the first token and the end
+        assert theirs.pad_token_id not in (ours.eot, *ours.encode("".join(map(chr, range(1, 0xD800)))))
+        batch = theirs(["a", "bc <|endoftext|>"], padding=True, return_tensors="pt")
+        assert batch.attention_mask.tolist()[0][:2] == [1, 0]
+        collate = hf.DataCollatorForLanguageModeling(theirs, mlm=False)
+        assert collate([{"input_ids": batch.input_ids[1]}])["labels"][0, -1] == ours.eot
+    pipe = hf.pipeline("text-generation", model=str(folder), trust_remote_code=True)
+    prompts = ["def f", "import torch"]  # two lengths in one batch
+    answers = pipe(prompts, batch_size=2, max_new_tokens=12, do_sample=False)
+    for prompt, (answer,) in zip(prompts, answers, strict=True):
+        ids = torch.tensor([list(prompt.encode())])
+        expected = model.generate(ids, max_new_tokens=12, temperature=0, stop_token=0)[0].tolist()
+        expected = bytes(b for b in expected if b).decode(errors="replace")
+        # how many marks stand for bytes that are no letter differs between decoders
+        assert re.sub("\ufffd+", "?", answer["generated_text"]) == re.sub("\ufffd+", "?", expected)
+
+
+def test_lm_eval_measures_our_likelihoods(hf, saved, tmp_path):
+    pytest.importorskip("lm_eval")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model, _, folder = saved
+    asked = ["Is 1 odd?", "Is 2?", "Is the sky green?"]
+    questions = [{"q": q, "choices": ["yes", "no!"], "label": i % 2} for i, q in enumerate(asked)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "t.yaml").write_text(f"""
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/q.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}} Answer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+""")
+    lm = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", batch_size=2, dtype="float32")
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    options = {"task_manager": tasks, "bootstrap_iters": 0, "log_samples": True}
+    results, correct = lm_eval.simple_evaluate(lm, tasks=["tiny"], **options), 0
+    for q, answer in zip(questions, sorted(results["samples"]["tiny"], key=lambda s: s["doc_id"])):
+        scores = []
+        for choice in q["choices"]:
+            prompt = f"{q['q']} Answer:"
+            ids = torch.tensor([list(f"{prompt} {choice}".encode())])
+            log_p = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])
+            scores.append(log_p[0, len(prompt) - 1 :].sum().item())
+        assert [r[0][0] for r in answer["resps"]] == pytest.approx(scores, rel=1e-4)
+        correct += scores.index(max(scores)) == q["label"]
+    assert results["results"]["tiny"]["acc,none"] == pytest.approx(correct / 3)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # lds.py: the system
 
 
@@ -1365,529 +1889,6 @@ def test_lds_says_what_is_wrong_with_its_input(make, message):
 def test_training_that_diverges_says_so():
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         train_stu_on_lds(random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=1e30, verbose=False)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# It learns
-
-
-def learn(measure, steps, rate, **options):
-    """Accuracy of a two-layer model on unseen questions after some steps; measure(model) -> loss, accuracy."""
-    torch.manual_seed(0)
-    model = FlashSTU(small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options))
-    descend(model, measure, steps, rate)
-    with torch.no_grad():
-        return measure(model)[1].item()
-
-
-def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
-    """The STU hands each value its key (the token before), attention finds it: two layers and 100 steps are
-    enough."""
-    options = {"n_embd": 64, "seq_len": 32, "window_size": 32, "num_eigh": 16, "mlp_scale": 1}
-    measure = lambda model: quiz(model, "associative recall", 64)
-    kinds = ({}, {"use_stu": False}, {"use_attn": False})
-    hybrid, attention, spectral = (learn(measure, 100, 1e-2, **options, **kind) for kind in kinds)
-    assert hybrid > 0.99 and attention < 0.5 and spectral < 0.5, (hybrid, attention, spectral)
-
-
-@pytest.mark.parametrize("task", ["associative recall", "induction", "selective copying"])
-def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
-    back = 2 if task == "induction" else 1
-
-    def follower(row, t):  # what came after the last time that the `back` tokens up to t were there
-        seen = (
-            s for s in range(t - 1, back - 2, -1) if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
-        )
-        return next((row[s + 1] for s in seen), 0)
-
-    def oracle(ids):
-        answers = torch.tensor([[follower(row, t) for t in range(len(row))] for row in ids.tolist()])
-        if task == "selective copying":
-            answers[:, 48:] = ids[ids < 62].view(-1, 8)
-        return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
-
-    assert quiz(oracle, task, 50)[1] > 0.9
-
-
-def memory(model, n=8, T=512, decay=0.99):
-    """Random signs; the label is the octile of their exponential average, a memory of some 300 steps."""
-    signs = 2 * torch.randint(2, (n, T)) - 1
-    weights = (1 - decay**2) ** 0.5 * decay ** torch.arange(T)
-    average = convolve(signs[..., None].float(), weights[:, None])[:, 100:, 0].contiguous()
-    labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
-    logits = model((signs + 1) // 2).logits[:, 100:]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), (
-        logits.argmax(-1) == labels
-    ).float().mean()
-
-
-def test_the_hybrid_remembers_beyond_the_attention_window():
-    options = {"n_embd": 32, "seq_len": 512, "window_size": 64, "num_eigh": 24, "mlp_scale": 2}
-    hybrid = learn(memory, 150, 2e-2, **options)
-    attention = learn(memory, 150, 2e-2, **options, use_stu=False)
-    assert hybrid > 0.85 and attention < 0.65, (hybrid, attention)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# stu.py: Hugging Face
-
-
-@pytest.fixture(scope="module")
-def hf():
-    return pytest.importorskip("transformers")
-
-
-def lively_model(**options):
-    """Not trained, but its greedy text is no repetition of one token."""
-    model = small_model(**options)
-    with torch.no_grad():
-        for p in model.layers.parameters():
-            p.mul_(2)
-    return model
-
-
-def load(hf, folder, **options):
-    return hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
-
-
-def in_transformers(config):
-    """The model of a FlashSTUConfig as transformers would make it, from the classes of this process."""
-    return stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(**config.to_dict())).eval()
-
-
-@pytest.fixture(scope="module")
-def saved(hf, tmp_path_factory):
-    """The same model twice, ours and that of transformers, and its folder; vocabulary: bytes."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    model = lively_model(vocab_size=256, dropout=0.1)
-    model.save_pretrained(folder)
-    prepare_data.save_tokenizer(prepare_data.get_tokenizer("bytes"), folder)
-    return model, load(hf, folder), folder
-
-
-def padded(ids, lengths, pad=0):
-    """Rows ids[i, -lengths[i]:] behind padding, and their attention_mask."""
-    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
-    return torch.where(mask, ids, pad), mask.long()
-
-
-@models
-def test_transformers_computes_what_we_compute(hf, options, tmp_path):
-    model, ids = lively_model(**options), torch.randint(61, (2, 60))
-    model.save_pretrained(tmp_path)
-    theirs = load(hf, tmp_path)
-    assert isinstance(theirs, hf.PreTrainedModel)
-    assert type(theirs).__module__.startswith("transformers_modules")
-    assert torch.equal(theirs(ids).logits, model(ids).logits)
-    greedy = theirs.generate(ids, max_new_tokens=20, do_sample=False)
-    assert torch.equal(greedy, model.generate(ids, max_new_tokens=20, temperature=0))
-    assert len(greedy[0, 60:].unique()) > 3
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = FlashSTU.from_pretrained(tmp_path / "theirs")
-    assert again.config == model.config and torch.equal(again(ids).logits, model(ids).logits)
-
-
-@models
-@torch.no_grad()
-def test_left_padding_reaches_neither_state_nor_attention(hf, options):
-    """... whatever stands there, in one piece and in two, and over the generation that follows."""
-    model, ids, lengths = lively_model(**options), torch.randint(1, 61, (3, 40)), [40, 7, 25]
-    theirs = in_transformers(model.config)
-    theirs.model.load_state_dict(model.state_dict())
-    x, mask = padded(ids, lengths)
-    logits = theirs(x, attention_mask=mask).logits
-    noise = torch.where(mask == 1, x, torch.randint(61, x.shape))
-    assert torch.equal(theirs(noise, attention_mask=mask).logits * mask[..., None], logits * mask[..., None])
-    first = theirs(x[:, :20], attention_mask=mask[:, :20], use_cache=True)
-    second = theirs(x[:, 20:], attention_mask=mask, past_key_values=first.past_key_values)
-    in_two = torch.cat([first.logits, second.logits], 1)
-    assert relative_error(in_two * mask[..., None], logits * mask[..., None]) < 1e-5
-    text = theirs.generate(x, attention_mask=mask, max_new_tokens=15, do_sample=False, pad_token_id=0)
-    for row, n in enumerate(lengths):
-        alone = ids[row : row + 1, -n:]
-        assert relative_error(logits[row, -n:], model(alone).logits[0]) < 1e-5
-        assert torch.equal(text[row, 40 - n :], model.generate(alone, max_new_tokens=15, temperature=0)[0])
-
-
-def test_only_padding_that_is_seen_costs_the_fast_route(hf, saved, monkeypatch):
-    masks = []
-
-    def hidden(self, ids, state, use_cache, mask, trace):
-        masks.append(mask)
-        return torch.zeros(*ids.shape, 32), []
-
-    monkeypatch.setattr(stu.FlashSTUModel, "hidden", hidden)
-    model, ids = in_transformers(small_config()), torch.ones(2, 6, dtype=torch.long)
-    left = padded(ids, [6, 3])[1]
-    right, none = left.flip(1), torch.ones_like(left)
-    for mask, cached in ((none, True), (right, False), (right, True), (left, False)):
-        model(ids, attention_mask=mask, use_cache=cached)
-    assert [mask is not None for mask in masks] == [False, False, True, True]
-    attention, x = stu.SlidingWindowAttention(32, 2, 4).bfloat16(), torch.randn(2, 6, 32).bfloat16()
-    expected = attention(x, attention_mask=left)
-    monkeypatch.setattr(stu, "on_cuda_16_bit", lambda t: t.element_size() == 2)
-    monkeypatch.setattr(stu, "flash_attn_func", lambda *_, **__: pytest.fail("flash-attn knows no padding"))
-    assert torch.equal(attention(x, attention_mask=left), expected)
-    with pytest.raises(ValueError, match=r"must be \[2, 6\], .*, got \[2, 5\]"):
-        model(ids, attention_mask=left[:, 1:])
-
-
-def test_transformers_generates_from_our_state(hf, saved):
-    _, theirs, folder = saved
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    prompt = tokenizer(["def f(x):", "import"], padding=True, padding_side="left", return_tensors="pt")
-    greedy = {"max_new_tokens": 24, "do_sample": False}
-    text = theirs.generate(**prompt, **greedy)
-    assert torch.equal(theirs.generate(**prompt, max_new_tokens=24, do_sample=True, top_k=1), text)
-    assert torch.equal(theirs.generate(**prompt, **greedy, use_cache=False), text)
-    beams = theirs.generate(**prompt, max_new_tokens=12, num_beams=3)  # the state is reordered as they are
-    again = theirs.generate(**prompt, max_new_tokens=12, num_beams=3, use_cache=False)
-    assert torch.equal(beams, again) and beams.shape[1] > 10
-    hf.set_seed(1)
-    samples = theirs.generate(**prompt, max_new_tokens=12, do_sample=True, num_return_sequences=3)
-    assert samples.shape[0] == 6 and len({tuple(row) for row in samples.tolist()}) == 6
-    one = tokenizer("def f(x):", return_tensors="pt")
-    text, shown, streamer = theirs.generate(**one, **greedy), [], hf.TextStreamer(tokenizer)
-    streamer.on_finalized_text = lambda piece, stream_end=False: shown.append(piece)
-    theirs.generate(**one, **greedy, streamer=streamer)
-    assert len(shown) > 1 and "".join(shown) == tokenizer.decode(text[0])
-    new = text[0, 9:].tolist()
-    stop = next(bytes([b]).decode("ascii") for b in new[4:] if 32 < b < 127)
-    stopped = theirs.generate(**one, **greedy, stop_strings=[stop], tokenizer=tokenizer)
-    assert stopped[0, -1] == ord(stop) and stopped.shape[1] == 9 + new.index(ord(stop)) + 1
-
-
-def test_texts_go_on_from_a_cache_and_leave_it_as_it_was(hf, saved):
-    """Two turns of a chat, the second one twice; and a prefix with two continuations, padded and not."""
-    model, theirs, _ = saved
-    ids, mask = torch.randint(1, 256, (2, 30)), torch.ones(2, 30, dtype=torch.long)
-    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    first = theirs.generate(ids, **greedy, return_dict_in_generate=True)
-    chat, cache = torch.cat([first.sequences, torch.randint(1, 256, (2, 5))], 1), first.past_key_values
-    for given in (chat, chat[:, cache.get_seq_length() :]):  # all ids, or the new ones and a mask of all
-        full = {"attention_mask": torch.ones_like(chat), "past_key_values": cache}
-        answer = theirs.generate(given, **full, **greedy)[:, -8:]
-        assert torch.equal(answer, model.generate(chat, max_new_tokens=8, temperature=0)[:, -8:])
-    mask[0, :11] = 0
-    prefix = theirs(ids[:, :20], attention_mask=mask[:, :20], use_cache=True).past_key_values
-    for length in (21, 30):
-        x = {"input_ids": ids[:, :length], "attention_mask": mask[:, :length]}
-        assert torch.equal(
-            theirs.generate(**x, **greedy, past_key_values=prefix), theirs.generate(**x, **greedy)
-        )
-    for read in (20, 15, 3):  # nothing new: transformers would read them all once more
-        with pytest.raises(ValueError, match="give all ids"):
-            theirs.generate(ids[:, :read], **greedy, past_key_values=prefix)
-    with pytest.raises(ValueError, match=r"attention_mask must be \[2, 40\], past and new, got \[2, 20\]"):
-        theirs(ids[:, :20], attention_mask=mask[:, :20], past_key_values=prefix)
-
-
-def test_documents_packed_into_rows_do_not_see_each_other(hf, saved):
-    _, theirs, _ = saved
-    documents = [torch.randint(256, (1, n)) for n in (9, 6, 12, 3)]
-    alone = [theirs(d, output_hidden_states=True) for d in documents]
-    rows = torch.cat(documents, 1).view(2, 15)  # 9 + 6, 12 + 3
-    positions = torch.cat([torch.arange(d.shape[1]) for d in documents]).view(2, 15)
-    packed = theirs(rows, position_ids=positions, output_hidden_states=True)
-    for ours, expected in (
-        (packed.logits, [one.logits for one in alone]),
-        (packed.hidden_states[2], [one.hidden_states[2] for one in alone]),
-    ):
-        assert torch.allclose(ours.flatten(0, 1), torch.cat(expected, 1)[0], atol=1e-5)
-    shifted = theirs(rows, position_ids=torch.arange(7, 22)[None]).logits
-    assert torch.equal(shifted, theirs(rows).logits)  # positions are relative
-
-
-def test_what_transformers_cannot_have_is_refused_in_words(hf, saved):
-    _, theirs, _ = saved
-    ids, embeds = torch.randint(256, (1, 8)), torch.zeros(1, 8, 32)
-    llama = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    other = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=256, **llama))
-    for call, message in (
-        (lambda: theirs(inputs_embeds=embeds), "takes input_ids, no inputs_embeds"),
-        (lambda: theirs(ids, inputs_embeds=embeds), "takes input_ids, no inputs_embeds"),
-        (lambda: theirs.generate(inputs_embeds=embeds), "inputs_embeds"),
-        (lambda: theirs(ids, output_attentions=True), "no attention weights"),
-        (lambda: theirs(ids, past_key_values=hf.DynamicCache()), "FlashSTU's own, or None at first"),
-        (lambda: theirs(ids, seq_idx=ids), "want position_ids"),
-        (lambda: theirs.generate(ids, assistant_model=other), "stateful"),
-        (lambda: other.generate(ids, assistant_model=theirs), "cannot take back a token"),
-        (lambda: theirs(ids, colour=1), "colour"),
-        (lambda: theirs.generate(ids, colour=1), "colour"),
-    ):
-        with pytest.raises((ValueError, TypeError), match=message):
-            call()
-
-
-def test_the_transformers_class_returns_what_is_asked_for(hf, saved):
-    model, theirs, _ = saved
-    ids = torch.randint(256, (2, 30))
-    labels = ids.clone()
-    labels[0, :10] = -100
-    out = theirs(ids, labels=labels, output_hidden_states=True, use_cache=True)
-    assert torch.allclose(out.loss, model(ids, labels=labels).loss)
-    assert torch.allclose(out.logits, model(ids).logits, atol=1e-5)
-    first, *_, last = out.hidden_states
-    assert len(out.hidden_states) == 5 and torch.equal(first, theirs.get_input_embeddings()(ids))
-    assert torch.equal(model.head(last), out.logits)
-    assert theirs(ids).past_key_values is None and out.past_key_values.get_seq_length() == 30
-    tuples = theirs(ids, labels=labels, return_dict=False)
-    assert isinstance(tuples, tuple) and len(tuples) == 2 and torch.equal(tuples[1], theirs(ids).logits)
-    token = torch.randint(256, (2, 1))
-    step = theirs(token, past_key_values=out.past_key_values).logits[:, -1]
-    assert relative_error(step, model(torch.cat([ids, token], 1)).logits[:, -1]) < 1e-5
-    last = torch.tensor([3, 29])
-    assert torch.equal(theirs(ids, logits_to_keep=last).logits, theirs(ids).logits[:, last])
-    assert torch.allclose(theirs(ids, logits_to_keep=2).logits, out.logits[:, -2:], atol=1e-6)
-    shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)  # what the loss makes of labels
-    assert torch.equal(theirs(ids, labels=ids, shift_labels=shifted).loss, out.loss)
-    assert torch.equal(theirs(ids, shift_labels=shifted).loss, out.loss)
-    half = theirs(ids, labels=labels, num_items_in_batch=2 * (shifted != -100).sum()).loss
-    assert torch.allclose(2 * half, out.loss)
-    base = hf.AutoModel.from_pretrained(saved[2], trust_remote_code=True).eval()
-    assert torch.equal(base(ids, return_dict=False)[0], theirs.model(ids).last_hidden_state)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_dtype_is_that_of_the_checkpoint_or_the_one_asked_for(hf, saved, dtype):
-    model, theirs, folder = saved
-    assert theirs.dtype == torch.float32
-    ids, dtype = torch.randint(256, (1, 20)), getattr(torch, dtype)
-    other = load(hf, folder, dtype=dtype)
-    assert other.dtype == dtype and torch.equal(other(ids).logits, copy.deepcopy(model).to(dtype)(ids).logits)
-    made = hf.AutoModelForCausalLM.from_config(theirs.config, trust_remote_code=True, dtype=dtype)
-    spread, expected = (m.layers[0].mixer.M_filters.std() for m in (made.model, FlashSTU(model.config)))
-    assert made.dtype == dtype and 0.8 < spread / expected < 1.25  # initialised as FlashSTU does
-
-
-def test_resized_embeddings_come_back_from_shards(hf, saved, tmp_path):
-    model, ids = copy.deepcopy(saved[1]), torch.randint(256, (2, 20))
-    before = model(ids).logits
-    model.resize_token_embeddings(300)
-    assert torch.equal(model(ids).logits[..., :256], before)
-    assert model(ids + 44, labels=ids + 44).logits.shape[-1] == 300
-    model.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    for again in (load(hf, tmp_path), FlashSTU.from_pretrained(tmp_path).eval()):
-        assert torch.equal(again(ids).logits, model(ids).logits)
-    next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(ValueError, match="size mismatch|Missing key"):
-        FlashSTU.from_pretrained(tmp_path)
-
-
-@models
-@torch.no_grad()
-def test_offloaded_weights_give_the_same_logits(hf, options, tmp_path):
-    accelerate = pytest.importorskip("accelerate")
-    model, ids = lively_model(**options), torch.randint(61, (2, 30))
-    model.save_pretrained(tmp_path / "model")
-    expected = model(ids).logits
-    on_disk = dict.fromkeys(("model.tok_emb", "model.layers.1", "lm_head"), "disk")
-    rest = ("model.layers.0", "model.layers.2", "model.layers.3", "model.norm", "model.dropout")
-    device_map = on_disk | dict.fromkeys(rest, "cpu")
-    theirs = load(hf, tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "map"))
-    assert theirs.model.tok_emb.weight.is_meta and torch.equal(theirs(ids).logits, expected)
-    for ours in (model, load(hf, tmp_path / "model")):
-        accelerate.cpu_offload(ours, execution_device=torch.device("cpu"))
-        assert next(ours.parameters()).is_meta and torch.equal(ours(ids).logits, expected)
-
-
-def test_a_saved_folder_is_ready_for_the_hub(hf, saved, tmp_path):
-    folder = saved[2]
-    in_transformers(small_config()).save_pretrained(tmp_path)
-    for place in (folder, tmp_path):
-        config = json.loads((place / "config.json").read_text())
-        assert config["auto_map"] == stu.HF_CONFIG["auto_map"]
-        assert config["architectures"] == ["FlashSTUForCausalLM"]
-        assert (place / "stu.py").read_bytes() == (HERE / "stu.py").read_bytes()
-        assert hf.GenerationConfig.from_pretrained(place).eos_token_id == (0 if place == folder else None)
-        config = hf.AutoConfig.from_pretrained(place, trust_remote_code=True)
-        assert config.hidden_size == 32 and config.num_hidden_layers == 4
-    with pytest.raises(ValueError, match="n_heads = 5 does not divide"):
-        stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(n_embd=32, n_heads=5))
-
-
-def test_gradient_checkpointing_through_their_switch_changes_no_gradient(hf, saved):
-    model, ids = copy.deepcopy(saved[1]).train(), torch.randint(256, (2, 40))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    ran, gradients = [], []
-    model.model.layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
-    enable, disable = model.activation_checkpointing_enable, model.activation_checkpointing_disable
-    for switch in (lambda: None, enable, disable):
-        switch()
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-        ran.append(0)
-    assert ran == [1, 0, 1, 1, 0, 1, 0]  # computed a second time only between the two
-    for one in gradients[1:]:
-        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(one, gradients[0]))
-
-
-def text_rows(n=24, length=40):
-    line = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 40))
-    return [{"input_ids": (row := line[i : i + length]), "labels": row} for i in range(n)]
-
-
-def test_their_trainer_trains_it_and_we_load_the_result(hf, saved, tmp_path):
-    pytest.importorskip("accelerate")
-    model = copy.deepcopy(saved[1])
-    args = hf.TrainingArguments(
-        tmp_path, max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True, gradient_checkpointing=True,
-        disable_tqdm=True,
-    )  # fmt: skip
-    trainer = hf.Trainer(model, args, train_dataset=text_rows())
-    trainer.train()
-    curve = [step["loss"] for step in trainer.state.log_history if "loss" in step]
-    assert curve[-1] < 0.7 * curve[0]
-    trainer.save_model(tmp_path / "trained")
-    ids = text_rows(1)[0]["input_ids"][None]
-    ours = FlashSTU.from_pretrained(tmp_path / "trained").eval()
-    assert torch.equal(ours(ids).logits, model.eval()(ids).logits)
-
-
-def lora(peft):
-    """The STU's matrices are parameters, not linear layers."""
-    targets = {"target_modules": "all-linear", "target_parameters": ["mixer.M_inputs", "mixer.M_filters"]}
-    return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **targets)
-
-
-def test_lora_reaches_every_matrix_and_merges(hf, saved):
-    peft = pytest.importorskip("peft")
-    base, ids = copy.deepcopy(saved[1]), text_rows(1)[0]["input_ids"][None]
-    model = peft.get_peft_model(base, lora(peft))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4 * 3 + 2 * 2 + 2 * 2
-    optimizer = torch.optim.Adam(trained, lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    model.eval()
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        text = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-        merged = model.merge_and_unload()
-        assert relative_error(merged(ids).logits, expected) < 1e-5
-        assert torch.equal(merged.generate(ids, max_new_tokens=5, do_sample=False), text)
-
-
-@pytest.mark.parametrize("kind", ["SFT", "packed SFT", "LoRA SFT", "DPO", "GRPO"])
-def test_trl_trains_it(hf, saved, tmp_path, kind):
-    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
-    from datasets import Dataset
-
-    model = load(hf, saved[2])
-    kind, trainer_class = kind.removesuffix(" SFT"), getattr(trl, f"{kind.split()[-1]}Trainer")
-    arguments = {
-        "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
-        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True,
-        "trust_remote_code": True,
-    }  # fmt: skip
-    text = ["the quick brown fox jumps over the lazy dog. " * n for n in (1, 2, 1, 1)] * 6
-    rows, options = [{"text": t} for t in text], {}
-    if kind == "packed":
-        arguments |= {"packing": True, "max_length": 100}
-    if kind == "LoRA":
-        options = {"peft_config": lora(peft)}
-    if kind == "DPO":
-        rows = [{"prompt": "the quick ", "chosen": "brown fox", "rejected": "zzz"}] * 24
-    if kind == "GRPO":
-        rows, arguments = [{"prompt": t} for t in text], arguments | {"max_steps": 2, "num_generations": 4}
-        arguments |= {"max_completion_length": 8}
-        options = {"reward_funcs": lambda completions, **_: [float(len(set(text))) for text in completions]}
-    config = getattr(trl, trainer_class.__name__.replace("Trainer", "Config"))(str(tmp_path), **arguments)
-    trainer = trainer_class(model, args=config, train_dataset=Dataset.from_list(rows), **options)
-    trained = [(p, p.detach().clone()) for p in trainer.model.parameters() if p.requires_grad]
-    trainer.train()
-    curve = [step["loss"] for step in trainer.state.log_history if "loss" in step]
-    if kind != "GRPO":  # whose loss does not fall
-        assert curve[-1] < 0.99 * curve[0]
-    assert not any(torch.equal(*pair) for pair in trained)
-
-
-def test_a_saved_tokenizer_has_our_tokens_and_the_pipeline_writes(hf, saved, tmp_path):
-    model, _, folder = saved
-    text = "héllo  wörld's\n\tdef f(x):  1234 日本 \x7f"
-    tiktoken = pytest.importorskip("tiktoken")
-    ranks = {bytes([i]): i for i in range(256)}
-    for piece in (b"th", b"he", b"the", b" t", b" the", b"in", b"ing", b"  ", b"12"):
-        ranks[piece] = len(ranks)
-    # as in o200k_base, the end of text does not directly follow the ranks
-    tiny = prepare_data.TiktokenTokenizer.__new__(prepare_data.TiktokenTokenizer)
-    pattern = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    special = {"<|endoftext|>": 280}
-    tiny.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    tiny.eot = 280
-    prepare_data.save_tokenizer(tiny, tmp_path)
-    for ours, place in ((tiny, tmp_path), (prepare_data.get_tokenizer("bytes"), folder)):
-        theirs = hf.AutoTokenizer.from_pretrained(place, trust_remote_code=place == folder)
-        for t in (text, "the thing in the  thesis 12345", ""):
-            assert theirs(t).input_ids == ours.encode(t).tolist() and theirs.decode(theirs(t).input_ids) == t
-        # special tokens are read in a text, as trl wants it, unless one asks for their letters
-        assert theirs.eos_token_id == ours.eot and theirs("a<|endoftext|>").input_ids[-1] == ours.eot
-        letters = theirs("a<|endoftext|>", split_special_tokens=True).input_ids
-        assert letters == ours.encode("a<|endoftext|>").tolist()
-        # padding is on the right and no end of text, so that a model learns the first token and the end
-        assert theirs.pad_token_id not in (ours.eot, *ours.encode("".join(map(chr, range(1, 0xD800)))))
-        batch = theirs(["a", "bc <|endoftext|>"], padding=True, return_tensors="pt")
-        assert batch.attention_mask.tolist()[0][:2] == [1, 0]
-        collate = hf.DataCollatorForLanguageModeling(theirs, mlm=False)
-        assert collate([{"input_ids": batch.input_ids[1]}])["labels"][0, -1] == ours.eot
-    pipe = hf.pipeline("text-generation", model=str(folder), trust_remote_code=True)
-    prompts = ["def f", "import torch"]  # two lengths in one batch
-    answers = pipe(prompts, batch_size=2, max_new_tokens=12, do_sample=False)
-    for prompt, (answer,) in zip(prompts, answers, strict=True):
-        ids = torch.tensor([list(prompt.encode())])
-        expected = model.generate(ids, max_new_tokens=12, temperature=0, stop_token=0)[0].tolist()
-        expected = bytes(b for b in expected if b).decode(errors="replace")
-        # how many marks stand for bytes that are no letter differs between decoders
-        assert re.sub("\ufffd+", "?", answer["generated_text"]) == re.sub("\ufffd+", "?", expected)
-
-
-def test_lm_eval_measures_our_likelihoods(hf, saved, tmp_path):
-    pytest.importorskip("lm_eval")
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    model, _, folder = saved
-    asked = ["Is 1 odd?", "Is 2?", "Is the sky green?"]
-    questions = [{"q": q, "choices": ["yes", "no!"], "label": i % 2} for i, q in enumerate(asked)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    (tmp_path / "t.yaml").write_text(f"""
-task: tiny
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/q.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{q}}}} Answer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list: [{{metric: acc}}]
-""")
-    lm = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", batch_size=2, dtype="float32")
-    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    options = {"task_manager": tasks, "bootstrap_iters": 0, "log_samples": True}
-    results, correct = lm_eval.simple_evaluate(lm, tasks=["tiny"], **options), 0
-    for q, answer in zip(questions, sorted(results["samples"]["tiny"], key=lambda s: s["doc_id"])):
-        scores = []
-        for choice in q["choices"]:
-            prompt = f"{q['q']} Answer:"
-            ids = torch.tensor([list(f"{prompt} {choice}".encode())])
-            log_p = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])
-            scores.append(log_p[0, len(prompt) - 1 :].sum().item())
-        assert [r[0][0] for r in answer["resps"]] == pytest.approx(scores, rel=1e-4)
-        correct += scores.index(max(scores)) == q["label"]
-    assert results["results"]["tiny"]["acc,none"] == pytest.approx(correct / 3)
 
 
 # ------------------------------------------------------------------------------------------------------------
