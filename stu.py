@@ -53,22 +53,22 @@ on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two
 # Z_ij = 2 / ((i+j)^3 - (i+j)) = ∫_0^1 (1-α)² α^(i+j-2) dα, i, j = 1..L, is a sum over decays α of rank-one
 # terms; Hankel-L is a sum over decays of both signs: Z_ij = ∫_-1^1 (1-α²)² α^(i+j-2) dα (2312.06837, app.).
 # Substitute α = exp(-e^x), and the trapezoid rule over x converges exponentially: Z = G Gᵀ with one column of
-# G for each decay, G[t, m] = √w_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z.
+# G for each decay, G[t, m] = √dα_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z.
 # This matters: the eigenvalues of Z fall below 1e-16 of the largest after 16 filters (L = 40) to 20 (128),
 # where `eigh(Z)` returns noise. The singular values of G, their roots, fall half as fast: a filter of norm 1
 # is right to 1e-5 for K up to 24 at L = 40, up to 27 at L = 64. Later ones are noise too.
 def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
     """The top K eigenvectors of Z, leading one first, each times (its eigenvalue)^¼ (the papers' scale):
-    [seq_len, K]. Computed in float64 from G, in O(seq_len) memory: 4 GB at 2^20."""
-    c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)  # section 7: checks
+    [seq_len, K]. Computed in float64 from G, in O(seq_len) memory: 4 GB at 2^20 (Hankel-L 8)."""
+    c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)  # checks: section 7
     L, K, signs = c.seq_len, c.num_eigh, 2 if c.use_hankel_L else 1
-    # -ln α = e^x at nodes x. The slowest: over L steps nothing of α^t is lost (1 - e^-12), or so near to 1
-    # that (1-α)² w, of order (e^-21)³, is nothing in float64
+    # -ln α = e^x at nodes x, from α = 0 (e^-45) to where α^L = 1 (1 - e^-12) or where (1-α)² dα, of order
+    # (e^-21)³, is nothing in float64
     rate = np.exp(np.arange(3.8, max(-12 - log(L), -21), -0.1))  # [m]
-    w = 0.1 * rate * np.exp(-rate)  # |dα| = e^x α dx, in steps dx = 0.1
-    weight = -np.expm1(-signs * rate) * np.sqrt(w)  # √w (1-α); Hankel-L: √w (1-α²)
+    d_alpha = 0.1 * rate * np.exp(-rate)  # |dα| = e^x α dx, in steps dx = 0.1
+    weight = -np.expm1(-signs * rate) * np.sqrt(d_alpha)  # √dα (1-α); Hankel-L: √dα (1-α²)
     G = torch.from_numpy(np.exp(-np.arange(L)[:, None] * rate) * weight)  # [L, m]
-    Q, R = torch.linalg.qr(both_signs(G) if c.use_hankel_L else G)  # [L, m], [m, m], in O(L m²)
+    Q, R = torch.linalg.qr(both_signs(G) if c.use_hankel_L else G)  # [L, m], [m, m], in O(L m²); 2m for both
     U, sigma, _ = torch.linalg.svd(R)  # [m, m]: G = (Q U) diag(σ) Vᵀ
     wanted = f"length {L} has {len(sigma)} filters, of floating-point dtype"
     check(len(sigma) >= K and dtype.is_floating_point, wanted, f"{K = }, {dtype}")
@@ -156,8 +156,8 @@ def fft_conv(u, h, tile):
 # STU-T:  M_f = M_inputs · diag(M_filters[f]), hence y = (x M_inputs) * (Φ M_filters): one filter a channel.
 # Each branch has its own rows of M_filters: with M⁺ = M⁻ the kernel is ∝ 1 + (-1)^t, blind to odd lags.
 class Mixer(nn.Module):
-    """What the layers of both kinds share: x [B, T, d_in] -> y, or (y, state) with use_cache; of the layer's
-    own, `mix` gives y and the tensors to remember. attention_mask [B, >= past + T] is 0 at padding."""
+    """What the layers of both kinds share: x [B, T, d_in] -> y, or (y, state) with use_cache. Each defines
+    `mix`, which gives y and the tensors to remember. attention_mask [B, >= past + T] is 0 at padding."""
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
         right = x.ndim == 3 and x.shape[1] >= 1 and x.shape[2] == self.d_in and x.is_floating_point()
@@ -169,7 +169,9 @@ class Mixer(nn.Module):
         if mask is not None:
             x = x.masked_fill(~mask[:, -T:, None], 0)  # whatever stood there
         y, tensors = self.mix(x, tensors, seen, mask, use_cache)
-        return (y, LayerState(tuple(t.clone() for t in tensors), own, seen + T)) if use_cache else y
+        if not use_cache:
+            return y
+        return y, LayerState(tuple(t.clone() for t in tensors), own, seen + T)  # a slice would hold all of x
 
 
 class STU(Mixer):
@@ -178,8 +180,8 @@ class STU(Mixer):
 
     stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, with state=None
     first. The state holds S [B, n, d_out] (full STU: d_in), or the last seq_len inputs where no recurrence
-    fits. A call without a state and with T <= seq_len takes the route `backend`, "fft" (a convolution), "lds"
-    (a recurrence over chunks) or "auto" (the faster one); all others recur."""
+    fits. Where one does, calls with state or use_cache and those longer than seq_len recur; for the others
+    `backend` says whether: "fft" (convolve), "lds" (recur, over chunks) or "auto" (the faster one)."""
 
     def __init__(self, d_in, d_out, seq_len=None, num_eigh=24, *, precomputed_filters=None, backend="auto",
                  config=None, **options):  # fmt: skip
@@ -218,8 +220,7 @@ class STU(Mixer):
         c, T, (S,) = self.config, x.shape[1], state or (None,)
         u, M = (x @ self.M_inputs, self.M_filters) if c.use_approx else (x, self.M)
         dtype, (filters, lds) = u.dtype, self.bank.on(u)
-        # Operations for a weight of the full STU: by FFT 2 d_out for any B; recurring B (n + chunk + d_out),
-        # at 2 to 3 times the speed
+        # For few sequences the full STU recurs: the matrices of its convolution cost the same for any B
         few = self.backend == "auto" and not c.use_approx and 64 * len(x) <= self.d_out
         with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
             u, M = u.to(filters.dtype), M.to(filters.dtype)  # at least float32 (on CUDA in TF32, if allowed)
@@ -261,7 +262,7 @@ class STU(Mixer):
 # natural continuation grows), is one small linear solve.
 class FilterBank:
     """A bank Φ [L, F] and its form as a recurrence, None where none fits: one object for all the layers that
-    use it. Kept in float64 on the CPU, never changed; `on` hands out copies."""
+    use it. Kept in float64 on the CPU, never changed; `on` gives a copy for each device and dtype."""
 
     def __init__(self, filters, **fit):
         self.filters, self.copies = filters.detach().double().cpu(), {}
@@ -298,9 +299,9 @@ SpectralLDS = namedtuple("SpectralLDS", "powers b C")  # A^0 .. A^chunk [chunk +
 
 def fit_recurrence(filters, n_pairs=0, chunk=64, fade=1e-5, tolerance=1e-6):
     """The system (A, b, C) of n = 2 n_pairs states that answers an impulse with `filters` [L, F], then fades;
-    None where it is wrong by more than `tolerance`, relative to the largest value, or does not fade (5% of
-    the norm at 1e-6), as for Kronecker products. n_pairs 0: as many as fit spectral filters of any K to 1e-7
-    (tried: 128 at L = 8192, 48 at 2^19)."""
+    None where it is wrong by more than `tolerance`, relative to the largest value, or does not fade (its norm
+    past L, over the largest within, is above 5e4 tolerance), as for Kronecker products. n_pairs 0: as many as
+    fit spectral filters of any K to 1e-7 (tried: K = 128 at L = 8192, 48 at 2^19)."""
     phi, L = filters.numpy(), len(filters)
     n_pairs = n_pairs or max(56, round(5 * log(8 * L)))
     decay = np.exp(-np.exp(np.linspace(-log(L), log(8), n_pairs)))  # memories: L to 1/8 steps
@@ -474,7 +475,7 @@ SETTINGS = {  # annotation -> kinds of numpy's dtypes that may be given, least v
 
 
 def check(right, wanted, given):
-    """What was wanted and what was given (of a tensor, dtype and shape), unless it is right."""
+    """Unless it is right, an error with what was wanted and what was given (of a tensor, dtype and shape)."""
     if not right:
         got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else given
         raise ValueError(f"{wanted}, got {got}")
@@ -510,15 +511,15 @@ class FlashSTUConfig:
     softcap: float = 50.0  # of attention logits; 0 turns it off
     stu_enable_mlp_sandwich: bool = False  # up-project, SiLU, STU at that width, down-project
     stu_mlp_hidden_size: int | None = None  # the sandwich's width; None: n_embd · mlp_scale
-    d_in_tile: int | None = None  # less memory, same result: see STU
-    d_out_tile: int | None = None
+    d_in_tile: int | None = None  # the full STU's convolution, so many channels at a time: less memory
+    d_out_tile: int | None = None  # also STU-T's; results are the same
     use_gradient_checkpointing: bool = False  # layers are computed again in the backward pass
     torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters; train with float32 and autocast
 
     def __post_init__(self):
         if np.shape(w := self.window_size) == (2,) and w[1] == 0:
             self.window_size = w[0]
-        for f in fields(self)[:-1]:
+        for f in fields(self)[:-1]:  # all but torch_dtype
             given = getattr(self, f.name)
             if given is not None or f.default is not None:
                 setattr(self, f.name, setting(f.name, given, f.type))
@@ -607,8 +608,8 @@ class TiedEmbedding(nn.Embedding):
 
 
 class Output(namedtuple("Output", "loss logits state")):
-    """outputs.loss, outputs["loss"] and loss, logits, state = outputs all work. loss is None without labels,
-    logits [B, T, vocab_size] with them; state, with use_cache: a LayerState for each layer, and the last
+    """outputs.loss, outputs["loss"] and loss, logits, state = outputs all work. Without labels loss is None,
+    with them logits [B, T, vocab_size] are; state, with use_cache: a LayerState for each layer, and the last
     layer's last output [B, 1, d]."""
 
     def __getitem__(self, key):
@@ -710,7 +711,7 @@ class FlashSTU(nn.Module):
         wanted = "max_new_tokens, temperature >= 0, top_k >= 1, 0 < top_p <= 1, stop_token of the vocabulary"
         given = f"{max_new_tokens = }, {temperature = }, {top_k = }, {top_p = }, {stop_token = }"
         check(right, f"need {wanted}", given)
-        check(use_cache or not state, "a state wants use_cache=True", use_cache)
+        check(use_cache or state is None, "a state wants use_cache=True", use_cache)
         state = [] if state is None else state
         input_ids = check_ids(input_ids, shortest=0 if state else 1)
         done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
@@ -758,7 +759,7 @@ class FlashSTU(nn.Module):
 
         path, tensors = Path(folder) / "config.json", {}
         try:  # whatever goes wrong, `path` is the file that is being read
-            values = {"use_impulses": False} | json.loads(path.read_text("utf-8"))  # which some do not know
+            values = {"use_impulses": False} | json.loads(path.read_text("utf-8"))  # older files lack it
             values["torch_dtype"] = values.get("dtype") or values["torch_dtype"]  # transformers' name, ours
             model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
             # transformers may have cut it into shards, and names what it wraps
@@ -812,7 +813,7 @@ if "transformers" in sys.modules:
 
         def __init__(self, **options):
             defaults = OPTIONS | {"tie_word_embeddings": True, "auto_map": HF_CONFIG["auto_map"]}
-            defaults["use_impulses"] = "architectures" not in options  # false in a file that does not say it
+            defaults["use_impulses"] = "architectures" not in options  # false in a file that lacks it: older
             super().__init__(**defaults | options)
 
     @dataclass
@@ -863,13 +864,15 @@ if "transformers" in sys.modules:
             use_cache = past is not None if use_cache is None else use_cache
             state, seen = (past.state, past.length) if past else (None, 0)
             (B, T), rows, pack = input_ids.shape, input_ids, lambda h: h
+            packed = position_ids is not None and not use_cache
+            packed = packed and (attention_mask is None or bool(attention_mask.all()))
             if attention_mask is not None:
                 shape = list(attention_mask.shape)
                 check(shape == [B, seen + T], f"attention_mask must be {[B, seen + T]}, past and new", shape)
                 # nobody sees padding on the right, unless the state goes on from there
                 padding = attention_mask == 0 if use_cache else attention_mask.int().diff(dim=1) > 0
                 attention_mask = attention_mask if padding.any() else None
-            if position_ids is not None and attention_mask is None and not use_cache:
+            if packed:
                 # from each place where position_ids start again: a row for each, padded on the right, so that
                 # none sees another. Nothing else matters: positions are relative
                 starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).expand_as(input_ids)
@@ -879,7 +882,9 @@ if "transformers" in sys.modules:
                 pack = lambda h: cat([row[:n] for row, n in zip(h, lengths)]).unflatten(0, (B, T))
             elif seq_idx is not None or cu_seq_lens_q is not None:
                 raise ValueError("documents packed into rows want position_ids, and no cache")
-            trace = [] if output_hidden_states or self.config.output_hidden_states else None
+            if output_hidden_states is None:
+                output_hidden_states = self.config.output_hidden_states
+            trace = [] if output_hidden_states else None
             x, state = self.hidden(rows, state, use_cache, attention_mask, trace)
             new = FlashSTUCache(state, seen + T) if use_cache else None
             return BaseModelOutputWithPast(pack(x), new, trace and tuple(map(pack, [*trace, x])))
