@@ -931,6 +931,15 @@ def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
     assert torch.equal(FlashSTU.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
+def test_a_folder_from_before_there_were_impulses_has_none(tmp_path):
+    model, ids, path = small_model(use_impulses=False), torch.randint(61, (2, 20)), tmp_path / "config.json"
+    model.save_pretrained(tmp_path)
+    values = json.loads(path.read_text())
+    assert values.pop("use_impulses") is False
+    path.write_text(json.dumps(values))
+    assert torch.equal(FlashSTU.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+
+
 def test_damaged_model_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json"):
         FlashSTU.from_pretrained(tmp_path)
