@@ -13,7 +13,7 @@ Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.1048
 The letters, everywhere in this file:
     B batch    T length of this input    L seq_len, the length of the filters    d, d_in, d_out channels
     K  number of eigenvectors φ_1..φ_K of the Hankel matrix Z (`num_eigh`), each a signal of length L
-    Φ  the filter bank [L, F]: φ_k(t), (-1)^t φ_k(t) (Hankel-L has both signs inside), and 4 unit impulses
+    Φ  the filter bank [L, F]: φ_k(t), (-1)^t φ_k(t) (Hankel-L has both signs inside); 4 unit impulses, if wanted
     M  what is learned, [F, d_in, d_out]: M_f takes the output of filter f to the layer's output
     A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
     S  the state of that system, [B, n, d]: what an STU layer remembers (no system fits: its last L inputs)
@@ -87,10 +87,9 @@ def both_signs(phi):
 def stu_formula(x, bank, M):
     """The layer as the papers define it (2312.06837, section 2; 2409.10489, equation 1), slow and obvious.
 
-    x [B, T, d_in], Φ [>= T, F], M = M⁺_1..M⁺_K, M⁻_1..M⁻_K, M^u_0..M^u_3 [F, d_in, d_out] -> y [B, T, d_out]:
-        y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk + Σ_i M^u_i x_{t-i},
-        U⁺_tk = Σ_i φ_k(i) x_{t-i},   U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i},
-    which is Σ_f M_f U_tf over all columns of the bank. All that follows computes the same, faster."""
+    x [B, T, d_in], bank Φ [>= T, F], M [F, d_in, d_out] = M⁺_1..M⁺_K, M⁻_1..M⁻_K -> y [B, T, d_out]:
+        y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk,  U⁺_tk = Σ_i φ_k(i) x_{t-i},  U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
+    and, with use_impulses, + Σ_i M^u_i x_{t-i}, i = 0..3. All that follows computes the same, faster."""
     y = []
     for t in range(x.shape[1]):
         past = x[:, : t + 1].flip(1)  # x_t, x_{t-1}, ..., x_0: [B, t + 1, d_in]
@@ -367,7 +366,7 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=1
     Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T] is
     False at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in
     time, backward too: k and v are cut into tiles once, as the gradient of a slice is of full length."""
-    q_tiles, y = (q * q.shape[-1] ** -0.5).split(tile, dim=2), []
+    q_tiles, y = q.split(tile, dim=2), []
     cuts = [k.shape[2] - q.shape[2], *(q_i.shape[2] for q_i in q_tiles)]  # the past, then as the queries
     k_tiles, v_tiles = k.split(cuts, dim=2), v.split(cuts, dim=2)
     for i, q_i in enumerate(q_tiles):
@@ -379,10 +378,11 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=1
         if attention_mask is not None:  # [B, 1, T, keys]
             mask_tiles = attention_mask[:, None, None, -k.shape[2] :].split(cuts, dim=3)
             visible = visible & cat(mask_tiles[near], dim=3) | causal.triu(keys - T)
-        logits = q_i @ k_i.transpose(-1, -2)
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        y.append(logits.masked_fill(~visible, -inf).softmax(-1) @ v_i)
+        if softcap == 0:
+            y.append(F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible))
+        else:
+            logits = softcap * torch.tanh(q_i @ k_i.transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap))
+            y.append(logits.masked_fill(~visible, -inf).softmax(-1) @ v_i)
     return cat(y, dim=2)
 
 
@@ -502,7 +502,7 @@ class FlashSTUConfig:
     bias: bool = False  # of the linear layers
     dropout: float = 0.0  # after the embedding and on both branches of a block
     use_hankel_L: bool = False  # the Hankel matrix of decays of both signs
-    use_impulses: bool = True  # unit impulses in the bank: the autoregressive terms M^u of 2312.06837
+    use_impulses: bool = False  # 4 unit impulses in the bank: the autoregressive terms M^u of 2312.06837
     use_approx: bool = True  # STU-T; False: the full STU
     use_tensorized: bool = False  # Kronecker filters, min(K, √seq_len)² of them
     use_flash_fft: bool = True  # FlashFFTConv where installed
@@ -813,7 +813,6 @@ if "transformers" in sys.modules:
 
         def __init__(self, **options):
             defaults = OPTIONS | {"tie_word_embeddings": True, "auto_map": HF_CONFIG["auto_map"]}
-            defaults["use_impulses"] = "architectures" not in options  # false in a file that lacks it: older
             super().__init__(**defaults | options)
 
     @dataclass

@@ -186,7 +186,7 @@ def load_checkpoint(folder):
             damaged = zipfile.ZipFile(path).testzip()  # each part has a checksum
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             with torch.device("meta"):
-                whole = FlashSTU(FlashSTUConfig(**{"use_impulses": False} | saved["config"]))
+                whole = FlashSTU(FlashSTUConfig(**saved["config"]))
             whole.load_state_dict(saved["model"], assign=True)
             right = not damaged and saved["step"] == step and {"scaler", "settings", "log"} <= saved.keys()
             if right and saved["optimizer"]["state"].keys() == saved["model"].keys():
