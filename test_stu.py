@@ -684,7 +684,7 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
 def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    use, chat = re.findall(r"```python\n((?:import sys\n\n)?import torch\n.*?)```", text, re.DOTALL)
+    use, chat = re.findall(r"```python\n((?:import sys\n)?import torch\n.*?)```", text, re.DOTALL)
     Path("readme.py").write_text(use)
     names = runpy.run_path("readme.py")
     assert names["y"].shape == (2, 1948, 64) and names["tokens"].shape == (2, 150)

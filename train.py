@@ -219,7 +219,7 @@ def log(step, **record):
 
 def draw(name, lines, **labels):  # lines: each its points and its style
     run.mkdir(parents=True, exist_ok=True)
-    with picture(run / name, 7, 4) as figure:
+    with picture(run / name, 8, 4) as figure:
         axis = figure.subplots()
         for points, style in lines:
             axis.plot(*zip(*points), **style)
