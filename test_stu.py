@@ -2648,7 +2648,8 @@ def test_eval_only_reads_far_past_seq_len_with_and_without_its_memory(data, trai
     logits = model(texts[:, :-1]).logits.transpose(1, 2)
     whole = F.cross_entropy(logits, texts[:, 1:], reduction="none").mean(0) / math.log(2)
     windows = model(x, labels=x).loss.item() / math.log(2)
-    assert f"{windows:.4f} bits per byte in 32 windows of 32" in output and "windows of 32" in output2
+    assert f"{windows:.4f} bits per byte" in output and "32 windows of 32" in output
+    assert "windows of 32" in output2
     assert list(rows) == ["state carried", "all reset", "STU reset"] and output != other
     assert list(rows["STU reset"]) == ["0-64", "64-128", "128-256", "256-512"]
     assert float(rows["state carried"]["128-256"]) == pytest.approx(whole[128:256].mean().item(), abs=2e-4)

@@ -305,7 +305,7 @@ if s.init_from or reading:
 if s.sample or s.chat:
     model, tokenizer, state = source.to(device), get_tokenizer(vocabulary), []
     text = Path(s.sample[1:]).read_bytes() if s.sample.startswith("@") else os.fsencode(s.sample)
-    text = text.decode(errors="replace")
+    text = text.decode(errors="replace").removesuffix("\n")  # a file ends with it
     for _ in range(s.num_samples if text else 0):
         say(text, end="")
         write(model, text, s.max_new_tokens, state := [])
@@ -388,14 +388,14 @@ peaks = [(group["lr"], group["weight_decay"]) for o in optimizers for group in o
 # ---- Judge. Instead of training, texts far longer than seq_len are read with the state carried on, and with
 # parts of it forgotten every seq_len tokens: the difference is what that memory is worth
 if s.eval_only:
+    say(f"{s.data}: {len(windows['val'])} windows of {T} tokens")
     loss, length = evaluate(windows["val"]), min(s.eval_length * T, longest)
-    texts, n, bits = tile("val", length, s.eval_sequences), len(windows["val"]), loss * bits_per_byte
-    say(f"{s.data}: loss {loss:.4f}, {bits:.4f} bits per byte in {n} windows of {T}. By position:")
+    say(f"loss {loss:.4f}, {loss * bits_per_byte:.4f} bits per byte. By position:")
     spectral = [i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, STU)]
     ways = {"state carried": (), "all reset": range(config.n_layers), "STU reset": spectral}
     edges, lines = [0, *(64 * 2**i for i in range(24) if 64 * 2**i < length), length], []
     for name, forgotten in ways.items():
-        bits = bits_by_position(texts, length, forgotten)
+        bits = bits_by_position(tile("val", length, s.eval_sequences), length, forgotten)
         means = [(f"{a}-{b}", bits[a:b].mean().item()) for a, b in pairwise(edges)]
         say(f"{name}: " + ", ".join(f"{span} {mean:.4f}" for span, mean in means))
         lines.append((means, {"label": name, "marker": "."}))
