@@ -2884,7 +2884,7 @@ def draw_costs(path, contexts, seconds, lengths, speeds):
             right.semilogx(lengths[: len(values)], values, marker="o", label=name)
         left.set(title="A token costs the same at any context", ylim=(1, None))
         left.set(xlabel="context (tokens)", ylabel="milliseconds per token")
-        right.set(title="Training costs the same a token at any length", ylim=(0, None))
+        right.set(title="Training: nearly the same cost a token at any length", ylim=(0, None))
         right.set(xlabel="length (tokens)", ylabel="tokens per second")
 
 
