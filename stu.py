@@ -13,7 +13,7 @@ Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.1048
 The letters, everywhere in this file:
     B batch    T length of this input    L seq_len, the length of the filters    d, d_in, d_out channels
     K  number of eigenvectors φ_1..φ_K of the Hankel matrix Z (`num_eigh`), each a signal of length L
-    Φ  the filter bank [L, F]: φ_k(t), (-1)^t φ_k(t) (Hankel-L has both signs inside); 4 unit impulses, if wanted
+    Φ  the filter bank [L, F]: F = 2K filters φ_k(t), (-1)^t φ_k(t); Hankel-L has both signs inside: F = K
     M  what is learned, [F, d_in, d_out]: M_f takes the output of filter f to the layer's output
     A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
     S  the state of that system, [B, n, d]: what an STU layer remembers (no system fits: its last L inputs)
