@@ -770,7 +770,7 @@ class FlashSTU(nn.Module):
         except Exception as e:  # an OSError says nothing about what the file holds
             if isinstance(e, OSError):
                 raise
-            raise ValueError(f"{path} is damaged, or no FlashSTU's (a run's is in RUN/model): {e!r}") from None
+            raise ValueError(f"{path} is damaged, or no model's (a run's is in RUN/model): {e!r}") from None
         return model.to(device)
 
 
