@@ -253,7 +253,7 @@ def prepare(
     folder, tok, left_out, default = Path(out), get_tokenizer(tokenizer), {}, sources is None
     if default and (meta := read_meta(folder)) and meta["complete"]:
         return meta
-    sources = [source.rstrip("/") or source for source in sources or ["stdlib"]]
+    sources = sources or ["stdlib"]
     if shard_tokens < 1 or not 0 < val_fraction < 1:
         raise SystemExit(f"need {shard_tokens = } of at least 1, {val_fraction = } between 0 and 1")
     if folder.resolve() in [Path(source).resolve() for source in sources]:

@@ -18,7 +18,7 @@ The letters, everywhere in this file:
     A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
     S  the state of that system, [B, n, d]: what an STU layer remembers (no system fits: its last L inputs)
     w  attention window: a token sees itself and the w tokens before it; [B, H, T, hd] are H heads of size hd
-F is also torch.nn.functional, as everywhere.
+F is also torch.nn.functional. check(right, wanted, given) raises unless right; it and the config: section 7.
 """
 
 import json
@@ -60,7 +60,7 @@ on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two
 def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
     """The top K eigenvectors of Z, leading one first, each times (its eigenvalue)^¼ (the papers' scale):
     [seq_len, K]. Computed in float64 from G, in O(seq_len) memory: 4 GB at 2^20 (Hankel-L 8)."""
-    c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)  # checks: section 7
+    c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)
     L, K, signs = c.seq_len, c.num_eigh, 2 if c.use_hankel_L else 1
     # -ln α = e^x at nodes x, from α = 0 (e^-45) to where α^L = 1 (1 - e^-12) or where (1-α)² dα, of order
     # (e^-21)³, is nothing in float64

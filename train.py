@@ -305,7 +305,7 @@ if s.init_from or reading:
 if s.sample or s.chat:
     model, tokenizer, state = source.to(device), get_tokenizer(vocabulary), []
     text = Path(s.sample[1:]).read_bytes() if s.sample.startswith("@") else os.fsencode(s.sample)
-    text = text.decode(errors="replace").removesuffix("\n")  # a file ends with it
+    text = text.decode(errors="replace")
     for _ in range(s.num_samples if text else 0):
         say(text, end="")
         write(model, text, s.max_new_tokens, state := [])
