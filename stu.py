@@ -89,7 +89,7 @@ def stu_formula(x, bank, M):
 
     x [B, T, d_in], bank Φ [>= T, F], M [F, d_in, d_out] = M⁺_1..M⁺_K, M⁻_1..M⁻_K -> y [B, T, d_out]:
         y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk,  U⁺_tk = Σ_i φ_k(i) x_{t-i},  U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
-    and, with use_impulses, + Σ_i M^u_i x_{t-i}, i = 0..3. All that follows computes the same, faster."""
+    All that follows computes the same, faster."""
     y = []
     for t in range(x.shape[1]):
         past = x[:, : t + 1].flip(1)  # x_t, x_{t-1}, ..., x_0: [B, t + 1, d_in]
@@ -106,37 +106,42 @@ def fft_size(n):
     return min(m << max(0, ceil(log2(n / m))) for m in (1, 3, 5, 9, 15))
 
 
-class FFTConv(torch.autograd.Function):
-    """u [B, d, T], h [d, <= T] -> y [B, d, T], y_f = u_f · h_f on n points, and both spectra conjugated.
+class Spectrum(torch.autograd.Function):
+    """x [..., T] -> rfft(x) on n points, [..., n/2 + 1]; and Signal goes back to [..., T].
 
-    PyTorch's derivative of rfft is a complex FFT; the backward here is one rfft and two irffts. It needs the
-    spectra. They are outputs, so that the backward can itself be differentiated, to any order."""
+    PyTorch differentiates rfft by a complex FFT of full length. A real signal has half a spectrum: here the
+    derivative of each of the two is the other. The weights per frequency that this leaves out (1 or 2, and n)
+    cancel when one follows the other, with products in between: a convolution has derivatives of any order."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(u, h, n):
-        u_f, h_f = rfft(u, n=n), rfft(h, n=n)
-        y = irfft(u_f * h_f, n=n)[..., : u.shape[-1]]
-        return y, u_f.conj_physical_(), h_f.conj_physical_()  # in place: no second spectrum
+    def forward(x, n):
+        return rfft(x, n=n)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.lengths, ctx.n = [t.shape[-1] for t in inputs[:2]], inputs[2]
-        ctx.save_for_backward(*output[1:])
-        ctx.set_materialize_grads(False)
+        ctx.T, ctx.n = inputs[0].shape[-1], inputs[1]
 
     @staticmethod
-    def backward(ctx, grad, *grad_spectra):
-        (u_conj, h_conj), n, grads = ctx.saved_tensors, ctx.n, [None, None]
-        if grad is not None:
-            grad_f = rfft(grad, n=n)
-            grads = [irfft(grad_f * h_conj, n=n), irfft((grad_f * u_conj).sum(0), n=n)]
-        for i, g in enumerate(grad_spectra):
-            if g is not None:  # of a higher derivative: through rfft
-                g = torch.fft.ifft(g.conj(), n=n, norm="forward").real
-                grads[i] = g if grads[i] is None else grads[i] + g
-        return *(g if g is None else g[..., :length] for g, length in zip(grads, ctx.lengths)), None
+    def backward(ctx, grad):
+        return Signal.apply(grad, ctx.n, ctx.T), None
+
+
+class Signal(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_f, n, T):
+        return irfft(x_f, n=n)[..., :T]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.n = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Spectrum.apply(grad, ctx.n), None, None
 
 
 def fft_conv(u, h, tile):
@@ -144,8 +149,8 @@ def fft_conv(u, h, tile):
     time, and so few that the CPU's cache holds their spectra: up to 1.7 times faster."""
     n, y = fft_size(u.shape[2] + h.shape[1] - 1), []
     tile = max(1, min(tile, (2**24 if u.is_cuda else 2**20) // (len(u) * n)))
-    for pair in zip(u.split(tile, dim=1), h.split(tile)):
-        y.append(FFTConv.apply(*pair, n)[0])
+    for u_i, h_i in zip(u.split(tile, dim=1), h.split(tile)):
+        y.append(Signal.apply(Spectrum.apply(u_i, n) * Spectrum.apply(h_i, n), n, u.shape[2]))
     return cat(y, dim=1)
 
 
@@ -188,9 +193,9 @@ class STU(Mixer):
         c = config or FlashSTUConfig(seq_len=seq_len, num_eigh=num_eigh, use_attn=False, **options)
         bank = precomputed_filters
         if bank is None:
-            bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_impulses, c.use_tensorized)
+            bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_tensorized)
         elif not isinstance(bank, FilterBank):
-            bank = make_bank(bank, c.use_hankel_L, c.use_impulses)
+            bank = FilterBank(bank, c.use_hankel_L)
         self.d_in, self.d_out = setting("d_in", d_in, int), setting("d_out", d_out, int)
         self.config, self.bank, self.backend = c, bank, backend
         L, n_filters = bank.filters.shape
@@ -260,12 +265,12 @@ class STU(Mixer):
 # of the filters on t < L, with a penalty `fade`² on the energy past L (where they are undefined, and their
 # natural continuation grows), is one small linear solve.
 class FilterBank:
-    """A bank Φ [L, F] and its form as a recurrence, None where none fits: one object for all the layers that
-    use it. Kept in float64 on the CPU, never changed; `on` gives a copy for each device and dtype."""
+    """Base filters φ [L, K], of both signs unless Hankel-L, as the bank Φ [L, F] and, where one fits, as a
+    recurrence `lds`: one object for all layers that use it, in float64 on the CPU; `on` hands out copies."""
 
-    def __init__(self, filters, **fit):
-        self.filters, self.copies = filters.detach().double().cpu(), {}
-        self.lds = fit_recurrence(self.filters, **fit)
+    def __init__(self, phi, use_hankel_L=False, **fit):
+        self.filters = (phi if use_hankel_L else both_signs(phi)).detach().double().cpu()
+        self.lds, self.copies = fit_recurrence(self.filters, **fit), {}
 
     def on(self, u):
         """Filters and recurrence for an input u. Never below float32: poles near 1 would coincide."""
@@ -273,24 +278,16 @@ class FilterBank:
         if key in self.copies:
             return self.copies[key]
         with torch.inference_mode(False):  # wherever this is called first, one can train afterwards
-            copy = self.filters.to(*key), self.lds and SpectralLDS(*(t.to(*key) for t in self.lds))
-        if type(copy[0]) is Tensor:  # not a fake one, of torch.compile or of a dry run
-            self.copies[key] = copy
-        return copy
-
-
-def make_bank(phi, use_hankel_L, use_impulses):
-    """Base filters φ [L, K] -> Φ: both signs of them, and unit impulses at lags 0 to 3."""
-    bank, n = phi if use_hankel_L else both_signs(phi), 4 if use_impulses else 0
-    return FilterBank(cat([bank, torch.eye(len(phi), n, dtype=phi.dtype, device=phi.device)], dim=1))
+            filters, *lds = (t.to(*key, copy=True) for t in (self.filters, *(self.lds or ())))
+        if type(filters) is Tensor:  # not a fake one, of torch.compile or of a dry run
+            self.copies[key] = filters, lds
+        return filters, lds
 
 
 @lru_cache(maxsize=32)
-def standard_bank(seq_len, K, use_hankel_L, use_impulses, use_tensorized):
+def standard_bank(seq_len, K, use_hankel_L, use_tensorized):
     make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
-    with torch.inference_mode(False), torch.device("cpu"):
-        phi = make(seq_len, K, use_hankel_L, dtype=torch.float64)
-        return make_bank(phi, use_hankel_L, use_impulses)
+    return FilterBank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
 
 
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")  # A^0 .. A^chunk [chunk + 1, n, n], b [n], C [F, n]
@@ -360,12 +357,13 @@ def rotary(x, start):
     return cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=128):
+def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=None):
     """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i sees key past + i and the `window` keys before it.
 
     Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T] is
     False at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in
     time, backward too: k and v are cut into tiles once, as the gradient of a slice is of full length."""
+    tile = tile or (512 if q.is_cuda else 128)
     q_tiles, y = q.split(tile, dim=2), []
     cuts = [k.shape[2] - q.shape[2], *(q_i.shape[2] for q_i in q_tiles)]  # the past, then as the queries
     k_tiles, v_tiles = k.split(cuts, dim=2), v.split(cuts, dim=2)
@@ -373,11 +371,11 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=1
         near = slice(max(0, i + 1 - ceil(window / tile)), i + 2)  # of keys: 0 is the past, i + 1 is its own
         k_i, v_i = cat(k_tiles[near], dim=2), cat(v_tiles[near], dim=2)
         T, keys = q_i.shape[2], k_i.shape[2]
-        causal = torch.ones(T, keys, dtype=torch.bool, device=q.device).tril(keys - T)
-        visible = causal.triu(keys - T - window)
+        lag = arange(keys - T, keys, device=q.device)[:, None] - arange(keys, device=q.device)  # query - key
+        visible = (lag >= 0) & (lag <= window)
         if attention_mask is not None:  # [B, 1, T, keys]
             mask_tiles = attention_mask[:, None, None, -k.shape[2] :].split(cuts, dim=3)
-            visible = visible & cat(mask_tiles[near], dim=3) | causal.triu(keys - T)
+            visible = visible & cat(mask_tiles[near], dim=3) | (lag == 0)
         if softcap == 0:
             y.append(F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible))
         else:
@@ -432,14 +430,13 @@ def full_conv(x, filters, M, tile):
     frequency ω one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are never formed. Of
     these matrices 64 are made at a time, or 64 · tile / (d_in · d_out)."""
 
-    def mix(x_f, filters_f):  # [band, B, d_in], [2, band, F] -> [band, B, d_out]
-        matrices = torch.complex(*(filters_f @ M.flatten(1)))  # M is real: real and imaginary part apart
+    def mix(x_f, filters_f):  # [band, B, d_in], [band, F] -> [band, B, d_out]
+        matrices = filters_f @ M.flatten(1).to(filters_f.dtype)
         return x_f @ matrices.unflatten(1, M.shape[1:])
 
     n, band = fft_size(x.shape[1] + len(filters) - 1), max(1, 64 * tile // M[0].numel())
-    x_f = rfft(x, n=n, dim=1).transpose(0, 1)  # [n/2 + 1, B, d_in]
-    filters_f = torch.view_as_real(rfft(filters, n=n, dim=0)).movedim(2, 0)  # [2, n/2 + 1, F]
-    y_f = cat(piece_by_piece(mix, x_f.split(band), filters_f.split(band, dim=1)))
+    x_f, filters_f = rfft(x, n=n, dim=1).transpose(0, 1), rfft(filters, n=n, dim=0)
+    y_f = cat(piece_by_piece(mix, x_f.split(band), filters_f.split(band)))
     return irfft(y_f.transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]
 
 
@@ -502,7 +499,6 @@ class FlashSTUConfig:
     bias: bool = False  # of the linear layers
     dropout: float = 0.0  # after the embedding and on both branches of a block
     use_hankel_L: bool = False  # the Hankel matrix of decays of both signs
-    use_impulses: bool = False  # 4 unit impulses in the bank: the autoregressive terms M^u of 2312.06837
     use_approx: bool = True  # STU-T; False: the full STU
     use_tensorized: bool = False  # Kronecker filters, min(K, √seq_len)² of them
     use_flash_fft: bool = True  # FlashFFTConv where installed
@@ -759,7 +755,7 @@ class FlashSTU(nn.Module):
 
         path, tensors = Path(folder) / "config.json", {}
         try:  # whatever goes wrong, `path` is the file that is being read
-            values = {"use_impulses": False} | json.loads(path.read_text("utf-8"))  # older files lack it
+            values = json.loads(path.read_text("utf-8"))
             values["torch_dtype"] = values.get("dtype") or values["torch_dtype"]  # transformers' name, ours
             model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
             # transformers may have cut it into shards, and names what it wraps
