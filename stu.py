@@ -89,7 +89,7 @@ def stu_formula(x, bank, M):
 
     x [B, T, d_in], bank Φ [>= T, F], M [F, d_in, d_out] = M⁺_1..M⁺_K, M⁻_1..M⁻_K -> y [B, T, d_out]:
         y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk,  U⁺_tk = Σ_i φ_k(i) x_{t-i},  U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
-    and, with use_impulses, + Σ_i M^u_i x_{t-i}, i = 0..3. All that follows computes the same, faster."""
+    All that follows computes the same, faster."""
     y = []
     for t in range(x.shape[1]):
         past = x[:, : t + 1].flip(1)  # x_t, x_{t-1}, ..., x_0: [B, t + 1, d_in]
@@ -188,9 +188,9 @@ class STU(Mixer):
         c = config or FlashSTUConfig(seq_len=seq_len, num_eigh=num_eigh, use_attn=False, **options)
         bank = precomputed_filters
         if bank is None:
-            bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_impulses, c.use_tensorized)
+            bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_tensorized)
         elif not isinstance(bank, FilterBank):
-            bank = make_bank(bank, c.use_hankel_L, c.use_impulses)
+            bank = make_bank(bank, c.use_hankel_L)
         self.d_in, self.d_out = setting("d_in", d_in, int), setting("d_out", d_out, int)
         self.config, self.bank, self.backend = c, bank, backend
         L, n_filters = bank.filters.shape
@@ -279,18 +279,16 @@ class FilterBank:
         return copy
 
 
-def make_bank(phi, use_hankel_L, use_impulses):
-    """Base filters φ [L, K] -> Φ: both signs of them, and unit impulses at lags 0 to 3."""
-    bank, n = phi if use_hankel_L else both_signs(phi), 4 if use_impulses else 0
-    return FilterBank(cat([bank, torch.eye(len(phi), n, dtype=phi.dtype, device=phi.device)], dim=1))
+def make_bank(phi, use_hankel_L):
+    """Base filters φ [L, K] -> Φ, both signs of them."""
+    return FilterBank(phi if use_hankel_L else both_signs(phi))
 
 
 @lru_cache(maxsize=32)
-def standard_bank(seq_len, K, use_hankel_L, use_impulses, use_tensorized):
+def standard_bank(seq_len, K, use_hankel_L, use_tensorized):
     make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
     with torch.inference_mode(False), torch.device("cpu"):
-        phi = make(seq_len, K, use_hankel_L, dtype=torch.float64)
-        return make_bank(phi, use_hankel_L, use_impulses)
+        return make_bank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
 
 
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")  # A^0 .. A^chunk [chunk + 1, n, n], b [n], C [F, n]
@@ -502,7 +500,6 @@ class FlashSTUConfig:
     bias: bool = False  # of the linear layers
     dropout: float = 0.0  # after the embedding and on both branches of a block
     use_hankel_L: bool = False  # the Hankel matrix of decays of both signs
-    use_impulses: bool = False  # 4 unit impulses in the bank: the autoregressive terms M^u of 2312.06837
     use_approx: bool = True  # STU-T; False: the full STU
     use_tensorized: bool = False  # Kronecker filters, min(K, √seq_len)² of them
     use_flash_fft: bool = True  # FlashFFTConv where installed
@@ -759,7 +756,7 @@ class FlashSTU(nn.Module):
 
         path, tensors = Path(folder) / "config.json", {}
         try:  # whatever goes wrong, `path` is the file that is being read
-            values = {"use_impulses": False} | json.loads(path.read_text("utf-8"))  # older files lack it
+            values = json.loads(path.read_text("utf-8"))
             values["torch_dtype"] = values.get("dtype") or values["torch_dtype"]  # transformers' name, ours
             model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
             # transformers may have cut it into shards, and names what it wraps

@@ -262,8 +262,6 @@ KINDS = [
     {"use_approx": False, "use_hankel_L": True},
     {"use_tensorized": True},
     {"use_tensorized": True, "use_approx": False},
-    {"use_impulses": True},
-    {"use_impulses": True, "use_approx": False},
 ]
 kinds = pytest.mark.parametrize("options", KINDS, ids=lambda o: "+".join(o) or "default")
 
@@ -928,15 +926,6 @@ def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
     files = ["config.json", "generation_config.json", "model.safetensors", "stu.py"]
     assert sorted(os.listdir(tmp_path)) == files
     model.to(torch.bfloat16).save_pretrained(tmp_path)  # cast after it was made
-    assert torch.equal(FlashSTU.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
-
-
-def test_a_folder_from_before_there_were_impulses_has_none(tmp_path):
-    model, ids, path = small_model(), torch.randint(61, (2, 20)), tmp_path / "config.json"
-    model.save_pretrained(tmp_path)
-    values = json.loads(path.read_text())
-    assert values.pop("use_impulses") is False
-    path.write_text(json.dumps(values))
     assert torch.equal(FlashSTU.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 

@@ -409,7 +409,7 @@ saved, start_step = None if s.fresh else load_checkpoint(run), 0
 full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on the main process's CPU
 s.text = f"{meta['sources']} ({zlib.crc32(json.dumps([meta['train'], meta['val']]).encode()):08x})"
 if saved:
-    before, start_step = {"use_impulses": False} | saved["settings"], saved["step"]
+    before, start_step = saved["settings"], saved["step"]
     free = {"use_gradient_checkpointing", "d_in_tile", "d_out_tile"}  # the results are the same
     for name in [*(model_fields.keys() - free), "text", "optimizer", "seed", "batch_size"]:
         if before.get(name) != (value := getattr(s, name)):
