@@ -473,7 +473,7 @@ SETTINGS = {  # annotation -> kinds of numpy's dtypes that may be given, least v
 
 
 def check(right, wanted, given):
-    """Unless it is right, an error with what was wanted and what was given (of a tensor, dtype and shape)."""
+    """Unless it is right, an error that says what was wanted and given (of a tensor, dtype and shape)."""
     if not right:
         got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else given
         raise ValueError(f"{wanted}, got {got}")
@@ -511,26 +511,21 @@ class FlashSTUConfig:
     d_in_tile: int | None = None  # the full STU's convolution, so many channels at a time: less memory
     d_out_tile: int | None = None  # also STU-T's; results are the same
     use_gradient_checkpointing: bool = False  # layers are computed again in the backward pass
-    torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters; train with float32 and autocast
+    torch_dtype: torch.dtype | str = "bfloat16"  # of the parameters; train with float32 and autocast
 
     def __post_init__(self):
-        if np.shape(w := self.window_size) == (2,) and w[1] == 0:
-            self.window_size = w[0]
+        match self.window_size:
+            case (w, 0):
+                self.window_size = w
         for f in fields(self)[:-1]:  # all but torch_dtype
-            given = getattr(self, f.name)
-            if given is not None or f.default is not None:
+            if (given := getattr(self, f.name)) is not f.default:
                 setattr(self, f.name, setting(f.name, given, f.type))
-        dtype, heads = getattr(torch, str(self.torch_dtype).removeprefix("torch."), None), self.n_heads
-        right = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        check(right, "torch_dtype must be a floating-point dtype", repr(self.torch_dtype))
-        even = self.n_embd % (2 * heads) == 0 or not self.use_attn
-        check(even, f"n_heads = {heads} does not divide n_embd into heads of even size", self.n_embd)
+        self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")
+        even = not self.use_attn or self.n_embd % (2 * self.n_heads) == 0
+        check(even, f"n_heads = {self.n_heads} does not divide n_embd into heads of even size", self.n_embd)
         check(self.use_stu or self.use_attn, "use_stu or use_attn must be True: no layer is left", "neither")
-        check(self.dropout < 1, "dropout must be below 1", self.dropout)
-        self.torch_dtype = dtype
 
-    def to_dict(self):
-        return asdict(self) | {"torch_dtype": str(self.torch_dtype).removeprefix("torch.")}
+    to_dict = asdict  # as JSON has it
 
 
 def check_ids(ids, name="input_ids", shortest=1):
@@ -635,7 +630,7 @@ class FlashSTU(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("mixer.M", "M_filters", "c_proj.weight", "down_proj.weight")):
                 p.data *= (2 * c.n_layers) ** -0.5  # so many branches add up in the residual stream
-        self.to(c.torch_dtype)
+        self.to(getattr(torch, c.torch_dtype))
 
     def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None, trace=None):
         """Token ids [B, T] -> normalised output of the last layer [B, T, d] and, with use_cache, the state to

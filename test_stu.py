@@ -902,8 +902,8 @@ def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(make):
     ({"n_heads": 5}, "n_heads = 5 does not divide"), ({"use_approx": "False"}, "use_approx must be True or False"),
     ({"softcap": math.inf}, "softcap"), ({"softcap": math.nan}, "softcap"), ({"n_layers": True}, "n_layers"),
     ({"n_embd": "32"}, "n_embd"), ({"window_size": 2.5}, "window_size"), ({"mlp_scale": -1.0}, "mlp_scale"),
-    ({"dropout": 1.0}, "dropout"), ({"softcap": -1.0}, "softcap"), ({"window_size": (4, 4)}, "window_size"),
-    ({"n_layers": 0}, "n_layers"), ({"torch_dtype": "int8"}, "torch_dtype"), ({"seq_len": 4.5}, "seq_len"),
+    ({"dropout": -0.1}, "dropout"), ({"softcap": -1.0}, "softcap"), ({"window_size": (4, 4)}, "window_size"),
+    ({"n_layers": 0}, "n_layers"), ({"seq_len": 4.5}, "seq_len"),
     ({"use_attn": False, "use_stu": False}, "no layer"),
     ({"stu_mlp_hidden_size": 2.5}, "stu_mlp_hidden_size"),
 ])  # fmt: skip
