@@ -462,7 +462,7 @@ def flash_fft_conv(u, h):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. Settings, and the doors at which what is given is checked
+# 7. Settings, the doors at which what is given is checked, and what is given back
 SETTINGS = {  # annotation -> kinds of numpy's dtypes that may be given, least value, how that is called
     bool: ("b", False, "True or False"),
     int: ("iu", 1, "a positive integer"),
@@ -528,11 +528,10 @@ class FlashSTUConfig:
     to_dict = asdict  # as JSON has it
 
 
-def check_ids(ids, name="input_ids", shortest=1):
+def check_ids(ids, shortest=1):
     """Token ids or labels [B, T] -> int64."""
-    given = ids if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-    right = given is ids and "int" in str(ids.dtype) and ids.ndim == 2 and ids.shape[1] >= shortest
-    check(right, f"{name} must be a tensor of integers, [batch, length >= {shortest}]", given)
+    right = isinstance(ids, Tensor) and "int" in str(ids.dtype) and ids.ndim == 2 and ids.shape[1] >= shortest
+    check(right, f"input_ids and labels must be tensors of integers, [batch, length >= {shortest}]", ids)
     return ids.long()
 
 
@@ -546,9 +545,12 @@ def check_mask(mask, B, T):
     return mask.bool()
 
 
-# What a layer remembers between two pieces of a sequence: tensors [B, ...]; the layer's description and the
-# batch size, as no other takes this state; the number of inputs so far, padding included
+# What a layer remembers between two pieces of a sequence: tensors [B, ...]; its description and the batch
+# size, as no other takes this state; the number of inputs so far, padding included
 LayerState = namedtuple("LayerState", "tensors owner seen")
+# Without labels loss is None, with them logits are. State, with use_cache: a LayerState for each layer, and
+# the last layer's last output [B, 1, d], normalised
+Output = namedtuple("Output", "loss logits state")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -591,21 +593,7 @@ class TiedEmbedding(nn.Embedding):
     output share the matrix, and it is read nowhere but here: whoever moves or shards it hooks this module."""
 
     def forward(self, x):
-        if x.is_floating_point():
-            return F.linear(x, self.weight)
-        try:
-            return super().forward(x)
-        except IndexError:
-            raise ValueError(f"token ids {x.min()} to {x.max()} are not in [0, {len(self.weight)})") from None
-
-
-class Output(namedtuple("Output", "loss logits state")):
-    """outputs.loss, outputs["loss"] and loss, logits, state = outputs all work. Without labels loss is None,
-    with them logits [B, T, vocab_size] are; state, with use_cache: a LayerState for each layer, and the last
-    layer's last output [B, 1, d]."""
-
-    def __getitem__(self, key):
-        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
 
 
 # What config.json says to transformers (section 9)
@@ -652,21 +640,20 @@ class FlashSTU(nn.Module):
 
     def forward(self, input_ids, labels=None, state=None, use_cache=False):
         """input_ids [B, T] -> logits [B, T, vocab_size]; with labels [B, T], instead, the mean cross-entropy
-        (nats) of predicting labels[:, t+1] at t: pass labels = input_ids. -100 is ignored."""
+        (nats) of predicting labels[:, t+1] at t: pass labels = input_ids. -100 is ignored. The last token has
+        no label and is not read: seq_len + 1 tokens train seq_len positions, the next call begins with it."""
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
             return Output(None, self.tok_emb(x), state)
-        ids, labels = check_ids(input_ids), check_ids(labels, "labels", shortest=2)
-        check(labels.shape == ids.shape, "labels are not of the shape of input_ids", labels)
-        # the last token has no label: leave it out, so that seq_len + 1 tokens train seq_len positions
-        x, state = self.hidden(ids if use_cache else ids[:, :-1], state, use_cache)
-        targets = labels[:, 1:]
-        return Output(self.loss(x[:, : targets.shape[1]].flatten(0, 1), targets.flatten()), None, state)
+        ids, labels = check_ids(input_ids, shortest=2), check_ids(labels)
+        check(labels.shape == ids.shape, "labels must be of the shape of input_ids", labels)
+        x, state = self.hidden(ids[:, :-1], state, use_cache)
+        return Output(self.loss(x.flatten(0, 1), labels[:, 1:].flatten()), None, state)
 
     def loss(self, x, targets):
         """Mean cross-entropy of x [N, d] against targets [N]; N x vocab_size logits never exist at once."""
-        sum_of = lambda x, y: F.cross_entropy(self.tok_emb(x).float(), y, ignore_index=-100, reduction="sum")
-        size = max(1, 2**26 // self.config.vocab_size)  # at most 2^26 logits at a time, 256 MB
+        sum_of = lambda x, y: F.cross_entropy(self.tok_emb(x).float(), y, reduction="sum")
+        size = 2**26 // self.config.vocab_size  # at most 2^26 logits at a time, 256 MB
         total = sum(piece_by_piece(sum_of, x.split(size), targets.split(size)))
         return total / (targets != -100).sum().clamp(min=1)
 

@@ -664,13 +664,13 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     model = FlashSTU(config)
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     outputs = model(input_ids=input_ids)
-    assert outputs.logits.shape == (2, 128, 50257) and outputs["logits"] is outputs.logits
+    assert outputs.logits.shape == (2, 128, 50257) and outputs[1] is outputs.logits
     generated = model.generate(input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40)
     assert generated.shape == (2, 14) and torch.equal(generated[:, :10], input_ids[:, :10])
     model.save_pretrained(tmp_path / "my_flash_stu_model")
     loaded = FlashSTU.from_pretrained(tmp_path / "my_flash_stu_model")
     assert torch.equal(loaded(input_ids).logits, outputs.logits)
-    loss = model(input_ids=input_ids, labels=input_ids.clone())["loss"]
+    loss = model(input_ids=input_ids, labels=input_ids.clone()).loss
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     block = FlashSTUBlock(d_model=512, sequence_length=2048, num_filters=24, use_attention=False)
@@ -745,6 +745,15 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token():
     assert model(ids, labels=labels).loss == 0
 
 
+def test_the_loss_of_a_text_in_windows_that_go_on_is_that_of_the_whole():
+    model, ids, state, losses = small_model(), torch.randint(61, (2, 97)), None, []
+    for start in range(0, 96, 24):  # the last token of a window begins the next
+        window = ids[:, start : start + 25]
+        loss, _, state = model(window, labels=window, state=state, use_cache=True)
+        losses.append(loss)
+    assert torch.allclose(torch.stack(losses).mean(), model(ids, labels=ids).loss)
+
+
 def test_chunked_loss_has_the_gradients_of_the_whole_and_never_holds_all_logits():
     model, ids = small_model(vocab_size=200064, n_layers=1), torch.randint(200064, (2, 201))
     with LargestTensor() as largest:
@@ -813,12 +822,11 @@ def test_weights_that_are_not_finite_do_not_speak():
 
 
 @pytest.mark.parametrize("ids, labels, message", [
-    ([[1, 2]], None, "input_ids must be a tensor of integers.*got a list"),
+    ([[1, 2]], None, r"input_ids and labels must be tensors of integers.*got \[\[1, 2\]\]"),
     (torch.ones(1, 4), None, "got torch.float32"), (torch.ones(1, 4).bool(), None, "got torch.bool"),
     (torch.ones(4).long(), None, r"got torch.int64 \[4\]"), (torch.ones(1, 0).long(), None, "length >= 1"),
-    (torch.tensor([[1, 61]]), None, "1 to 61"), (torch.tensor([[-1, 3]]), None, "-1 to 3"),
-    (torch.ones(1, 4).long(), torch.ones(4).long(), "labels must be"),
-    (torch.ones(1, 4).long(), torch.ones(1, 3).long(), "labels .* not of the shape"),
+    (torch.ones(1, 4).long(), torch.ones(4).long(), r"labels must be.*got torch.int64 \[4\]"),
+    (torch.ones(1, 4).long(), torch.ones(1, 3).long(), "labels must be of the shape"),
     (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length >= 2"),
 ])  # fmt: skip
 def test_token_ids_and_labels_have_one_door(ids, labels, message):
