@@ -563,24 +563,25 @@ class FlashSTUBlock(nn.Module):
                  **options):  # fmt: skip
         super().__init__()
         sizes = {"n_embd": d_model, "seq_len": sequence_length, "num_eigh": num_filters}
-        kind = {"use_attn": use_attention, "use_stu": not use_attention}
-        c = config or FlashSTUConfig(**sizes, **kind, **options)
-        d, width, self.sandwich = c.n_embd, int(c.n_embd * c.mlp_scale), None
-        linear, inner = partial(nn.Linear, bias=c.bias), d
+        c = config or FlashSTUConfig(**sizes, use_attn=use_attention, **options)
+        d, width, linear = c.n_embd, int(c.n_embd * c.mlp_scale), partial(nn.Linear, bias=c.bias)
+        inner, self.sandwich = d, None
         if c.stu_enable_mlp_sandwich and not use_attention:
             inner = c.stu_mlp_hidden_size or width
             self.sandwich = nn.ModuleList([linear(d, inner), linear(inner, d)])
         self.mixer = SlidingWindowAttention(config=c) if use_attention else STU(inner, inner, config=c)
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
-        gate, up, down = linear(d, width), linear(d, width), linear(width, d)
-        self.mlp = nn.ModuleDict({"gate_proj": gate, "up_proj": up, "down_proj": down})
+        self.mlp = nn.ModuleDict({
+            "gate_proj": linear(d, width), "up_proj": linear(d, width), "down_proj": linear(width, d),
+        })  # fmt: skip
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
         up, down = self.sandwich or (None, None)
         h = self.mixer_norm(x)
         h = self.mixer(F.silu(up(h)) if up else h, state, use_cache, attention_mask)
-        h, state = h if use_cache else (h, None)
+        if use_cache:
+            h, state = h
         x = x + self.dropout(down(h) if down else h)
         h = self.mlp_norm(x)
         h = F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h)
@@ -623,7 +624,7 @@ class FlashSTU(nn.Module):
     def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None, trace=None):
         """Token ids [B, T] -> normalised output of the last layer [B, T, d] and, with use_cache, the state to
         go on from. attention_mask [B, past + T] is 0 at padding; `trace`: a list, for every layer's input."""
-        x, n, states = self.dropout(self.tok_emb(check_ids(input_ids))), len(self.layers), []
+        x, n, after = self.dropout(self.tok_emb(check_ids(input_ids))), len(self.layers), []
         before = state or [None] * (n + 1)
         check(len(before) == n + 1, f"this model wants a state of {n} layers", f"one of {len(before) - 1}")
         attention_mask = check_mask(attention_mask, *input_ids.shape)
@@ -632,11 +633,12 @@ class FlashSTU(nn.Module):
                 trace.append(x)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
-            out = layer(x, layer_state, use_cache, attention_mask)
-            x, layer_state = out if use_cache else (out, None)
-            states.append(layer_state)
+            x = layer(x, layer_state, use_cache, attention_mask)
+            if use_cache:
+                x, layer_state = x
+                after.append(layer_state)
         x = self.norm(x)
-        return x, [*states, x[:, -1:].clone()] if use_cache else None
+        return x, [*after, x[:, -1:].clone()] if use_cache else None
 
     def forward(self, input_ids, labels=None, state=None, use_cache=False):
         """input_ids [B, T] -> logits [B, T, vocab_size]; with labels [B, T], instead, the mean cross-entropy
