@@ -659,60 +659,37 @@ class FlashSTU(nn.Module):
         total = sum(piece_by_piece(sum_of, x.split(size), targets.split(size)))
         return total / (targets != -100).sum().clamp(min=1)
 
-    def read(self, input_ids, state):
-        """Logits [B, vocab_size] of the token after input_ids (of none: after the state), in eval mode; a
-        long prompt in pieces. `state`, a list, is where reading starts; it is updated in place."""
-        training = self.training
-        try:
-            if training:
-                self.eval()
-            now = state
-            for piece in input_ids.split(self.config.seq_len, dim=1):
-                if piece.shape[1] or not state:
-                    _, now = self.hidden(piece, now, use_cache=True)
-            state[:] = now
-            return self.tok_emb(state[-1][:, 0]).float()
-        finally:
-            if training:
-                self.train()
-
     @torch.no_grad()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
-               use_cache=True, generator=None, state=None):  # fmt: skip
-        """Yield the next token of every row, [B], one after another; temperature 0 is greedy. With use_cache
-        each costs the same however long the context; without, the whole sequence is read again. Ends early
-        when every row has produced stop_token (rows that have, repeat it).
-
-        state: a list, empty or as an earlier call left it, to go on from. Whenever a token is yielded, it has
-        been read and the list updated in place: stop anywhere, and give the list to the next call with what
-        is new (ids of length 0 if nothing is)."""
-        right = max_new_tokens >= 0 and 0 <= temperature < inf and (top_k is None or top_k >= 1)
-        right = right and (top_p is None or 0 < top_p <= 1)
-        right = right and (stop_token is None or 0 <= stop_token < self.config.vocab_size)
-        wanted = "max_new_tokens, temperature >= 0, top_k >= 1, 0 < top_p <= 1, stop_token of the vocabulary"
-        given = f"{max_new_tokens = }, {temperature = }, {top_k = }, {top_p = }, {stop_token = }"
-        check(right, f"need {wanted}", given)
-        check(use_cache or state is None, "a state wants use_cache=True", use_cache)
+               generator=None, state=None):  # fmt: skip
+        """Yield the next token of every row, [B], one after another, each at the same cost; temperature 0 is
+        greedy. Ends early when every row has produced stop_token (rows that have, repeat it). `state`: a
+        list, empty or as an earlier call left it, to go on from. Whenever a token is yielded, it has been
+        read and the list updated in place: stop anywhere, and give the list to the next call with what is
+        new (ids of length 0 if nothing is). A model with dropout wants eval() before."""
+        check(max_new_tokens >= 0, "max_new_tokens must be >= 0", max_new_tokens)
+        check(temperature >= 0, "temperature must be >= 0", temperature)
+        check(top_p is None or 0 < top_p <= 1, "top_p must be > 0 and <= 1", top_p)
         state = [] if state is None else state
         input_ids = check_ids(input_ids, shortest=0 if state else 1)
+        for piece in input_ids.split(self.config.seq_len, dim=1):
+            if piece.shape[1]:
+                _, state[:] = self.hidden(piece, state, use_cache=True)
         done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
-        logits = self.read(input_ids, state)
         for _ in range(max_new_tokens):
-            token = sample(logits, temperature, top_k, top_p, generator)  # [B]
+            logits = self.tok_emb(state[-1][:, 0]).float()
+            token = sample(logits, temperature, top_k, top_p, generator)
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
-            input_ids = token[:, None] if use_cache else cat([input_ids, token[:, None]], dim=1)
-            logits = self.read(input_ids, state if use_cache else [])
+            _, state[:] = self.hidden(token[:, None], state, use_cache=True)
             yield token
             if len(done) and done.all():
                 return
 
     def generate(self, input_ids, max_length=None, max_new_tokens=None, **options):
-        """Prompt [B, T] -> prompt and continuation, max_length tokens in all. Options: see `stream`."""
-        one = (max_length is None) != (max_new_tokens is None)
-        check(one, "give max_length (prompt included) or max_new_tokens", f"{max_length}, {max_new_tokens}")
-        n_new = max_new_tokens if max_length is None else max_length - input_ids.shape[1]
+        """Prompt [B, T] -> the prompt and max_new_tokens more, or max_length in all. Options: see `stream`."""
+        n_new = max_length - input_ids.shape[1] if max_new_tokens is None else max_new_tokens
         return cat([input_ids, *(t[:, None] for t in self.stream(input_ids, n_new, **options))], dim=1)
 
     def save_pretrained(self, folder):
@@ -756,17 +733,16 @@ class FlashSTU(nn.Module):
 
 
 def sample(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Logits [B, V] -> one token a row, [B]. top_p keeps the likeliest tokens that together reach top_p."""
-    best = logits.amax(-1, keepdim=True)
-    if not best.isfinite().all():
-        raise ValueError("the logits are not finite: do the weights hold NaN or infinite values?")
+    """Logits [B, V] -> one token a row, [B]: of the top_k likeliest, and of those that together reach top_p."""
+    check(logits.amax(-1).isfinite().all(), "the logits must be finite", "others: do the weights hold NaN?")
     if temperature == 0:
         return logits.argmax(-1)
-    probs, tokens = ((logits - best).double() / temperature).softmax(-1), None
+    V, tokens = logits.shape[1], None
     if top_k or top_p:
-        probs, tokens = probs.topk(min(top_k or probs.shape[1], probs.shape[1]))  # likeliest first
-        before = (probs.cumsum(-1) - probs) / probs.sum(-1, keepdim=True)
-        probs = probs * (before < (top_p or 1))
+        logits, tokens = logits.topk(min(top_k or V, V))  # likeliest first
+    probs = (logits.double() / temperature).softmax(-1)
+    if top_p:
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
     choice = torch.multinomial(probs, 1, generator=generator)
     return (choice if tokens is None else tokens.gather(1, choice))[:, 0]
 

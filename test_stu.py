@@ -707,9 +707,10 @@ def test_model_in_pieces_and_token_by_token_equals_the_whole(options):
 def test_cached_generation_equals_recomputation(options):
     model = small_model(**options)
     for prompt in (torch.randint(61, (1, 1)), torch.randint(61, (3, 30)), torch.randint(61, (1, 110))):
-        a = model.generate(prompt, max_new_tokens=25, temperature=0)
-        b = model.generate(prompt, max_new_tokens=25, temperature=0, use_cache=False)
-        assert torch.equal(a, b) and torch.equal(a[:, : prompt.shape[1]], prompt)
+        ids = prompt
+        for _ in range(25):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(model.generate(prompt, max_new_tokens=25, temperature=0), ids)
 
 
 def test_blocks_stand_alone_and_in_a_module_list():
@@ -784,7 +785,7 @@ def test_every_row_of_a_batch_is_on_its_own():
 def test_each_generation_option_does_what_it_says():
     model, prompt = small_model(), torch.randint(61, (2, 10))
     greedy = model.generate(prompt, max_new_tokens=8, temperature=0)
-    for same in ({"top_k": 1}, {"top_p": 1e-9}):
+    for same in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-50}):
         assert torch.equal(greedy, model.generate(prompt, max_new_tokens=8, **same))
     assert torch.equal(greedy, model.generate(prompt, max_length=18, temperature=0))
     assert torch.equal(greedy[:, 10:], torch.stack(list(model.stream(prompt, 8, temperature=0)), 1))
@@ -800,12 +801,10 @@ def test_each_generation_option_does_what_it_says():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({}, "give max_length"), ({"max_length": 5, "max_new_tokens": 5}, "give max_length"),
-    ({"max_length": 3}, "max_new_tokens = -1"), ({"max_new_tokens": -1}, "max_new_tokens = -1"),
-    ({"max_new_tokens": 3, "temperature": -1}, "temperature = -1"),
-    ({"max_new_tokens": 3, "temperature": math.nan}, "temperature = nan"),
-    ({"max_new_tokens": 3, "top_k": 0}, "top_k = 0"), ({"max_new_tokens": 3, "top_p": 0.0}, "top_p = 0.0"),
-    ({"max_new_tokens": 3, "stop_token": 61}, "stop_token = 61"),
+    ({"max_length": 3}, "max_new_tokens .* got -1"), ({"max_new_tokens": -1}, "max_new_tokens .* got -1"),
+    ({"max_new_tokens": 3, "temperature": -1}, "temperature .* got -1"),
+    ({"max_new_tokens": 3, "temperature": math.nan}, "temperature .* got nan"),
+    ({"max_new_tokens": 3, "top_p": 0.0}, "top_p .* got 0.0"),
 ])  # fmt: skip
 def test_generation_says_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
@@ -817,7 +816,7 @@ def test_weights_that_are_not_finite_do_not_speak():
     with torch.no_grad():
         model.layers[1].mixer.c_proj.weight[0, 0] = math.nan
     for temperature in (0, 1.0):
-        with pytest.raises(ValueError, match="not finite"):
+        with pytest.raises(ValueError, match="logits must be finite"):
             model.generate(torch.randint(61, (1, 4)), max_new_tokens=1, temperature=temperature)
 
 
@@ -864,21 +863,12 @@ def test_a_text_goes_on_from_the_state_of_the_last():
             if i >= n:
                 break
         n = max(n, 1)
-        with pytest.raises(ValueError, match="use_cache"):
-            model.generate(ids, max_new_tokens=1, state=state, use_cache=False)
         rest = model.generate(ids[:, :0], max_new_tokens=12 - n, state=list(state), **greedy)
         assert torch.equal(rest, whole[:, 30 + n :])
         more = torch.randint(61, (2, 4))
         a = model.generate(more, max_new_tokens=6, state=state, **greedy)
         b = model.generate(torch.cat([whole[:, : 30 + n], more], 1), max_new_tokens=6, **greedy)
         assert torch.equal(a, b[:, 30 + n :])
-
-
-def test_a_suspended_stream_leaves_the_model_as_it_was():
-    model = small_model(dropout=0.5).train()
-    stream = model.stream(torch.randint(61, (1, 5)), 5)
-    next(stream)
-    assert model.training and all(module.training for module in model.modules())
 
 
 def test_a_state_of_another_model_is_refused():
