@@ -528,10 +528,10 @@ class FlashSTUConfig:
     to_dict = asdict  # as JSON has it
 
 
-def check_ids(ids, shortest=1):
+def check_ids(ids):
     """Token ids or labels [B, T] -> int64."""
-    right = isinstance(ids, Tensor) and "int" in str(ids.dtype) and ids.ndim == 2 and ids.shape[1] >= shortest
-    check(right, f"input_ids and labels must be tensors of integers, [batch, length >= {shortest}]", ids)
+    right = isinstance(ids, Tensor) and "int" in str(ids.dtype) and ids.ndim == 2
+    check(right, "input_ids and labels must be tensors of integers, [batch, length]", ids)
     return ids.long()
 
 
@@ -647,7 +647,7 @@ class FlashSTU(nn.Module):
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
             return Output(None, self.tok_emb(x), state)
-        ids, labels = check_ids(input_ids, shortest=2), check_ids(labels)
+        ids, labels = check_ids(input_ids), check_ids(labels)
         check(labels.shape == ids.shape, "labels must be of the shape of input_ids", labels)
         x, state = self.hidden(ids[:, :-1], state, use_cache)
         return Output(self.loss(x.flatten(0, 1), labels[:, 1:].flatten()), None, state)
@@ -670,10 +670,9 @@ class FlashSTU(nn.Module):
         check(max_new_tokens >= 0, "max_new_tokens must be >= 0", max_new_tokens)
         check(temperature >= 0, "temperature must be >= 0", temperature)
         check(top_p is None or 0 < top_p <= 1, "top_p must be > 0 and <= 1", top_p)
-        state = [] if state is None else state
-        input_ids = check_ids(input_ids, shortest=0 if state else 1)
+        input_ids, state = check_ids(input_ids), [] if state is None else state
         for piece in input_ids.split(self.config.seq_len, dim=1):
-            if piece.shape[1]:
+            if piece.shape[1] or not state:
                 _, state[:] = self.hidden(piece, state, use_cache=True)
         done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
         for _ in range(max_new_tokens):
@@ -687,9 +686,9 @@ class FlashSTU(nn.Module):
             if len(done) and done.all():
                 return
 
-    def generate(self, input_ids, max_length=None, max_new_tokens=None, **options):
-        """Prompt [B, T] -> the prompt and max_new_tokens more, or max_length in all. Options: see `stream`."""
-        n_new = max_length - input_ids.shape[1] if max_new_tokens is None else max_new_tokens
+    def generate(self, input_ids, max_length=None, max_new_tokens=100, **options):
+        """Prompt [B, T] -> prompt and continuation; max_length counts both. Options: see `stream`."""
+        n_new = max_new_tokens if max_length is None else max_length - input_ids.shape[1]
         return cat([input_ids, *(t[:, None] for t in self.stream(input_ids, n_new, **options))], dim=1)
 
     def save_pretrained(self, folder):
@@ -733,7 +732,7 @@ class FlashSTU(nn.Module):
 
 
 def sample(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Logits [B, V] -> one token a row, [B]: of the top_k likeliest, and of those that together reach top_p."""
+    """Logits [B, V] -> one token a row, [B]: of the top_k likeliest, of those that together reach top_p."""
     check(logits.amax(-1).isfinite().all(), "the logits must be finite", "others: do the weights hold NaN?")
     if temperature == 0:
         return logits.argmax(-1)

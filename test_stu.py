@@ -826,7 +826,7 @@ def test_weights_that_are_not_finite_do_not_speak():
     (torch.ones(4).long(), None, r"got torch.int64 \[4\]"), (torch.ones(1, 0).long(), None, "length >= 1"),
     (torch.ones(1, 4).long(), torch.ones(4).long(), r"labels must be.*got torch.int64 \[4\]"),
     (torch.ones(1, 4).long(), torch.ones(1, 3).long(), "labels must be of the shape"),
-    (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length >= 2"),
+    (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length >= 1"),
 ])  # fmt: skip
 def test_token_ids_and_labels_have_one_door(ids, labels, message):
     with pytest.raises(ValueError, match=message):
