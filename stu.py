@@ -461,7 +461,7 @@ def flash_fft_conv(u, h):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. Settings, and the doors at which what is given is checked
+# 7. Settings, the doors at which what is given is checked, and what is given back
 SETTINGS = {  # annotation -> kinds of numpy's dtypes that may be given, least value, how that is called
     bool: ("b", False, "True or False"),
     int: ("iu", 1, "a positive integer"),
@@ -472,7 +472,7 @@ SETTINGS = {  # annotation -> kinds of numpy's dtypes that may be given, least v
 
 
 def check(right, wanted, given):
-    """Unless it is right, an error with what was wanted and what was given (of a tensor, dtype and shape)."""
+    """Unless it is right, an error that says what was wanted and given (of a tensor, dtype and shape)."""
     if not right:
         got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else given
         raise ValueError(f"{wanted}, got {got}")
@@ -510,33 +510,27 @@ class FlashSTUConfig:
     d_in_tile: int | None = None  # the full STU's convolution, so many channels at a time: less memory
     d_out_tile: int | None = None  # also STU-T's; results are the same
     use_gradient_checkpointing: bool = False  # layers are computed again in the backward pass
-    torch_dtype: torch.dtype | str = torch.bfloat16  # of the parameters; train with float32 and autocast
+    torch_dtype: torch.dtype | str = "bfloat16"  # of the parameters; train with float32 and autocast
 
     def __post_init__(self):
-        if np.shape(w := self.window_size) == (2,) and w[1] == 0:
-            self.window_size = w[0]
+        match self.window_size:
+            case (w, 0):
+                self.window_size = w
         for f in fields(self)[:-1]:  # all but torch_dtype
-            given = getattr(self, f.name)
-            if given is not None or f.default is not None:
+            if (given := getattr(self, f.name)) is not f.default:
                 setattr(self, f.name, setting(f.name, given, f.type))
-        dtype, heads = getattr(torch, str(self.torch_dtype).removeprefix("torch."), None), self.n_heads
-        right = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        check(right, "torch_dtype must be a floating-point dtype", repr(self.torch_dtype))
-        even = self.n_embd % (2 * heads) == 0 or not self.use_attn
-        check(even, f"n_heads = {heads} does not divide n_embd into heads of even size", self.n_embd)
+        self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")
+        even = not self.use_attn or self.n_embd % (2 * self.n_heads) == 0
+        check(even, f"n_heads = {self.n_heads} does not divide n_embd into heads of even size", self.n_embd)
         check(self.use_stu or self.use_attn, "use_stu or use_attn must be True: no layer is left", "neither")
-        check(self.dropout < 1, "dropout must be below 1", self.dropout)
-        self.torch_dtype = dtype
 
-    def to_dict(self):
-        return asdict(self) | {"torch_dtype": str(self.torch_dtype).removeprefix("torch.")}
+    to_dict = asdict  # as JSON has it
 
 
-def check_ids(ids, name="input_ids", shortest=1):
+def check_ids(ids):
     """Token ids or labels [B, T] -> int64."""
-    given = ids if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-    right = given is ids and "int" in str(ids.dtype) and ids.ndim == 2 and ids.shape[1] >= shortest
-    check(right, f"{name} must be a tensor of integers, [batch, length >= {shortest}]", given)
+    right = isinstance(ids, Tensor) and "int" in str(ids.dtype) and ids.ndim == 2
+    check(right, "input_ids and labels must be tensors of integers, [batch, length]", ids)
     return ids.long()
 
 
@@ -550,9 +544,12 @@ def check_mask(mask, B, T):
     return mask.bool()
 
 
-# What a layer remembers between two pieces of a sequence: tensors [B, ...]; the layer's description and the
-# batch size, as no other takes this state; the number of inputs so far, padding included
+# What a layer remembers between two pieces of a sequence: tensors [B, ...]; its description and the batch
+# size, as no other takes this state; the number of inputs so far, padding included
 LayerState = namedtuple("LayerState", "tensors owner seen")
+# Without labels loss is None, with them logits are. State, with use_cache: a LayerState for each layer, and
+# the last layer's last output [B, 1, d], normalised
+Output = namedtuple("Output", "loss logits state")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -565,24 +562,25 @@ class FlashSTUBlock(nn.Module):
                  **options):  # fmt: skip
         super().__init__()
         sizes = {"n_embd": d_model, "seq_len": sequence_length, "num_eigh": num_filters}
-        kind = {"use_attn": use_attention, "use_stu": not use_attention}
-        c = config or FlashSTUConfig(**sizes, **kind, **options)
-        d, width, self.sandwich = c.n_embd, int(c.n_embd * c.mlp_scale), None
-        linear, inner = partial(nn.Linear, bias=c.bias), d
+        c = config or FlashSTUConfig(**sizes, use_attn=use_attention, **options)
+        d, width, linear = c.n_embd, int(c.n_embd * c.mlp_scale), partial(nn.Linear, bias=c.bias)
+        inner, self.sandwich = d, None
         if c.stu_enable_mlp_sandwich and not use_attention:
             inner = c.stu_mlp_hidden_size or width
             self.sandwich = nn.ModuleList([linear(d, inner), linear(inner, d)])
         self.mixer = SlidingWindowAttention(config=c) if use_attention else STU(inner, inner, config=c)
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
-        gate, up, down = linear(d, width), linear(d, width), linear(width, d)
-        self.mlp = nn.ModuleDict({"gate_proj": gate, "up_proj": up, "down_proj": down})
+        self.mlp = nn.ModuleDict({
+            "gate_proj": linear(d, width), "up_proj": linear(d, width), "down_proj": linear(width, d),
+        })  # fmt: skip
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
         up, down = self.sandwich or (None, None)
         h = self.mixer_norm(x)
         h = self.mixer(F.silu(up(h)) if up else h, state, use_cache, attention_mask)
-        h, state = h if use_cache else (h, None)
+        if use_cache:
+            h, state = h
         x = x + self.dropout(down(h) if down else h)
         h = self.mlp_norm(x)
         h = F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h)
@@ -601,15 +599,6 @@ class TiedEmbedding(nn.Embedding):
             return super().forward(x)
         except IndexError:
             raise ValueError(f"token ids {x.min()} to {x.max()} are not in [0, {len(self.weight)})") from None
-
-
-class Output(namedtuple("Output", "loss logits state")):
-    """outputs.loss, outputs["loss"] and loss, logits, state = outputs all work. Without labels loss is None,
-    with them logits [B, T, vocab_size] are; state, with use_cache: a LayerState for each layer, and the last
-    layer's last output [B, 1, d]."""
-
-    def __getitem__(self, key):
-        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
 
 
 # What config.json says to transformers (section 9)
@@ -634,12 +623,12 @@ class FlashSTU(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("mixer.M", "M_filters", "c_proj.weight", "down_proj.weight")):
                 p.data *= (2 * c.n_layers) ** -0.5  # so many branches add up in the residual stream
-        self.to(c.torch_dtype)
+        self.to(getattr(torch, c.torch_dtype))
 
     def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None, trace=None):
         """Token ids [B, T] -> normalised output of the last layer [B, T, d] and, with use_cache, the state to
         go on from. attention_mask [B, past + T] is 0 at padding; `trace`: a list, for every layer's input."""
-        x, n, states = self.dropout(self.tok_emb(check_ids(input_ids))), len(self.layers), []
+        x, n, after = self.dropout(self.tok_emb(check_ids(input_ids))), len(self.layers), []
         before = state or [None] * (n + 1)
         check(len(before) == n + 1, f"this model wants a state of {n} layers", f"one of {len(before) - 1}")
         attention_mask = check_mask(attention_mask, *input_ids.shape)
@@ -648,85 +637,63 @@ class FlashSTU(nn.Module):
                 trace.append(x)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
-            out = layer(x, layer_state, use_cache, attention_mask)
-            x, layer_state = out if use_cache else (out, None)
-            states.append(layer_state)
+            x = layer(x, layer_state, use_cache, attention_mask)
+            if use_cache:
+                x, layer_state = x
+                after.append(layer_state)
         x = self.norm(x)
-        return x, [*states, x[:, -1:].clone()] if use_cache else None
+        return x, [*after, x[:, -1:].clone()] if use_cache else None
 
     def forward(self, input_ids, labels=None, state=None, use_cache=False):
         """input_ids [B, T] -> logits [B, T, vocab_size]; with labels [B, T], instead, the mean cross-entropy
-        (nats) of predicting labels[:, t+1] at t: pass labels = input_ids. -100 is ignored."""
+        (nats) of predicting labels[:, t+1] at t: pass labels = input_ids. -100 is ignored. The last token has
+        no label and is not read: seq_len + 1 tokens train seq_len positions, the next call begins with it."""
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
             return Output(None, self.tok_emb(x), state)
-        ids, labels = check_ids(input_ids), check_ids(labels, "labels", shortest=2)
-        check(labels.shape == ids.shape, "labels are not of the shape of input_ids", labels)
-        # the last token has no label: leave it out, so that seq_len + 1 tokens train seq_len positions
-        x, state = self.hidden(ids if use_cache else ids[:, :-1], state, use_cache)
-        targets = labels[:, 1:]
-        return Output(self.loss(x[:, : targets.shape[1]].flatten(0, 1), targets.flatten()), None, state)
+        ids, labels = check_ids(input_ids), check_ids(labels)
+        check(labels.shape == ids.shape, "labels must be of the shape of input_ids", labels)
+        x, state = self.hidden(ids[:, :-1], state, use_cache)
+        return Output(self.loss(x.flatten(0, 1), labels[:, 1:].flatten()), None, state)
 
     def loss(self, x, targets):
         """Mean cross-entropy of x [N, d] against targets [N]; N x vocab_size logits never exist at once."""
-        sum_of = lambda x, y: F.cross_entropy(self.tok_emb(x).float(), y, ignore_index=-100, reduction="sum")
-        size = max(1, 2**26 // self.config.vocab_size)  # at most 2^26 logits at a time, 256 MB
+        sum_of = lambda x, y: F.cross_entropy(self.tok_emb(x).float(), y, reduction="sum")
+        size = 2**26 // self.config.vocab_size  # at most 2^26 logits at a time, 256 MB
         total = sum(piece_by_piece(sum_of, x.split(size), targets.split(size)))
         return total / (targets != -100).sum().clamp(min=1)
 
-    def read(self, input_ids, state):
-        """Logits [B, vocab_size] of the token after input_ids (of none: after the state), in eval mode; a
-        long prompt in pieces. `state`, a list, is where reading starts; it is updated in place."""
-        training = self.training
-        try:
-            if training:
-                self.eval()
-            now = state
-            for piece in input_ids.split(self.config.seq_len, dim=1):
-                if piece.shape[1] or not state:
-                    _, now = self.hidden(piece, now, use_cache=True)
-            state[:] = now
-            return self.tok_emb(state[-1][:, 0]).float()
-        finally:
-            if training:
-                self.train()
-
     @torch.no_grad()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
-               use_cache=True, generator=None, state=None):  # fmt: skip
-        """Yield the next token of every row, [B], one after another; temperature 0 is greedy. With use_cache
-        each costs the same however long the context; without, the whole sequence is read again. Ends early
-        when every row has produced stop_token (rows that have, repeat it).
-
-        state: a list, empty or as an earlier call left it, to go on from. Whenever a token is yielded, it has
-        been read and the list updated in place: stop anywhere, and give the list to the next call with what
-        is new (ids of length 0 if nothing is)."""
-        right = max_new_tokens >= 0 and 0 <= temperature < inf and (top_k is None or top_k >= 1)
-        right = right and (top_p is None or 0 < top_p <= 1)
-        right = right and (stop_token is None or 0 <= stop_token < self.config.vocab_size)
-        wanted = "max_new_tokens, temperature >= 0, top_k >= 1, 0 < top_p <= 1, stop_token of the vocabulary"
-        given = f"{max_new_tokens = }, {temperature = }, {top_k = }, {top_p = }, {stop_token = }"
-        check(right, f"need {wanted}", given)
-        check(use_cache or state is None, "a state wants use_cache=True", use_cache)
-        state = [] if state is None else state
-        input_ids = check_ids(input_ids, shortest=0 if state else 1)
+               generator=None, state=None):  # fmt: skip
+        """Yield the next token of every row, [B], one after another, each at the same cost; temperature 0 is
+        greedy. Ends early when every row has produced stop_token (rows that have, repeat it). `state`: a
+        list, empty or as an earlier call left it, to go on from. Whenever a token is yielded, it has been
+        read and the list updated in place: stop anywhere, and give the list to the next call with what is
+        new (ids of length 0 if nothing is). A model with dropout wants eval() before."""
+        check(max_new_tokens >= 0, "max_new_tokens must be >= 0", max_new_tokens)
+        check(temperature >= 0, "temperature must be >= 0", temperature)
+        check(top_p is None or 0 < top_p <= 1, "top_p must be > 0 and <= 1", top_p)
+        known = stop_token is None or 0 <= stop_token < self.config.vocab_size
+        check(known, "stop_token must be in the vocabulary", stop_token)
+        input_ids, state = check_ids(input_ids), [] if state is None else state
+        for piece in input_ids.split(self.config.seq_len, dim=1):
+            if piece.shape[1] or not state:
+                _, state[:] = self.hidden(piece, state, use_cache=True)
         done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
-        logits = self.read(input_ids, state)
         for _ in range(max_new_tokens):
-            token = sample(logits, temperature, top_k, top_p, generator)  # [B]
+            logits = self.tok_emb(state[-1][:, 0]).float()
+            token = sample(logits, temperature, top_k, top_p, generator)
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
-            input_ids = token[:, None] if use_cache else cat([input_ids, token[:, None]], dim=1)
-            logits = self.read(input_ids, state if use_cache else [])
+            _, state[:] = self.hidden(token[:, None], state, use_cache=True)
             yield token
             if len(done) and done.all():
                 return
 
-    def generate(self, input_ids, max_length=None, max_new_tokens=None, **options):
-        """Prompt [B, T] -> prompt and continuation, max_length tokens in all. Options: see `stream`."""
-        one = (max_length is None) != (max_new_tokens is None)
-        check(one, "give max_length (prompt included) or max_new_tokens", f"{max_length}, {max_new_tokens}")
+    def generate(self, input_ids, max_length=None, max_new_tokens=100, **options):
+        """Prompt [B, T] -> prompt and continuation; max_length counts both. Options: see `stream`."""
         n_new = max_new_tokens if max_length is None else max_length - input_ids.shape[1]
         return cat([input_ids, *(t[:, None] for t in self.stream(input_ids, n_new, **options))], dim=1)
 
@@ -771,17 +738,16 @@ class FlashSTU(nn.Module):
 
 
 def sample(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Logits [B, V] -> one token a row, [B]. top_p keeps the likeliest tokens that together reach top_p."""
-    best = logits.amax(-1, keepdim=True)
-    if not best.isfinite().all():
-        raise ValueError("the logits are not finite: do the weights hold NaN or infinite values?")
+    """Logits [B, V] -> one token a row, [B]: of the top_k likeliest, of those that together reach top_p."""
+    check(logits.amax(-1).isfinite().all(), "the logits must be finite", "others: do the weights hold NaN?")
     if temperature == 0:
         return logits.argmax(-1)
-    probs, tokens = ((logits - best).double() / temperature).softmax(-1), None
+    V, tokens = logits.shape[1], None
     if top_k or top_p:
-        probs, tokens = probs.topk(min(top_k or probs.shape[1], probs.shape[1]))  # likeliest first
-        before = (probs.cumsum(-1) - probs) / probs.sum(-1, keepdim=True)
-        probs = probs * (before < (top_p or 1))
+        logits, tokens = logits.topk(min(top_k or V, V))  # likeliest first
+    probs = (logits.double() / temperature).softmax(-1)
+    if top_p:
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
     choice = torch.multinomial(probs, 1, generator=generator)
     return (choice if tokens is None else tokens.gather(1, choice))[:, 0]
 

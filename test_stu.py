@@ -664,13 +664,13 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     model = FlashSTU(config)
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     outputs = model(input_ids=input_ids)
-    assert outputs.logits.shape == (2, 128, 50257) and outputs["logits"] is outputs.logits
+    assert outputs.logits.shape == (2, 128, 50257) and outputs[1] is outputs.logits
     generated = model.generate(input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40)
     assert generated.shape == (2, 14) and torch.equal(generated[:, :10], input_ids[:, :10])
     model.save_pretrained(tmp_path / "my_flash_stu_model")
     loaded = FlashSTU.from_pretrained(tmp_path / "my_flash_stu_model")
     assert torch.equal(loaded(input_ids).logits, outputs.logits)
-    loss = model(input_ids=input_ids, labels=input_ids.clone())["loss"]
+    loss = model(input_ids=input_ids, labels=input_ids.clone()).loss
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     block = FlashSTUBlock(d_model=512, sequence_length=2048, num_filters=24, use_attention=False)
@@ -707,9 +707,10 @@ def test_model_in_pieces_and_token_by_token_equals_the_whole(options):
 def test_cached_generation_equals_recomputation(options):
     model = small_model(**options)
     for prompt in (torch.randint(61, (1, 1)), torch.randint(61, (3, 30)), torch.randint(61, (1, 110))):
-        a = model.generate(prompt, max_new_tokens=25, temperature=0)
-        b = model.generate(prompt, max_new_tokens=25, temperature=0, use_cache=False)
-        assert torch.equal(a, b) and torch.equal(a[:, : prompt.shape[1]], prompt)
+        ids = prompt
+        for _ in range(25):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(model.generate(prompt, max_new_tokens=25, temperature=0), ids)
 
 
 def test_blocks_stand_alone_and_in_a_module_list():
@@ -745,6 +746,15 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token():
     assert model(ids, labels=labels).loss == 0
 
 
+def test_the_loss_of_a_text_in_windows_that_go_on_is_that_of_the_whole():
+    model, ids, state, losses = small_model(), torch.randint(61, (2, 97)), None, []
+    for start in range(0, 96, 24):  # the last token of a window begins the next
+        window = ids[:, start : start + 25]
+        loss, _, state = model(window, labels=window, state=state, use_cache=True)
+        losses.append(loss)
+    assert torch.allclose(torch.stack(losses).mean(), model(ids, labels=ids).loss)
+
+
 def test_chunked_loss_has_the_gradients_of_the_whole_and_never_holds_all_logits():
     model, ids = small_model(vocab_size=200064, n_layers=1), torch.randint(200064, (2, 201))
     with LargestTensor() as largest:
@@ -775,7 +785,7 @@ def test_every_row_of_a_batch_is_on_its_own():
 def test_each_generation_option_does_what_it_says():
     model, prompt = small_model(), torch.randint(61, (2, 10))
     greedy = model.generate(prompt, max_new_tokens=8, temperature=0)
-    for same in ({"top_k": 1}, {"top_p": 1e-9}):
+    for same in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-50}):
         assert torch.equal(greedy, model.generate(prompt, max_new_tokens=8, **same))
     assert torch.equal(greedy, model.generate(prompt, max_length=18, temperature=0))
     assert torch.equal(greedy[:, 10:], torch.stack(list(model.stream(prompt, 8, temperature=0)), 1))
@@ -791,12 +801,10 @@ def test_each_generation_option_does_what_it_says():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({}, "give max_length"), ({"max_length": 5, "max_new_tokens": 5}, "give max_length"),
-    ({"max_length": 3}, "max_new_tokens = -1"), ({"max_new_tokens": -1}, "max_new_tokens = -1"),
-    ({"max_new_tokens": 3, "temperature": -1}, "temperature = -1"),
-    ({"max_new_tokens": 3, "temperature": math.nan}, "temperature = nan"),
-    ({"max_new_tokens": 3, "top_k": 0}, "top_k = 0"), ({"max_new_tokens": 3, "top_p": 0.0}, "top_p = 0.0"),
-    ({"max_new_tokens": 3, "stop_token": 61}, "stop_token = 61"),
+    ({"max_length": 3}, "max_new_tokens .* got -1"), ({"max_new_tokens": -1}, "max_new_tokens .* got -1"),
+    ({"max_new_tokens": 3, "temperature": -1}, "temperature .* got -1"),
+    ({"max_new_tokens": 3, "temperature": math.nan}, "temperature .* got nan"),
+    ({"max_new_tokens": 3, "top_p": 0.0}, "top_p .* got 0.0"),
 ])  # fmt: skip
 def test_generation_says_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
@@ -808,18 +816,17 @@ def test_weights_that_are_not_finite_do_not_speak():
     with torch.no_grad():
         model.layers[1].mixer.c_proj.weight[0, 0] = math.nan
     for temperature in (0, 1.0):
-        with pytest.raises(ValueError, match="not finite"):
+        with pytest.raises(ValueError, match="logits must be finite"):
             model.generate(torch.randint(61, (1, 4)), max_new_tokens=1, temperature=temperature)
 
 
 @pytest.mark.parametrize("ids, labels, message", [
-    ([[1, 2]], None, "input_ids must be a tensor of integers.*got a list"),
+    ([[1, 2]], None, r"input_ids and labels must be tensors of integers.*got \[\[1, 2\]\]"),
     (torch.ones(1, 4), None, "got torch.float32"), (torch.ones(1, 4).bool(), None, "got torch.bool"),
     (torch.ones(4).long(), None, r"got torch.int64 \[4\]"), (torch.ones(1, 0).long(), None, "length >= 1"),
-    (torch.tensor([[1, 61]]), None, "1 to 61"), (torch.tensor([[-1, 3]]), None, "-1 to 3"),
-    (torch.ones(1, 4).long(), torch.ones(4).long(), "labels must be"),
-    (torch.ones(1, 4).long(), torch.ones(1, 3).long(), "labels .* not of the shape"),
-    (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length >= 2"),
+    (torch.ones(1, 4).long(), torch.ones(4).long(), r"labels must be.*got torch.int64 \[4\]"),
+    (torch.ones(1, 4).long(), torch.ones(1, 3).long(), "labels must be of the shape"),
+    (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length >= 1"),
 ])  # fmt: skip
 def test_token_ids_and_labels_have_one_door(ids, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -856,21 +863,12 @@ def test_a_text_goes_on_from_the_state_of_the_last():
             if i >= n:
                 break
         n = max(n, 1)
-        with pytest.raises(ValueError, match="use_cache"):
-            model.generate(ids, max_new_tokens=1, state=state, use_cache=False)
         rest = model.generate(ids[:, :0], max_new_tokens=12 - n, state=list(state), **greedy)
         assert torch.equal(rest, whole[:, 30 + n :])
         more = torch.randint(61, (2, 4))
         a = model.generate(more, max_new_tokens=6, state=state, **greedy)
         b = model.generate(torch.cat([whole[:, : 30 + n], more], 1), max_new_tokens=6, **greedy)
         assert torch.equal(a, b[:, 30 + n :])
-
-
-def test_a_suspended_stream_leaves_the_model_as_it_was():
-    model = small_model(dropout=0.5).train()
-    stream = model.stream(torch.randint(61, (1, 5)), 5)
-    next(stream)
-    assert model.training and all(module.training for module in model.modules())
 
 
 def test_a_state_of_another_model_is_refused():
@@ -902,8 +900,8 @@ def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(make):
     ({"n_heads": 5}, "n_heads = 5 does not divide"), ({"use_approx": "False"}, "use_approx must be True or False"),
     ({"softcap": math.inf}, "softcap"), ({"softcap": math.nan}, "softcap"), ({"n_layers": True}, "n_layers"),
     ({"n_embd": "32"}, "n_embd"), ({"window_size": 2.5}, "window_size"), ({"mlp_scale": -1.0}, "mlp_scale"),
-    ({"dropout": 1.0}, "dropout"), ({"softcap": -1.0}, "softcap"), ({"window_size": (4, 4)}, "window_size"),
-    ({"n_layers": 0}, "n_layers"), ({"torch_dtype": "int8"}, "torch_dtype"), ({"seq_len": 4.5}, "seq_len"),
+    ({"dropout": -0.1}, "dropout"), ({"softcap": -1.0}, "softcap"), ({"window_size": (4, 4)}, "window_size"),
+    ({"n_layers": 0}, "n_layers"), ({"seq_len": 4.5}, "seq_len"),
     ({"use_attn": False, "use_stu": False}, "no layer"),
     ({"stu_mlp_hidden_size": 2.5}, "stu_mlp_hidden_size"),
 ])  # fmt: skip
@@ -926,15 +924,6 @@ def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
     files = ["config.json", "generation_config.json", "model.safetensors", "stu.py"]
     assert sorted(os.listdir(tmp_path)) == files
     model.to(torch.bfloat16).save_pretrained(tmp_path)  # cast after it was made
-    assert torch.equal(FlashSTU.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
-
-
-def test_a_folder_from_before_there_were_impulses_has_none(tmp_path):
-    model, ids, path = small_model(), torch.randint(61, (2, 20)), tmp_path / "config.json"
-    model.save_pretrained(tmp_path)
-    values = json.loads(path.read_text())
-    assert values.pop("use_impulses") is False
-    path.write_text(json.dumps(values))
     assert torch.equal(FlashSTU.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 

@@ -158,7 +158,7 @@ def write(model, text, max_new_tokens, state):
     """Print what follows the text, as it comes. The list `state` is where it begins, then where it ended."""
     tokens = tokenizer.encode(text).tolist() or ([] if state else [tokenizer.eot])  # of a document before
     ids, pending = torch.tensor([tokens], dtype=torch.long, device=device), []
-    options = s.temperature, s.top_k or None, s.top_p, tokenizer.eot, True, generator, state
+    options = s.temperature, s.top_k, s.top_p, tokenizer.eot, generator, state
     try:
         for token in model.stream(ids, max_new_tokens, *options):
             pending += token.tolist()
@@ -303,7 +303,7 @@ if s.init_from or reading:
     taken = {k: getattr(source.config, k) for k in model_fields if k not in ("torch_dtype", *given)}
     vars(s).update(taken)
 if s.sample or s.chat:
-    model, tokenizer, state = source.to(device), get_tokenizer(vocabulary), []
+    model, tokenizer, state = source.to(device).eval(), get_tokenizer(vocabulary), []
     text = Path(s.sample[1:]).read_bytes() if s.sample.startswith("@") else os.fsencode(s.sample)
     text = text.decode(errors="replace")
     for _ in range(s.num_samples if text else 0):
@@ -409,7 +409,7 @@ saved, start_step = None if s.fresh else load_checkpoint(run), 0
 full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on the main process's CPU
 s.text = f"{meta['sources']} ({zlib.crc32(json.dumps([meta['train'], meta['val']]).encode()):08x})"
 if saved:
-    before, start_step = {"use_impulses": False} | saved["settings"], saved["step"]
+    before, start_step = saved["settings"], saved["step"]
     free = {"use_gradient_checkpointing", "d_in_tile", "d_out_tile"}  # the results are the same
     for name in [*(model_fields.keys() - free), "text", "optimizer", "seed", "batch_size"]:
         if before.get(name) != (value := getattr(s, name)):
@@ -481,7 +481,7 @@ for step in range(start_step, s.steps + 1):
         if main:
             whole.load_state_dict(weights, assign=True)
             say(s.prompt, end="")
-            write(whole.to(device), s.prompt, 400 if last else 80, [])
+            write(whole.to(device).eval(), s.prompt, 400 if last else 80, [])
     if last or (stopping and finite):
         break
 
