@@ -48,24 +48,22 @@ except ImportError:
 on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two take
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. The filters: eigenvectors of a Hankel matrix that is never built
+# ---- 1. The filters: eigenvectors of a Hankel matrix that is never built -----------------------------------
 # Z_ij = 2 / ((i+j)^3 - (i+j)) = ∫_0^1 (1-α)² α^(i+j-2) dα, i, j = 1..L, is a sum over decays α of rank-one
 # terms; Hankel-L is a sum over decays of both signs: Z_ij = ∫_-1^1 (1-α²)² α^(i+j-2) dα (2312.06837, app.).
 # Substitute α = exp(-e^x), and the trapezoid rule over x converges exponentially: Z = G Gᵀ with one column of
 # G for each decay, G[t, m] = √dα_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z.
-# This matters: the eigenvalues of Z fall below 1e-16 of the largest after 16 filters (L = 40) to 20 (128),
-# where `eigh(Z)` returns noise. The singular values of G, their roots, fall half as fast: a filter of norm 1
-# is right to 1e-5 for K up to 24 at L = 40, up to 27 at L = 64. Later ones are noise too.
+# This matters: after 16 (L = 40) to 20 filters (L = 128) the eigenvalues of Z fall below 1e-16 of the largest,
+# and `eigh(Z)` returns noise. The singular values of G, their roots, fall half as fast: a filter of norm 1 is
+# right to 1e-5 for K up to 24 at L = 40, up to 27 at L = 64. Later ones are noise too.
 def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
     """The top K eigenvectors of Z, leading one first, each times (its eigenvalue)^¼ (the papers' scale):
     [seq_len, K]. Computed in float64 from G, in O(seq_len) memory: 4 GB at 2^20 (Hankel-L 8)."""
     c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)
     L, K, signs = c.seq_len, c.num_eigh, 2 if c.use_hankel_L else 1
-    # -ln α = e^x at nodes x, from α = 0 (e^-45) to where α^L = 1 (1 - e^-12) or where (1-α)² dα, of order
-    # (e^-21)³, is nothing in float64
-    rate = np.exp(np.arange(3.8, max(-12 - log(L), -21), -0.1))  # [m]
-    d_alpha = 0.1 * rate * np.exp(-rate)  # |dα| = e^x α dx, in steps dx = 0.1
+    # e^x = -ln α, from α = 0 (e^-45) to where α^L = 1 (1 - e^-12) or (1-α)² dα, of order (e^-21)³, is nothing
+    rate = np.exp(np.arange(3.8, max(-12 - log(L), -21), -0.1))  # [m], in steps dx = 0.1
+    d_alpha = 0.1 * rate * np.exp(-rate)  # |dα| = e^x α dx
     weight = -np.expm1(-signs * rate) * np.sqrt(d_alpha)  # √dα (1-α); Hankel-L: √dα (1-α²)
     G = torch.from_numpy(np.exp(-np.arange(L)[:, None] * rate) * weight)  # [L, m]
     Q, R = torch.linalg.qr(both_signs(G) if c.use_hankel_L else G)  # [L, m], [m, m], in O(L m²); 2m for both
@@ -85,8 +83,7 @@ def both_signs(phi):
 
 
 def stu_formula(x, bank, M):
-    """The layer as the papers define it (2312.06837, section 2; 2409.10489, equation 1), slow and obvious.
-
+    """The layer as the papers define it (2312.06837, section 2; 2409.10489, equation 1), slow and obvious:
     x [B, T, d_in], bank Φ [>= T, F], M [F, d_in, d_out] = M⁺_1..M⁺_K, M⁻_1..M⁻_K -> y [B, T, d_out]:
         y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk,  U⁺_tk = Σ_i φ_k(i) x_{t-i},  U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
     All that follows computes the same, faster."""
@@ -98,50 +95,34 @@ def stu_formula(x, bank, M):
     return torch.stack(y, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The same as a convolution: FFT over the whole sequence, for training
+# ---- 2. The same as a convolution: FFT over the whole sequence, for training --------------------------------
 # y_t = Σ_i h_i u_{t-i} for t < T needs an FFT of at least 2T - 1 points, or its end wraps around.
 def fft_size(n):
     """The smallest 2^a, 3·2^a, 5·2^a, 9·2^a or 15·2^a that is >= n: the lengths on which FFTs are fast."""
     return min(m << max(0, ceil(log2(n / m))) for m in (1, 3, 5, 9, 15))
 
 
-class Spectrum(torch.autograd.Function):
-    """x [..., T] -> rfft(x) on n points, [..., n/2 + 1]; and Signal goes back to [..., T].
+class RealFFT(torch.autograd.Function):
+    """apply(x, n, None): rfft of x on n points; apply(x_f, n, T): the first T values of the signal of x_f.
 
-    PyTorch differentiates rfft by a complex FFT of full length. A real signal has half a spectrum: here the
-    derivative of each of the two is the other. The weights per frequency that this leaves out (1 or 2, and n)
-    cancel when one follows the other, with products in between: a convolution has derivatives of any order."""
+    PyTorch differentiates rfft by a complex FFT of full length. A real signal has half a spectrum: here each
+    direction is the derivative of the other. The weights per frequency that this leaves out (1 or 2, and n)
+    cancel when a signal goes there and back, multiplied in between. Derivatives of any order follow."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, n):
-        return rfft(x, n=n)
+    def forward(x, n, T):
+        return rfft(x, n=n) if T is None else irfft(x, n=n)[..., :T]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.T, ctx.n = inputs[0].shape[-1], inputs[1]
+        x, ctx.n, T = inputs
+        ctx.T = x.shape[-1] if T is None else None
 
     @staticmethod
     def backward(ctx, grad):
-        return Signal.apply(grad, ctx.n, ctx.T), None
-
-
-class Signal(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x_f, n, T):
-        return irfft(x_f, n=n)[..., :T]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.n = inputs[1]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Spectrum.apply(grad, ctx.n), None, None
+        return RealFFT.apply(grad, ctx.n, ctx.T), None, None
 
 
 def fft_conv(u, h, tile):
@@ -150,12 +131,12 @@ def fft_conv(u, h, tile):
     n, y = fft_size(u.shape[2] + h.shape[1] - 1), []
     tile = max(1, min(tile, (2**24 if u.is_cuda else 2**20) // (len(u) * n)))
     for u_i, h_i in zip(u.split(tile, dim=1), h.split(tile)):
-        y.append(Signal.apply(Spectrum.apply(u_i, n) * Spectrum.apply(h_i, n), n, u.shape[2]))
+        y_f = RealFFT.apply(u_i, n, None) * RealFFT.apply(h_i, n, None)
+        y.append(RealFFT.apply(y_f, n, u.shape[2]))
     return cat(y, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. The STU layer
+# ---- 3. The STU layer --------------------------------------------------------------------------------------
 # By the formula above all branches are one sum over the bank Φ:  y = Σ_f (Φ_f * x) M_f.
 # STU-T:  M_f = M_inputs · diag(M_filters[f]), hence y = (x M_inputs) * (Φ M_filters): one filter a channel.
 # Each branch has its own rows of M_filters: with M⁺ = M⁻ the kernel is ∝ 1 + (-1)^t, blind to odd lags.
@@ -199,9 +180,8 @@ class STU(Mixer):
         self.d_in, self.d_out = setting("d_in", d_in, int), setting("d_out", d_out, int)
         self.config, self.bank, self.backend = c, bank, backend
         L, n_filters = bank.filters.shape
-        right = L == c.seq_len and backend in ("auto", "fft", "lds")
-        wanted = f'filters of length seq_len = {c.seq_len} and backend "auto", "fft" or "lds"'
-        check(right, f"an STU needs {wanted}", f"length {L}, {backend!r}")
+        check(L == c.seq_len, f"the filters must have length seq_len = {c.seq_len}", L)
+        check(backend in ("auto", "fft", "lds"), 'backend must be "auto", "fft" or "lds"', repr(backend))
         if c.use_approx:
             self.M_inputs = nn.Parameter(torch.empty(d_in, d_out))
             self.M_filters = nn.Parameter(torch.empty(n_filters, d_out))
