@@ -735,19 +735,16 @@ class FlashSTU(nn.Module):
         return cat([input_ids, *(t[:, None] for t in self.stream(input_ids, n_new, **options))], dim=1)
 
     def save_pretrained(self, folder):
-        """Write model.safetensors, config.json and, for transformers, generation_config.json and a copy of
-        this file. Each replaces its predecessor only when it is whole."""
-        from safetensors.torch import save_file
+        """Write model.safetensors, config.json and, for transformers, a copy of this file. Each replaces its
+        predecessor only when it is whole."""
+        from safetensors.torch import save_model
 
         part = Path(folder) / "unfinished"
         part.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        save_model(self, part / "model.safetensors", metadata={"format": "pt"})
         config = replace(self.config, torch_dtype=self.tok_emb.weight.dtype).to_dict() | HF_CONFIG
         (part / "config.json").write_text(json.dumps(config, indent=2))
         shutil.copyfile(__file__, part / "stu.py")
-        if not (part.parent / "generation_config.json").exists():  # else it may know the end-of-text token
-            (part / "generation_config.json").write_text("{}")
         for file in part.iterdir():
             file.replace(part.parent / file.name)
         part.rmdir()
@@ -757,20 +754,15 @@ class FlashSTU(nn.Module):
         """Read what save_pretrained wrote, ours or that of transformers. Runs no code from the folder."""
         from safetensors.torch import load_file
 
-        path, tensors = Path(folder) / "config.json", {}
-        try:  # whatever goes wrong, `path` is the file that is being read
-            values = {"use_impulses": False} | json.loads(path.read_text("utf-8"))  # older files lack it
-            values["torch_dtype"] = values.get("dtype") or values["torch_dtype"]  # transformers' name, ours
-            model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
-            # transformers may have cut it into shards, and names what it wraps
-            whole, shards = Path(folder) / "model.safetensors", Path(folder).glob("model-*.safetensors")
-            for path in [whole] if whole.exists() else sorted(shards) or [whole]:
-                tensors |= {name.removeprefix("model."): t for name, t in load_file(path).items()}
-            model.load_state_dict(tensors)
-        except Exception as e:  # an OSError says nothing about what the file holds
-            if isinstance(e, OSError):
-                raise
-            raise ValueError(f"{path} is damaged, or no model's (a run's is in RUN/model): {e!r}") from None
+        folder, tensors = Path(folder), {}
+        for path in sorted(folder.glob("model*.safetensors")):  # a whole file comes after shards, and counts
+            tensors |= {name.removeprefix("model."): t for name, t in load_file(path).items()}
+        wanted = "a folder with a FlashSTU in model*.safetensors (a run's is RUN/model)"
+        check("tok_emb.weight" in tensors, wanted, folder)
+        values = json.loads((folder / "config.json").read_text("utf-8"))
+        values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # called dtype by transformers
+        model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
+        model.load_state_dict(tensors)
         return model.to(device)
 
 
