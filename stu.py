@@ -585,7 +585,7 @@ class TiedEmbedding(nn.Embedding):
 HF_CONFIG = {"model_type": "flash_stu", "architectures": ["FlashSTUForCausalLM"], "auto_map": {
     "AutoConfig": "stu.FlashSTUPretrainedConfig", "AutoModel": "stu.FlashSTUModel",
     "AutoModelForCausalLM": "stu.FlashSTUForCausalLM",
-}}  # fmt: skip
+}, "tie_word_embeddings": True}  # fmt: skip
 
 
 class FlashSTU(nn.Module):
@@ -605,16 +605,14 @@ class FlashSTU(nn.Module):
                 p.data *= (2 * c.n_layers) ** -0.5  # so many branches add up in the residual stream
         self.to(getattr(torch, c.torch_dtype))
 
-    def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None, trace=None):
+    def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None):
         """Token ids [B, T] -> normalised output of the last layer [B, T, d] and, with use_cache, the state to
-        go on from. attention_mask [B, past + T] is 0 at padding; `trace`: a list, for every layer's input."""
+        go on from. attention_mask [B, past + T] is 0 at padding."""
         x, n, after = self.dropout(self.tok_emb(check_ids(input_ids))), len(self.layers), []
         before = state or [None] * (n + 1)
         check(len(before) == n + 1, f"this model wants a state of {n} layers", f"one of {len(before) - 1}")
         attention_mask = check_mask(attention_mask, *input_ids.shape)
         for layer, layer_state in zip(self.layers, before):
-            if trace is not None:
-                trace.append(x)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
             x = layer(x, layer_state, use_cache, attention_mask)
@@ -678,19 +676,16 @@ class FlashSTU(nn.Module):
         return cat([input_ids, *(t[:, None] for t in self.stream(input_ids, n_new, **options))], dim=1)
 
     def save_pretrained(self, folder):
-        """Write model.safetensors, config.json and, for transformers, generation_config.json and a copy of
-        this file. Each replaces its predecessor only when it is whole."""
-        from safetensors.torch import save_file
+        """Write model.safetensors, config.json and, for transformers, a copy of this file. Each replaces its
+        predecessor only when it is whole."""
+        from safetensors.torch import save_model
 
         part = Path(folder) / "unfinished"
         part.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        save_model(self, part / "model.safetensors", metadata={"format": "pt"})
         config = replace(self.config, torch_dtype=self.tok_emb.weight.dtype).to_dict() | HF_CONFIG
         (part / "config.json").write_text(json.dumps(config, indent=2))
         shutil.copyfile(__file__, part / "stu.py")
-        if not (part.parent / "generation_config.json").exists():  # else it may know the end-of-text token
-            (part / "generation_config.json").write_text("{}")
         for file in part.iterdir():
             file.replace(part.parent / file.name)
         part.rmdir()
@@ -700,20 +695,15 @@ class FlashSTU(nn.Module):
         """Read what save_pretrained wrote, ours or that of transformers. Runs no code from the folder."""
         from safetensors.torch import load_file
 
-        path, tensors = Path(folder) / "config.json", {}
-        try:  # whatever goes wrong, `path` is the file that is being read
-            values = json.loads(path.read_text("utf-8"))
-            values["torch_dtype"] = values.get("dtype") or values["torch_dtype"]  # transformers' name, ours
-            model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
-            # transformers may have cut it into shards, and names what it wraps
-            whole, shards = Path(folder) / "model.safetensors", Path(folder).glob("model-*.safetensors")
-            for path in [whole] if whole.exists() else sorted(shards) or [whole]:
-                tensors |= {name.removeprefix("model."): t for name, t in load_file(path).items()}
-            model.load_state_dict(tensors)
-        except Exception as e:  # an OSError says nothing about what the file holds
-            if isinstance(e, OSError):
-                raise
-            raise ValueError(f"{path} is damaged, or no model's (a run's is in RUN/model): {e!r}") from None
+        folder, tensors = Path(folder), {}
+        for path in sorted(folder.glob("model*.safetensors")):  # a whole file comes after shards, and counts
+            tensors |= {name.removeprefix("model."): t for name, t in load_file(path).items()}
+        wanted = "a folder with a FlashSTU in model*.safetensors (a run's is RUN/model)"
+        check("tok_emb.weight" in tensors, wanted, folder)
+        values = json.loads((folder / "config.json").read_text("utf-8"))
+        values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # called dtype by transformers
+        model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
+        model.load_state_dict(tensors)
         return model.to(device)
 
 
@@ -742,6 +732,7 @@ if "transformers" in sys.modules:
     from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
     from transformers.utils import can_return_tuple
+    from transformers.utils.output_capturing import capture_outputs
 
     OPTIONS = FlashSTUConfig().to_dict()
     OPTIONS.pop("torch_dtype")  # which it keeps itself
@@ -754,28 +745,22 @@ if "transformers" in sys.modules:
         }  # fmt: skip
 
         def __init__(self, **options):
-            defaults = OPTIONS | {"tie_word_embeddings": True, "auto_map": HF_CONFIG["auto_map"]}
-            super().__init__(**defaults | options)
+            super().__init__(**OPTIONS | HF_CONFIG | options)
 
-    @dataclass
-    class FlashSTUCache:  # a call goes on from it and leaves it as it is: several texts can share a prefix
-        state: list
-        length: int  # tokens read, padding included
+    class FlashSTUCache(list):  # the state. A call leaves it as it is: several texts can share a prefix
         is_compileable = is_croppable = False
         is_linear = (False,)  # generate, given all ids again, leaves out those that have been read
-        get_seq_length = lambda self, layer_idx=0: self.length
+        get_seq_length = lambda self, layer_idx=0: self[0].seen
 
         def reorder_cache(self, rows):  # beam search: row i goes on from row rows[i]
-            self.state = tree_map_only(Tensor, lambda t: t.index_select(0, rows.to(t.device)), self.state)
-
-        def crop(self, *_):
-            raise ValueError("FlashSTU cannot take back a token: no assisted decoding, as model or assistant")
+            self[:] = tree_map_only(Tensor, lambda t: t.index_select(0, rows.to(t.device)), list(self))
 
     class FlashSTUPreTrainedModel(PreTrainedModel):
         config_class, base_model_prefix, _input_embed_layer = FlashSTUPretrainedConfig, "model", "tok_emb"
         supports_gradient_checkpointing, _is_stateful = True, True  # stateful: it cannot take back a token
-        _supports_default_dynamic_cache = _can_set_attn_implementation = classmethod(lambda cls: False)
-        _no_split_modules, _skip_keys_device_placement = ("FlashSTUBlock",), ("past_key_values", "cache")
+        _no_split_modules, _can_record_outputs = ("FlashSTUBlock",), {"hidden_states": FlashSTUBlock}
+        _supports_default_dynamic_cache = classmethod(lambda cls: False)  # generate makes none for us
+        init_weights = lambda self: self.tie_weights()  # FlashSTU has drawn them, in its own way
 
         def _init_weights(self, module):  # weights that a checkpoint lacks, embeddings that a resize adds
             module.reset_parameters() if isinstance(module, STU) else super()._init_weights(module)
@@ -787,48 +772,30 @@ if "transformers" in sys.modules:
             super().__init__(config)
             ours = {name: getattr(config, name) for name in OPTIONS}
             model = FlashSTU(FlashSTUConfig(**ours, torch_dtype=torch.get_default_dtype()))
+            # the same layers by the same names
             self.gradient_checkpointing, self._modules = model.gradient_checkpointing, model._modules
-            for module in self.modules():  # the weights are there already, unless they are about to be loaded
-                module._is_hf_initialized = not self.tok_emb.weight.is_meta
             self.post_init()
 
-        @can_return_tuple
-        def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                    use_cache=None, output_hidden_states=None, cache=None, inputs_embeds=None,
-                    output_attentions=None, seq_idx=None, cu_seq_lens_q=None, cu_seq_lens_k=None,
-                    max_length_q=None, max_length_k=None):  # fmt: skip
-            if input_ids is None or inputs_embeds is not None or output_attentions:
-                raise ValueError("FlashSTU takes input_ids, no inputs_embeds, and has no attention weights")
-            past = past_key_values if cache is None else cache  # its name since transformers 5.24
-            own = isinstance(past, FlashSTUCache | None)
-            check(own, "past_key_values must be FlashSTU's own, or None at first", type(past))
-            use_cache = past is not None if use_cache is None else use_cache
-            state, seen = (past.state, past.length) if past else (None, 0)
-            (B, T), rows, pack = input_ids.shape, input_ids, lambda h: h
-            packed = position_ids is not None and not use_cache
-            packed = packed and (attention_mask is None or bool(attention_mask.all()))
+        # Taken, not used: position_ids and what else tells where documents begin. Positions are relative,
+        # documents in a row see each other as in train.py. `cache`: past_key_values since transformers 5.24
+        @capture_outputs
+        def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, cache=None,
+                    use_cache=False, output_hidden_states=None, inputs_embeds=None, output_attentions=None,
+                    seq_idx=None, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None,
+                    max_length_k=None):  # fmt: skip
+            past = past_key_values if cache is None else cache
+            if not isinstance(past, FlashSTUCache | None) or inputs_embeds is not None or output_attentions:
+                raise ValueError("FlashSTU takes input_ids, a cache of its own, and has no attention weights")
+            use_cache = bool(use_cache or past)
             if attention_mask is not None:
-                shape = list(attention_mask.shape)
-                check(shape == [B, seen + T], f"attention_mask must be {[B, seen + T]}, past and new", shape)
-                # nobody sees padding on the right, unless the state goes on from there
-                padding = attention_mask == 0 if use_cache else attention_mask.int().diff(dim=1) > 0
-                attention_mask = attention_mask if padding.any() else None
-            if packed:
-                # from each place where position_ids start again: a row for each, padded on the right, so that
-                # none sees another. Nothing else matters: positions are relative
-                starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).expand_as(input_ids)
-                starts = starts.flatten().nonzero().flatten()
-                lengths = starts.diff(append=starts.new_tensor([B * T])).tolist()
-                rows = nn.utils.rnn.pad_sequence(input_ids.flatten().split(lengths), batch_first=True)
-                pack = lambda h: cat([row[:n] for row, n in zip(h, lengths)]).unflatten(0, (B, T))
-            elif seq_idx is not None or cu_seq_lens_q is not None:
-                raise ValueError("documents packed into rows want position_ids, and no cache")
-            if output_hidden_states is None:
-                output_hidden_states = self.config.output_hidden_states
-            trace = [] if output_hidden_states else None
-            x, state = self.hidden(rows, state, use_cache, attention_mask, trace)
-            new = FlashSTUCache(state, seen + T) if use_cache else None
-            return BaseModelOutputWithPast(pack(x), new, trace and tuple(map(pack, [*trace, x])))
+                shape = len(input_ids), input_ids.shape[1] + (past.get_seq_length() if past else 0)
+                wanted = f"attention_mask must be {list(shape)}: what was read and what is new"
+                check(attention_mask.shape == shape, wanted, attention_mask)
+                # padding matters only where a token comes after it, here or in what goes on from the cache
+                after = F.pad(attention_mask.int(), (0, use_cache), value=1).diff(dim=1) > 0
+                attention_mask = attention_mask if after.any() else None
+            x, state = self.hidden(input_ids, past, use_cache, attention_mask)
+            return BaseModelOutputWithPast(x, FlashSTUCache(state) if use_cache else None)
 
     class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
         _auto_class, _tied_weights_keys = "AutoModelForCausalLM", {"lm_head.weight": "model.tok_emb.weight"}
@@ -840,16 +807,15 @@ if "transformers" in sys.modules:
             self.post_init()
 
         def prepare_inputs_for_generation(self, ids, next_sequence_length=None, tokenizer=None, **kwargs):
-            if next_sequence_length is not None and next_sequence_length < 1:  # so many ids are new
-                raise ValueError("give all ids: those that past_key_values has read, and at least one more")
-            return super().prepare_inputs_for_generation(ids, next_sequence_length, **kwargs)
+            new = next_sequence_length  # so many ids, None: all; where none is, transformers would read all
+            check(new is None or new > 0, "give all ids: those that past_key_values has read, and more", new)
+            return super().prepare_inputs_for_generation(ids, new, **kwargs)
 
         @can_return_tuple
-        def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                    labels=None, logits_to_keep=0, shift_labels=None, num_items_in_batch=None, cache=None,
-                    **options):  # fmt: skip
-            options |= {"cache": cache, "return_dict": True}
-            out = dict(self.model(input_ids, attention_mask, position_ids, past_key_values, **options))
+        def forward(self, input_ids, attention_mask=None, past_key_values=None, cache=None, labels=None,
+                    logits_to_keep=0, shift_labels=None, num_items_in_batch=None, **options):  # fmt: skip
+            options |= {"past_key_values": past_key_values, "cache": cache, "return_dict": True}
+            out = dict(self.model(input_ids, attention_mask, **options))
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits, loss = self.lm_head(out.pop("last_hidden_state")[:, keep]), None  # x[:, -0:] is all of x
             if labels is not None or shift_labels is not None:
