@@ -1,15 +1,12 @@
-"""
-Flash STU in one file: spectral transform units and sliding-window attention, from filters to language model.
+"""Flash STU in one file: spectral transform units, sliding-window attention, from filters to language model.
 
     from stu import STU    one layer, [B, T, d_in] -> [B, T, d_out]; needs torch and numpy, nothing else
     python test_stu.py     times this file against the usual route on your machine, with the errors of both
-
 The idea. A linear dynamical system with state matrix eigenvalue α answers an impulse with 1, α, α², ... To
 learn such systems without learning α, filter the input with the few signals that span all of these decays:
 the top eigenvectors of the sum over α of their outer products, each weighted by (1-α)², which is a fixed
 Hankel matrix. Only linear maps are learned; the memory (thousands of steps) is in the fixed filters.
 Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.10489), "SpectraLDS" (2505.17868).
-
 The letters, everywhere in this file:
     B batch    T length of this input    L seq_len, the length of the filters    d, d_in, d_out channels
     K  number of eigenvectors φ_1..φ_K of the Hankel matrix Z (`num_eigh`), each a signal of length L
@@ -18,13 +15,13 @@ The letters, everywhere in this file:
     A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
     S  the state of that system, [B, n, d]: what an STU layer remembers (no system fits: its last L inputs)
     w  attention window: a token sees itself and the w tokens before it; [B, H, T, hd] are H heads of size hd
-F is also torch.nn.functional. check(right, wanted, given) raises unless right; it and the config: section 7.
-"""
+F is also torch.nn.functional; check(right, wanted, given) raises unless right. It and settings: section 7."""
 
 import json
 import shutil
 import sys
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from math import ceil, inf, log, log2
@@ -37,14 +34,11 @@ from torch import Tensor, arange, cat, einsum, nn
 from torch.fft import irfft, rfft
 from torch.utils.checkpoint import checkpoint
 
-try:  # optional, CUDA only: plain PyTorch gives the same results
+flash_attn_func = FlashFFTConv = None  # optional, CUDA only: plain PyTorch gives the same results
+with suppress(ImportError):
     from flash_attn import flash_attn_func
-except ImportError:
-    flash_attn_func = None
-try:
+with suppress(ImportError):
     from flashfftconv import FlashFFTConv
-except ImportError:
-    FlashFFTConv = None
 on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two take
 
 
@@ -53,12 +47,12 @@ on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two
 # terms; Hankel-L is a sum over decays of both signs: Z_ij = ∫_-1^1 (1-α²)² α^(i+j-2) dα (2312.06837, app.).
 # Substitute α = exp(-e^x), and the trapezoid rule over x converges exponentially: Z = G Gᵀ with one column of
 # G for each decay, G[t, m] = √dα_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z.
-# This matters: after 16 (L = 40) to 20 filters (L = 128) the eigenvalues of Z fall below 1e-16 of the largest,
-# and `eigh(Z)` returns noise. The singular values of G, their roots, fall half as fast: a filter of norm 1 is
+# This matters: after 16 filters (L = 40; 20 at 128) the eigenvalues of Z are below 1e-16 of the largest, and
+# `eigh(Z)` returns noise. The singular values of G, their roots, fall half as fast: a filter of norm 1 is
 # right to 1e-5 for K up to 24 at L = 40, up to 27 at L = 64. Later ones are noise too.
 def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
     """The top K eigenvectors of Z, leading one first, each times (its eigenvalue)^¼ (the papers' scale):
-    [seq_len, K]. Computed in float64 from G, in O(seq_len) memory: 4 GB at 2^20 (Hankel-L 8)."""
+    [seq_len, K]. Computed in float64, in O(seq_len) memory: 4 GB at 2^20 (Hankel-L 8)."""
     c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)
     L, K, signs = c.seq_len, c.num_eigh, 2 if c.use_hankel_L else 1
     # e^x = -ln α, from α = 0 (e^-45) to where α^L = 1 (1 - e^-12) or (1-α)² dα, of order (e^-21)³, is nothing
@@ -95,7 +89,7 @@ def stu_formula(x, bank, M):
     return torch.stack(y, dim=1)
 
 
-# ---- 2. The same as a convolution: FFT over the whole sequence, for training --------------------------------
+# ---- 2. The same as a convolution: FFT over the whole sequence, for training -------------------------------
 # y_t = Σ_i h_i u_{t-i} for t < T needs an FFT of at least 2T - 1 points, or its end wraps around.
 def fft_size(n):
     """The smallest 2^a, 3·2^a, 5·2^a, 9·2^a or 15·2^a that is >= n: the lengths on which FFTs are fast."""
@@ -162,11 +156,9 @@ class Mixer(nn.Module):
 class STU(Mixer):
     """Spectral transform unit: [B, T, d_in] -> [B, T, d_out] for any T >= 1, causal. `options` are fields of
     FlashSTUConfig; precomputed_filters: base filters of your own [seq_len, K], or a FilterBank.
-
-    stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, with state=None
-    first. The state holds S [B, n, d_out] (full STU: d_in), or the last seq_len inputs where no recurrence
-    fits. Where one does, calls with state or use_cache and those longer than seq_len recur; for the others
-    `backend` says whether: "fft" (convolve), "lds" (recur, over chunks) or "auto" (the faster one)."""
+    stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, with state None
+    first. Such calls, and those longer than seq_len, recur where a recurrence fits; for the others `backend`
+    says whether: "fft" (convolve), "lds" (recur, over chunks) or "auto" (the faster one)."""
 
     def __init__(self, d_in, d_out, seq_len=None, num_eigh=24, *, precomputed_filters=None, backend="auto",
                  config=None, **options):  # fmt: skip
@@ -192,9 +184,8 @@ class STU(Mixer):
     def reset_parameters(self):
         """White input of unit variance gives output of about unit variance, whatever the filters' scales."""
         std, gain = self.d_in**-0.5, np.linalg.norm(self.bank.filters)  # √ Σ_f |Φ_f|²
-        stds = {"M_inputs": std, "M_filters": 1 / gain, "M": std / gain}
         for name, p in self.named_parameters():
-            nn.init.normal_(p, std=stds[name])
+            nn.init.normal_(p, std={"M_inputs": std, "M_filters": 1 / gain, "M": std / gain}[name])
 
     def extra_repr(self):
         kind, (L, n_filters) = "STU-T" if self.config.use_approx else "full STU", self.bank.filters.shape
@@ -213,7 +204,7 @@ class STU(Mixer):
             else:  # a convolution; where no recurrence fits, the state S is the inputs before
                 u = u if S is None else cat([S, u], dim=1)
                 y, S = self.convolve(u, filters[: u.shape[1]], M, dtype), u[:, -c.seq_len :]
-                y = y[:, u.shape[1] - T :]
+                y = y[:, -T:]
         return y.to(dtype), (S,)
 
     def convolve(self, u, filters, M, dtype):
@@ -229,24 +220,21 @@ class STU(Mixer):
         return fft_conv(u, h, tile).transpose(1, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. The same filters as a linear dynamical system, for input in pieces and past seq_len
-# Every filter is a mixture of decays, so a bank of them is the impulse response of one system with poles ±α:
+# ---- 4. The same filters as a linear dynamical system, for input in pieces and past seq_len ----------------
+# A filter is a mixture of decays, so a bank of them is the impulse response of one system with poles ±α:
 #     S_t = A S_{t-1} + b u_t,   y_t = C S_t,   that is   Φ[t] = C A^t b.
-# With the textbooks' diagonal A the states of slow poles are large, nearly equal, and cancel in y: in float32
-# the weakest filters are lost. We keep the poles and take orthonormal coordinates (the Takenaka-Malmquist
-# basis): a chain of all-pass sections, one for each pole p. Section i holds one number S_i of the state; a
-# signal v_i enters it and v_{i+1} leaves for the next section, the first being the input u:
+# With a diagonal A the states of slow poles are large, nearly equal, and cancel in y: float32 loses the
+# weakest filters. So we take orthonormal coordinates (the Takenaka-Malmquist basis): a chain of all-pass
+# sections, one for each pole p. Section i holds S_i; v_i enters it, v_{i+1} leaves for the next; v_1 is u:
 #     S_i ← p_i S_i + g_i v_i,     v_{i+1} = g_i S_i - p_i v_i     (the old S_i in both), g_i = √(1-p_i²).
 # Unrolled, with P_i = Π_{j<i} (-p_j):  A_ij = g_i P_i · g_j / P_{j+1} for j < i,  A_ii = p_i,  b_i = g_i P_i.
-# The n states answer an impulse with signals ψ(t) = A^t b that are orthonormal on t = 0..∞. So |C_f| is the
-# norm of filter f over all t, never large, and a float32 state gives the layer's convolution to 1e-6. And
-# Σ_t ψ(t) ψ(t)ᵀ is I, its part from lag L on A^L A^Lᵀ, the part before it I - A^L A^Lᵀ: the least-squares fit
-# of the filters on t < L, with a penalty `fade`² on the energy past L (where they are undefined, and their
-# natural continuation grows), is one small linear solve.
+# The n states answer an impulse with signals ψ(t) = A^t b that are orthonormal on t = 0..∞: |C_f| is the norm
+# of filter f over all t, never large, and a float32 state gives the convolution to 1e-6. As Σ_{t<L} ψ(t)ψ(t)ᵀ
+# is I - A^L A^Lᵀ, the least-squares fit of the filters on t < L, with a penalty `fade`² on the energy past L
+# (where they are undefined, and their natural continuation grows), is one small linear solve.
 class FilterBank:
-    """Base filters φ [L, K], of both signs unless Hankel-L, as the bank Φ [L, F] and, where one fits, as a
-    recurrence `lds`: one object for all layers that use it, in float64 on the CPU; `on` hands out copies."""
+    """Base filters φ [L, K], with both signs unless Hankel-L, as bank Φ [L, F] and as recurrence, None where
+    none fits: one object for all layers that use it, in float64 on the CPU; `on` hands out copies."""
 
     def __init__(self, phi, use_hankel_L=False, **fit):
         self.filters = (phi if use_hankel_L else both_signs(phi)).detach().double().cpu()
@@ -274,10 +262,9 @@ SpectralLDS = namedtuple("SpectralLDS", "powers b C")  # A^0 .. A^chunk [chunk +
 
 
 def fit_recurrence(filters, n_pairs=0, chunk=64, fade=1e-5, tolerance=1e-6):
-    """The system (A, b, C) of n = 2 n_pairs states that answers an impulse with `filters` [L, F], then fades;
-    None where it is wrong by more than `tolerance`, relative to the largest value, or does not fade (its norm
-    past L, over the largest within, is above 5e4 tolerance), as for Kronecker products. n_pairs 0: as many as
-    fit spectral filters of any K to 1e-7 (tried: K = 128 at L = 8192, 48 at 2^19)."""
+    """The system of n = 2 n_pairs states that answers an impulse with `filters` [L, F] and fades; None where
+    it is wrong by more than `tolerance` of the largest value, or does not fade (its norm past L is above 5e4
+    tolerance of that within), as for Kronecker products. n_pairs 0: enough for spectral filters of any K."""
     phi, L = filters.numpy(), len(filters)
     n_pairs = n_pairs or max(56, round(5 * log(8 * L)))
     decay = np.exp(-np.exp(np.linspace(-log(L), log(8), n_pairs)))  # memories: L to 1/8 steps
@@ -297,9 +284,8 @@ def fit_recurrence(filters, n_pairs=0, chunk=64, fade=1e-5, tolerance=1e-6):
 
 
 def recur(u, S, lds, M):
-    """Σ_f (Φ_f * u) M_f as a recurrence over chunks: u [B, T, d], state S [B, n, d] (None: zero) -> y
-    [B, T, d_out], S after the last input. M is [F, d] (STU-T: one filter Σ_f M[f, c] Φ_f for channel c) or
-    [F, d, d_out] (full STU)."""
+    """Σ_f (Φ_f * u) M_f as a recurrence over chunks: u [B, T, d], S [B, n, d] (None: 0) -> y [B, T, d_out],
+    S after the last input. M is [F, d] (STU-T: filter Σ_f M[f, c] Φ_f for channel c) or [F, d, d_out]."""
     (powers, b, C), T = lds, u.shape[1]
     size = min(T, len(powers) - 1)  # of a chunk
     psi = powers[:size] @ b  # [size, n], ψ(t) = A^t b
@@ -322,10 +308,8 @@ def recur(u, S, lds, M):
     return cat(y, dim=1)[:, :T], S
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Sliding-window attention
-# Query i sees keys i-w..i: by flash-attn where installed (16-bit on CUDA), else in tiles of queries that look
-# only at the keys they can see.
+# ---- 5. Sliding-window attention ---------------------------------------------------------------------------
+# By flash-attn where installed (16-bit on CUDA), else in tiles of queries that look at the keys they can see.
 def rotary(x, start):
     """Rotate channels (i, i + hd/2) of x [B, H, T, hd] by angles proportional to the position start + t."""
     half = x.shape[-1] // 2
@@ -339,7 +323,6 @@ def rotary(x, start):
 
 def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=None):
     """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i sees key past + i and the `window` keys before it.
-
     Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T] is
     False at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in
     time, backward too: k and v are cut into tiles once, as the gradient of a slice is of full length."""
@@ -365,9 +348,8 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=N
 
 
 class SlidingWindowAttention(Mixer):
-    """Causal multi-head attention over the last `window_size` tokens and oneself, [B, T, d] -> [B, T, d];
-    rotary positions. Call it as an STU; its state holds k and v [B, H, <= w, hd] of the last w tokens.
-    Positions count padding too: only differences matter."""
+    """Causal multi-head attention over the last `window_size` tokens and oneself, [B, T, d] -> [B, T, d], at
+    rotary positions (they count padding too: only differences matter). Call it as an STU."""
 
     def __init__(self, d_model=None, n_heads=None, window_size=1024, softcap=50.0, config=None, **options):
         super().__init__()
@@ -395,11 +377,10 @@ class SlidingWindowAttention(Mixer):
         return self.c_proj(y.flatten(2)), [t[:, :, max(0, t.shape[2] - w) :] for t in (k, v)]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Variants: the full STU as a convolution, Kronecker filters, FlashFFTConv
+# ---- 6. Variants: the full STU as a convolution, Kronecker filters, FlashFFTConv ---------------------------
 def piece_by_piece(function, *tensors):
-    """[function(a_i, b_i, ...) for the pieces a_i, b_i, ... of `tensors`]; where there are several, each is
-    computed again in the backward pass, so that what it makes on the way exists for one piece at a time."""
+    """[function(a_i, b_i, ...) for the pieces of `tensors`]; where there are several, each is computed again
+    in the backward pass, so that what it makes on the way exists for one piece at a time."""
     if len(tensors[0]) > 1 and torch.is_grad_enabled():
         function = partial(checkpoint, function, use_reentrant=False)
     return [function(*pieces) for pieces in zip(*tensors)]
@@ -429,7 +410,7 @@ def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype
     return F.pad(bank, (0, 0, 0, n - len(bank))).to(dtype)
 
 
-# not kept in a layer: its buffers would enter the state_dict
+# Not kept in a layer: its buffers would enter the state_dict
 flash_fft = lru_cache(maxsize=16)(lambda n, dtype, device: FlashFFTConv(n, dtype=dtype).to(device))
 
 
@@ -440,12 +421,10 @@ def flash_fft_conv(u, h):
     return flash_fft(n, u.dtype, u.device)(u, h)[:, :d, :T]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. Settings, the doors at which what is given is checked, and what is given back
+# ---- 7. Settings, the doors at which what is given is checked, and what is given back ----------------------
 SETTINGS = {  # annotation -> kinds of numpy's dtypes that may be given, least value, how that is called
     bool: ("b", False, "True or False"),
     int: ("iu", 1, "a positive integer"),
-    int | None: ("iu", 1, "a positive integer or None"),
     int | tuple: ("iu", 0, "w or (w, 0), w >= 0 tokens before"),
     float: ("iuf", 0, "a finite number >= 0"),
 }
@@ -486,9 +465,9 @@ class FlashSTUConfig:
     use_attn: bool = True  # False: STU in every layer
     softcap: float = 50.0  # of attention logits; 0 turns it off
     stu_enable_mlp_sandwich: bool = False  # up-project, SiLU, STU at that width, down-project
-    stu_mlp_hidden_size: int | None = None  # the sandwich's width; None: n_embd · mlp_scale
-    d_in_tile: int | None = None  # the full STU's convolution, so many channels at a time: less memory
-    d_out_tile: int | None = None  # also STU-T's; results are the same
+    stu_mlp_hidden_size: int = None  # the sandwich's width; None: n_embd · mlp_scale
+    d_in_tile: int = None  # the full STU's convolution, so many channels at a time: less memory
+    d_out_tile: int = None  # also STU-T's; results are the same
     use_gradient_checkpointing: bool = False  # layers are computed again in the backward pass
     torch_dtype: torch.dtype | str = "bfloat16"  # of the parameters; train with float32 and autocast
 
@@ -516,24 +495,21 @@ def check_ids(ids):
 
 def check_mask(mask, B, T):
     """attention_mask [B, >= T], 1 at tokens and 0 at padding -> True and False; None stays None."""
-    if mask is None:
-        return None
-    right = mask.ndim == 2 and len(mask) == B and mask.shape[1] >= T
-    right = right and (mask.dtype == torch.bool or (mask == mask.bool()).all())
-    check(right, f"attention_mask must be [{B}, at least {T}], 1 at tokens, 0 at padding", mask)
-    return mask.bool()
+    if mask is not None:
+        right = mask.ndim == 2 and len(mask) == B and mask.shape[1] >= T
+        right = right and (mask.dtype == torch.bool or (mask == mask.bool()).all())
+        check(right, f"attention_mask must be [{B}, at least {T}], 1 at tokens, 0 at padding", mask)
+        return mask.bool()
 
 
-# What a layer remembers between two pieces of a sequence: tensors [B, ...]; its description and the batch
-# size, as no other takes this state; the number of inputs so far, padding included
+# What a layer remembers of its input: tensors [B, ...]; whose they are, as no other layer or batch size takes
+# them; the number of inputs so far, padding included
 LayerState = namedtuple("LayerState", "tensors owner seen")
-# Without labels loss is None, with them logits are. State, with use_cache: a LayerState for each layer, and
-# the last layer's last output [B, 1, d], normalised
+# loss, or logits [B, T, vocab_size]; a LayerState for each layer, and the last normalised output [B, 1, d]
 Output = namedtuple("Output", "loss logits state")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 8. Block and model
+# ---- 8. Block and model ------------------------------------------------------------------------------------
 class FlashSTUBlock(nn.Module):
     """x + mixer(norm(x)), then x + SwiGLU(norm(x)), of [B, T, d_model]; the mixer is an STU or attention. By
     itself: FlashSTUBlock(d_model=512, sequence_length=2048), `options` being fields of FlashSTUConfig."""
@@ -550,9 +526,8 @@ class FlashSTUBlock(nn.Module):
             self.sandwich = nn.ModuleList([linear(d, inner), linear(inner, d)])
         self.mixer = SlidingWindowAttention(config=c) if use_attention else STU(inner, inner, config=c)
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
-        self.mlp = nn.ModuleDict({
-            "gate_proj": linear(d, width), "up_proj": linear(d, width), "down_proj": linear(width, d),
-        })  # fmt: skip
+        mlp = linear(d, width), linear(d, width), linear(width, d)
+        self.mlp = nn.ModuleDict(zip(("gate_proj", "up_proj", "down_proj"), mlp))
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
@@ -698,13 +673,12 @@ class FlashSTU(nn.Module):
         folder, tensors = Path(folder), {}
         for path in sorted(folder.glob("model*.safetensors")):  # a whole file comes after shards, and counts
             tensors |= {name.removeprefix("model."): t for name, t in load_file(path).items()}
-        wanted = "a folder with a FlashSTU in model*.safetensors (a run's is RUN/model)"
-        check("tok_emb.weight" in tensors, wanted, folder)
-        values = json.loads((folder / "config.json").read_text("utf-8"))
+        check("tok_emb.weight" in tensors, "need a folder with our model*.safetensors (RUN/model)", folder)
+        values = json.loads((folder / "config.json").read_bytes())
         values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # called dtype by transformers
         model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
         model.load_state_dict(tensors)
-        return model.to(device)
+        return model.to(device).eval()
 
 
 def sample(logits, temperature, top_k=None, top_p=None, generator=None):
@@ -722,8 +696,7 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
     return (choice if tokens is None else tokens.gather(1, choice))[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 9. Hugging Face: the same model as transformers wants to see it. Nothing above needs this; skip it freely
+# ---- 9. Hugging Face: the same model as transformers wants to see it (nothing above needs this) ------------
 # A saved folder holds a copy of this file, and its config.json names these classes. They exist where
 # transformers was imported first, as it is when it loads a folder; by hand: `import transformers, stu`.
 
