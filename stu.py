@@ -183,7 +183,7 @@ class STU(Mixer):
 
     def reset_parameters(self):
         """White input of unit variance gives output of about unit variance, whatever the filters' scales."""
-        std, gain = self.d_in**-0.5, np.linalg.norm(self.bank.filters)  # √ Σ_f |Φ_f|²
+        std, gain = self.d_in**-0.5, self.bank.gain
         for name, p in self.named_parameters():
             nn.init.normal_(p, std={"M_inputs": std, "M_filters": 1 / gain, "M": std / gain}[name])
 
@@ -238,6 +238,7 @@ class FilterBank:
 
     def __init__(self, phi, use_hankel_L=False, **fit):
         self.filters = (phi if use_hankel_L else both_signs(phi)).detach().double().cpu()
+        self.gain = np.linalg.norm(self.filters)  # √ Σ_f |Φ_f|²
         self.lds, self.copies = fit_recurrence(self.filters, **fit), {}
 
     def on(self, u):
@@ -381,7 +382,7 @@ class SlidingWindowAttention(Mixer):
 def piece_by_piece(function, *tensors):
     """[function(a_i, b_i, ...) for the pieces of `tensors`]; where there are several, each is computed again
     in the backward pass, so that what it makes on the way exists for one piece at a time."""
-    if len(tensors[0]) > 1 and torch.is_grad_enabled():
+    if len(tensors[0]) > 1:
         function = partial(checkpoint, function, use_reentrant=False)
     return [function(*pieces) for pieces in zip(*tensors)]
 
@@ -588,7 +589,7 @@ class FlashSTU(nn.Module):
         check(len(before) == n + 1, f"this model wants a state of {n} layers", f"one of {len(before) - 1}")
         attention_mask = check_mask(attention_mask, *input_ids.shape)
         for layer, layer_state in zip(self.layers, before):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing:
                 layer = partial(checkpoint, layer, use_reentrant=False)
             x = layer(x, layer_state, use_cache, attention_mask)
             if use_cache:
@@ -635,8 +636,7 @@ class FlashSTU(nn.Module):
                 _, state[:] = self.hidden(piece, state, use_cache=True)
         done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
         for _ in range(max_new_tokens):
-            logits = self.tok_emb(state[-1][:, 0]).float()
-            token = sample(logits, temperature, top_k, top_p, generator)
+            token = sample(self.tok_emb(state[-1][:, 0]).float(), temperature, top_k, top_p, generator)
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
