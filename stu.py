@@ -123,7 +123,7 @@ def fft_conv(u, h, tile):
     """Causal convolution of each channel: u [B, d, T], h [d, <= T] -> [B, d, T]; at most `tile` channels at a
     time, and so few that the CPU's cache holds their spectra: up to 1.7 times faster."""
     n, y = fft_size(u.shape[2] + h.shape[1] - 1), []
-    tile = max(1, min(tile, (2**24 if u.is_cuda else 2**20) // (len(u) * n)))
+    tile = max(1, min(tile, (2**24 if u.is_cuda else 2**19) // (len(u) * n)))
     for u_i, h_i in zip(u.split(tile, dim=1), h.split(tile)):
         y_f = RealFFT.apply(u_i, n, None) * RealFFT.apply(h_i, n, None)
         y.append(RealFFT.apply(y_f, n, u.shape[2]))

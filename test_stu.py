@@ -659,6 +659,32 @@ MODELS = [
 models = pytest.mark.parametrize("options", MODELS, ids=lambda o: "+".join(o) or "default")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("options", [*MODELS, {"use_gradient_checkpointing": True}])
+def test_cuda_computes_what_the_cpu_does(options):
+    """Loss, gradients, a piece from a state, padding; in float32, and as well as it can in bfloat16."""
+    model, ids = small_model(**options), torch.randint(61, (2, 700))
+
+    def results(model, ids):
+        mask = torch.ones_like(ids)
+        mask[0, :20] = 0
+        _, state = model.hidden(ids[:, :90], use_cache=True)
+        found = [model.hidden(ids[:, 90:120], state)[0], model.hidden(ids, attention_mask=mask)[0]]
+        model.zero_grad()
+        found.append(model(ids, labels=ids).loss)
+        found[-1].backward()
+        found += [p.grad for p in model.parameters()]
+        return [t.detach().float().cpu() for t in found]
+
+    expected = results(model, ids)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        found = results(copy.deepcopy(model).to("cuda", dtype), ids.cuda())
+        assert max(map(relative_error, found, expected)) < tolerance
+    greedy = model.generate(ids[:, :30], max_new_tokens=20, temperature=0)
+    found = model.cuda().generate(ids[:, :30].cuda(), max_new_tokens=20, temperature=0)
+    assert torch.equal(found.cpu(), greedy)
+
+
 def test_the_documented_lines_run_as_they_stand(tmp_path):
     config = FlashSTUConfig(n_embd=512, n_layers=12, n_heads=8, seq_len=2048, vocab_size=50257)
     model = FlashSTU(config)
@@ -2277,7 +2303,8 @@ def data(tmp_path_factory):
 def start(data, out, flags, processes=1, torchrun=0, sizes=TINY, **limits):
     """Start a run, of several processes as torchrun starts them or by it; `finish` waits for it."""
     flags = flags.split() if isinstance(flags, str) else flags
-    argv = ["train.py", "--data", str(data), "--out_dir", str(out), *sizes.split(), *flags]
+    where = ["--device", "cpu", "--data", str(data), "--out_dir", str(out)]  # bit for bit: on the CPU
+    argv = ["train.py", *where, *sizes.split(), *flags]
     if torchrun:
         argv = ["torchrun", "--standalone", f"--nproc_per_node={torchrun}", *argv]
     with socket.create_server(("localhost", 0)) as server:
