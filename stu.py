@@ -390,13 +390,14 @@ def piece_by_piece(function, *tensors):
 def full_conv(x, filters, M, tile):
     """Σ_f (Φ_f * x) M_f for x [B, T, d_in], filters [<= T, F], M [F, d_in, d_out] -> [B, T, d_out]: at each
     frequency ω one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are never formed. Of
-    these matrices 64 are made at a time, or 64 · tile / (d_in · d_out)."""
+    these matrices 64 (CUDA: 256) are made at a time, or that · tile / (d_in · d_out)."""
 
     def mix(x_f, filters_f):  # [band, B, d_in], [band, F] -> [band, B, d_out]
         matrices = filters_f @ M.flatten(1).to(filters_f.dtype)
         return x_f @ matrices.unflatten(1, M.shape[1:])
 
-    n, band = fft_size(x.shape[1] + len(filters) - 1), max(1, 64 * tile // M[0].numel())
+    n, at_once = fft_size(x.shape[1] + len(filters) - 1), 256 if x.is_cuda else 64
+    band = max(1, at_once * tile // M[0].numel())
     x_f, filters_f = rfft(x, n=n, dim=1).transpose(0, 1), rfft(filters, n=n, dim=0)
     y_f = cat(piece_by_piece(mix, x_f.split(band), filters_f.split(band)))
     return irfft(y_f.transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]

@@ -2231,7 +2231,7 @@ def test_hub_corpora_are_files_that_their_library_fetches(tmp_path, monkeypatch)
 @pytest.mark.parametrize("content, name, message", [
     (b"caf\xe9 " * 10**6, "a.txt", "no UTF-8 text.*a.txt.*not enough text"), (b"", "a.txt", "not enough text"),
     (b'{"txt": "x"}\n{"text": ', "a.jsonl", "left out 2: .*a.jsonl, record 1.*not enough text"),
-    (b"not gzip", "a.jsonl.gz", "a.jsonl.gz"), (gzip.compress(b"{}")[:-9], "a.jsonl.GZ", "end-of-stream"),
+    (b"not gzip", "a.jsonl.gz", "a.jsonl.gz"), (gzip.compress(b"{}", mtime=0)[:-9], "a.jsonl.GZ", "end-of-stream"),
     (b"PAR1", "a.parquet", "a.parquet"), (None, "missing.txt", "no file or folder"), (None, "", "no file or"),
 ])  # fmt: skip
 def test_preparation_says_what_is_wrong_and_writes_nothing(tmp_path, capsys, content, name, message):
