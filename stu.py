@@ -1,7 +1,7 @@
 """Flash STU in one file: spectral transform units, sliding-window attention, from filters to language model.
 
     from stu import STU    one layer, [B, T, d_in] -> [B, T, d_out]; needs torch and numpy, nothing else
-    python test_stu.py     times this file against the usual route on your machine, with the errors of both
+
 The idea. A linear dynamical system with state matrix eigenvalue α answers an impulse with 1, α, α², ... To
 learn such systems without learning α, filter the input with the few signals that span all of these decays:
 the top eigenvectors of the sum over α of their outer products, each weighted by (1-α)², which is a fixed
@@ -18,10 +18,8 @@ The letters, everywhere in this file:
 F is also torch.nn.functional; check(right, wanted, given) raises unless right. It and settings: section 7."""
 
 import json
-import shutil
 import sys
 from collections import namedtuple
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from math import ceil, inf, log, log2
@@ -34,12 +32,21 @@ from torch import Tensor, arange, cat, einsum, nn
 from torch.fft import irfft, rfft
 from torch.utils.checkpoint import checkpoint
 
-flash_attn_func = FlashFFTConv = None  # optional, CUDA only: plain PyTorch gives the same results
-with suppress(ImportError):
+try:  # optional, CUDA only: plain PyTorch gives the same results. (transformers requires what has no `try`)
     from flash_attn import flash_attn_func
-with suppress(ImportError):
+except ImportError:
+    flash_attn_func = None
+try:
     from flashfftconv import FlashFFTConv
+except ImportError:
+    FlashFFTConv = None
 on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two take
+# Not kept in a layer: its buffers would enter the state_dict
+flash_fft = lru_cache(maxsize=16)(lambda n, dtype, device: FlashFFTConv(n, dtype=dtype).to(device))
+
+SpectralLDS = namedtuple("SpectralLDS", "powers b C")  # A^0 .. A^chunk [chunk + 1, n, n], b [n], C [F, n]
+LayerState = namedtuple("LayerState", "tensors owner seen")  # [B, ...] each; of which layer; inputs so far
+Output = namedtuple("Output", "loss logits state")  # one of loss and logits [B, T, vocab_size]; see `hidden`
 
 
 # ---- 1. The filters: eigenvectors of a Hankel matrix that is never built -----------------------------------
@@ -47,15 +54,13 @@ on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two
 # terms; Hankel-L is a sum over decays of both signs: Z_ij = ∫_-1^1 (1-α²)² α^(i+j-2) dα (2312.06837, app.).
 # Substitute α = exp(-e^x), and the trapezoid rule over x converges exponentially: Z = G Gᵀ with one column of
 # G for each decay, G[t, m] = √dα_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z.
-# This matters: after 16 filters (L = 40; 20 at 128) the eigenvalues of Z are below 1e-16 of the largest, and
-# `eigh(Z)` returns noise. The singular values of G, their roots, fall half as fast: a filter of norm 1 is
-# right to 1e-5 for K up to 24 at L = 40, up to 27 at L = 64. Later ones are noise too.
+# `eigh(Z)` would give noise after 16 filters (L = 40; 20 at 128), whose eigenvalues are 1e-16 of the largest.
+# Singular values, their roots, fall half as fast: filters are right to 1e-5 up to K = 24 (L = 40), 26 (64).
 def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
-    """The top K eigenvectors of Z, leading one first, each times (its eigenvalue)^¼ (the papers' scale):
-    [seq_len, K]. Computed in float64, in O(seq_len) memory: 4 GB at 2^20 (Hankel-L 8)."""
+    """The top K eigenvectors of Z, each times (its eigenvalue)^¼ (the papers' scale): [seq_len, K]."""
     c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)
     L, K, signs = c.seq_len, c.num_eigh, 2 if c.use_hankel_L else 1
-    # e^x = -ln α, from α = 0 (e^-45) to where α^L = 1 (1 - e^-12) or (1-α)² dα, of order (e^-21)³, is nothing
+    # e^x = -ln α, from where α = 0 (e^-45) to where α^L = 1 (1 - e^-12) or (1-α)² dα ~ (e^-21)³ is nothing
     rate = np.exp(np.arange(3.8, max(-12 - log(L), -21), -0.1))  # [m], in steps dx = 0.1
     d_alpha = 0.1 * rate * np.exp(-rate)  # |dα| = e^x α dx
     weight = -np.expm1(-signs * rate) * np.sqrt(d_alpha)  # √dα (1-α); Hankel-L: √dα (1-α²)
@@ -71,39 +76,32 @@ def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torc
 
 def both_signs(phi):
     """φ [L, K] -> the bank Φ = [φ, (-1)^t φ], [L, 2K]."""
-    minus = phi.clone()
-    minus[1::2] *= -1
-    return cat([phi, minus], dim=1)
+    sign = (-1) ** arange(len(phi), device=phi.device)[:, None]
+    return cat([phi, sign * phi], dim=1)
 
 
 def stu_formula(x, bank, M):
-    """The layer as the papers define it (2312.06837, section 2; 2409.10489, equation 1), slow and obvious:
-    x [B, T, d_in], bank Φ [>= T, F], M [F, d_in, d_out] = M⁺_1..M⁺_K, M⁻_1..M⁻_K -> y [B, T, d_out]:
+    """The papers' layer (2312.06837, section 2; 2409.10489, equation 1); all that follows is this, faster:
         y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk,  U⁺_tk = Σ_i φ_k(i) x_{t-i},  U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
-    All that follows computes the same, faster."""
+    x [B, T, d_in], bank Φ [>= T, F], M [F, d_in, d_out] = M⁺_1..M⁺_K, M⁻_1..M⁻_K -> y [B, T, d_out]."""
     y = []
     for t in range(x.shape[1]):
         past = x[:, : t + 1].flip(1)  # x_t, x_{t-1}, ..., x_0: [B, t + 1, d_in]
-        U = einsum("if,bid->bfd", bank[: t + 1], past)
-        y.append(einsum("bfd,fdo->bo", U, M))
+        y.append(einsum("if,bid,fdo->bo", bank[: t + 1], past, M))
     return torch.stack(y, dim=1)
 
 
 # ---- 2. The same as a convolution: FFT over the whole sequence, for training -------------------------------
-# y_t = Σ_i h_i u_{t-i} for t < T needs an FFT of at least 2T - 1 points, or its end wraps around.
 def fft_size(n):
     """The smallest 2^a, 3·2^a, 5·2^a, 9·2^a or 15·2^a that is >= n: the lengths on which FFTs are fast."""
     return min(m << max(0, ceil(log2(n / m))) for m in (1, 3, 5, 9, 15))
 
 
 class RealFFT(torch.autograd.Function):
-    """apply(x, n, None): rfft of x on n points; apply(x_f, n, T): the first T values of the signal of x_f.
-
-    PyTorch differentiates rfft by a complex FFT of full length. A real signal has half a spectrum: here each
-    direction is the derivative of the other. The weights per frequency that this leaves out (1 or 2, and n)
-    cancel when a signal goes there and back, multiplied in between. Derivatives of any order follow."""
-
-    generate_vmap_rule = True
+    # apply(x, n, None): rfft of x on n points; apply(x_f, n, T): the first T values of the signal of x_f.
+    # Each is the derivative of the other. (PyTorch's of rfft takes a complex FFT of full length.) The weights
+    # per frequency that this leaves out, n and 1 or 2, cancel only when a signal goes there and back.
+    generate_vmap_rule = True  # for torch.func
 
     @staticmethod
     def forward(x, n, T):
@@ -120,9 +118,8 @@ class RealFFT(torch.autograd.Function):
 
 
 def fft_conv(u, h, tile):
-    """Causal convolution of each channel: u [B, d, T], h [d, <= T] -> [B, d, T]; at most `tile` channels at a
-    time, and so few that the CPU's cache holds their spectra: up to 1.7 times faster."""
-    n, y = fft_size(u.shape[2] + h.shape[1] - 1), []
+    """Causal convolution of each channel, u [B, d, T], h [d, <= T], as many at a time as the cache holds."""
+    n, y = fft_size(u.shape[2] + h.shape[1] - 1), []  # on fewer points the end wraps around
     tile = max(1, min(tile, (2**24 if u.is_cuda else 2**19) // (len(u) * n)))
     for u_i, h_i in zip(u.split(tile, dim=1), h.split(tile)):
         y_f = RealFFT.apply(u_i, n, None) * RealFFT.apply(h_i, n, None)
@@ -134,11 +131,10 @@ def fft_conv(u, h, tile):
 # By the formula above all branches are one sum over the bank Φ:  y = Σ_f (Φ_f * x) M_f.
 # STU-T:  M_f = M_inputs · diag(M_filters[f]), hence y = (x M_inputs) * (Φ M_filters): one filter a channel.
 # Each branch has its own rows of M_filters: with M⁺ = M⁻ the kernel is ∝ 1 + (-1)^t, blind to odd lags.
-class Mixer(nn.Module):
-    """What the layers of both kinds share: x [B, T, d_in] -> y, or (y, state) with use_cache. Each defines
-    `mix`, which gives y and the tensors to remember. attention_mask [B, >= past + T] is 0 at padding."""
-
+class Mixer(nn.Module):  # what the layers of both kinds share; each defines `mix`
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
+        """x [B, T, d_in] -> y, or (y, state) with use_cache. attention_mask [B, >= past + T], 0 at
+        padding, the last columns count. `mix` gives y and the tensors to remember."""
         right = x.ndim == 3 and x.shape[1] >= 1 and x.shape[2] == self.d_in and x.is_floating_point()
         check(right, f"input must be floating-point [batch, length >= 1, {self.d_in} channels]", x)
         T, own = x.shape[1], f"{len(x)} sequences in a layer ({self.extra_repr()})"
@@ -155,23 +151,20 @@ class Mixer(nn.Module):
 
 class STU(Mixer):
     """Spectral transform unit: [B, T, d_in] -> [B, T, d_out] for any T >= 1, causal. `options` are fields of
-    FlashSTUConfig; precomputed_filters: base filters of your own [seq_len, K], or a FilterBank.
-    stu(x, state, use_cache=True) -> (y, state): the input may arrive in pieces of any size, with state None
-    first. Such calls, and those longer than seq_len, recur where a recurrence fits; for the others `backend`
-    says whether: "fft" (convolve), "lds" (recur, over chunks) or "auto" (the faster one)."""
+    FlashSTUConfig; precomputed_filters: base filters of your own [seq_len, K], or a FilterBank. In pieces of
+    any size: stu(x, state, use_cache=True) -> (y, state), from state None. Pieces, and T > seq_len, recur
+    where a recurrence fits; for the rest, backend "fft" convolves, "lds" recurs, "auto" takes the faster."""
 
     def __init__(self, d_in, d_out, seq_len=None, num_eigh=24, *, precomputed_filters=None, backend="auto",
                  config=None, **options):  # fmt: skip
         super().__init__()
         c = config or FlashSTUConfig(seq_len=seq_len, num_eigh=num_eigh, use_attn=False, **options)
-        bank = precomputed_filters
+        self.d_in, self.d_out = setting("d_in", d_in, int), setting("d_out", d_out, int)
+        self.config, self.backend, bank = c, backend, precomputed_filters
         if bank is None:
             bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_tensorized)
-        elif not isinstance(bank, FilterBank):
-            bank = FilterBank(bank, c.use_hankel_L)
-        self.d_in, self.d_out = setting("d_in", d_in, int), setting("d_out", d_out, int)
-        self.config, self.bank, self.backend = c, bank, backend
-        L, n_filters = bank.filters.shape
+        self.bank = bank if isinstance(bank, FilterBank) else FilterBank(bank, c.use_hankel_L)
+        L, n_filters = self.bank.filters.shape
         check(L == c.seq_len, f"the filters must have length seq_len = {c.seq_len}", L)
         check(backend in ("auto", "fft", "lds"), 'backend must be "auto", "fft" or "lds"', repr(backend))
         if c.use_approx:
@@ -195,7 +188,7 @@ class STU(Mixer):
         c, T, (S,) = self.config, x.shape[1], state or (None,)
         u, M = (x @ self.M_inputs, self.M_filters) if c.use_approx else (x, self.M)
         dtype, (filters, lds) = u.dtype, self.bank.on(u)
-        # For few sequences the full STU recurs: the matrices of its convolution cost the same for any B
+        # For few sequences (measured) the full STU recurs: its convolution's matrices cost the same for any B
         few = self.backend == "auto" and not c.use_approx and 64 * len(x) <= self.d_out
         with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
             u, M = u.to(filters.dtype), M.to(filters.dtype)  # at least float32 (on CUDA in TF32, if allowed)
@@ -204,8 +197,7 @@ class STU(Mixer):
             else:  # a convolution; where no recurrence fits, the state S is the inputs before
                 u = u if S is None else cat([S, u], dim=1)
                 y, S = self.convolve(u, filters[: u.shape[1]], M, dtype), u[:, -c.seq_len :]
-                y = y[:, -T:]
-        return y.to(dtype), (S,)
+        return y[:, -T:].to(dtype), (S,)
 
     def convolve(self, u, filters, M, dtype):
         """Σ_f (Φ_f * u) M_f, with M [F, d] for STU-T; dtype is what u had before."""
@@ -229,9 +221,8 @@ class STU(Mixer):
 #     S_i ← p_i S_i + g_i v_i,     v_{i+1} = g_i S_i - p_i v_i     (the old S_i in both), g_i = √(1-p_i²).
 # Unrolled, with P_i = Π_{j<i} (-p_j):  A_ij = g_i P_i · g_j / P_{j+1} for j < i,  A_ii = p_i,  b_i = g_i P_i.
 # The n states answer an impulse with signals ψ(t) = A^t b that are orthonormal on t = 0..∞: |C_f| is the norm
-# of filter f over all t, never large, and a float32 state gives the convolution to 1e-6. As Σ_{t<L} ψ(t)ψ(t)ᵀ
-# is I - A^L A^Lᵀ, the least-squares fit of the filters on t < L, with a penalty `fade`² on the energy past L
-# (where they are undefined, and their natural continuation grows), is one small linear solve.
+# of filter f, never large, and float32 is right to 1e-6. As Σ_{t<L} ψ(t)ψ(t)ᵀ = I - A^L A^Lᵀ, one linear
+# solve gives the least-squares fit on t < L with a penalty of `fade`² on the energy past L (it may grow).
 class FilterBank:
     """Base filters φ [L, K], with both signs unless Hankel-L, as bank Φ [L, F] and as recurrence, None where
     none fits: one object for all layers that use it, in float64 on the CPU; `on` hands out copies."""
@@ -259,13 +250,9 @@ def standard_bank(seq_len, K, use_hankel_L, use_tensorized):
     return FilterBank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
 
 
-SpectralLDS = namedtuple("SpectralLDS", "powers b C")  # A^0 .. A^chunk [chunk + 1, n, n], b [n], C [F, n]
-
-
 def fit_recurrence(filters, n_pairs=0, chunk=64, fade=1e-5, tolerance=1e-6):
-    """The system of n = 2 n_pairs states that answers an impulse with `filters` [L, F] and fades; None where
-    it is wrong by more than `tolerance` of the largest value, or does not fade (its norm past L is above 5e4
-    tolerance of that within), as for Kronecker products. n_pairs 0: enough for spectral filters of any K."""
+    """The system of n = 2 n_pairs states (0: enough for any K) that answers an impulse with `filters` [L, F];
+    None where it errs by more than `tolerance` of the largest value or does not fade: Kronecker products."""
     phi, L = filters.numpy(), len(filters)
     n_pairs = n_pairs or max(56, round(5 * log(8 * L)))
     decay = np.exp(-np.exp(np.linspace(-log(L), log(8), n_pairs)))  # memories: L to 1/8 steps
@@ -310,7 +297,6 @@ def recur(u, S, lds, M):
 
 
 # ---- 5. Sliding-window attention ---------------------------------------------------------------------------
-# By flash-attn where installed (16-bit on CUDA), else in tiles of queries that look at the keys they can see.
 def rotary(x, start):
     """Rotate channels (i, i + hd/2) of x [B, H, T, hd] by angles proportional to the position start + t."""
     half = x.shape[-1] // 2
@@ -322,15 +308,14 @@ def rotary(x, start):
     return cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=None):
+def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None):
     """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i sees key past + i and the `window` keys before it.
     Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T] is
-    False at padding: such a key is seen by its own query only (a softmax over nothing is NaN). O(T·w) in
-    time, backward too: k and v are cut into tiles once, as the gradient of a slice is of full length."""
-    tile = tile or (512 if q.is_cuda else 128)
+    False at padding, which its own query alone sees (a softmax over nothing is NaN). O(T·w) in time."""
+    tile = 512 if q.is_cuda else 128  # of queries
     q_tiles, y = q.split(tile, dim=2), []
     cuts = [k.shape[2] - q.shape[2], *(q_i.shape[2] for q_i in q_tiles)]  # the past, then as the queries
-    k_tiles, v_tiles = k.split(cuts, dim=2), v.split(cuts, dim=2)
+    k_tiles, v_tiles = k.split(cuts, dim=2), v.split(cuts, dim=2)  # once: a slice's gradient is as long
     for i, q_i in enumerate(q_tiles):
         near = slice(max(0, i + 1 - ceil(window / tile)), i + 2)  # of keys: 0 is the past, i + 1 is its own
         k_i, v_i = cat(k_tiles[near], dim=2), cat(v_tiles[near], dim=2)
@@ -349,8 +334,7 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None, tile=N
 
 
 class SlidingWindowAttention(Mixer):
-    """Causal multi-head attention over the last `window_size` tokens and oneself, [B, T, d] -> [B, T, d], at
-    rotary positions (they count padding too: only differences matter). Call it as an STU."""
+    """Causal multi-head attention over oneself and the `window_size` tokens before, called as an STU is."""
 
     def __init__(self, d_model=None, n_heads=None, window_size=1024, softcap=50.0, config=None, **options):
         super().__init__()
@@ -380,8 +364,7 @@ class SlidingWindowAttention(Mixer):
 
 # ---- 6. Variants: the full STU as a convolution, Kronecker filters, FlashFFTConv ---------------------------
 def piece_by_piece(function, *tensors):
-    """[function(a_i, b_i, ...) for the pieces of `tensors`]; where there are several, each is computed again
-    in the backward pass, so that what it makes on the way exists for one piece at a time."""
+    """[function(a_i, b_i, ...) for the pieces of `tensors`], each recomputed in backward, to save memory."""
     if len(tensors[0]) > 1:
         function = partial(checkpoint, function, use_reentrant=False)
     return [function(*pieces) for pieces in zip(*tensors)]
@@ -389,14 +372,10 @@ def piece_by_piece(function, *tensors):
 
 def full_conv(x, filters, M, tile):
     """Σ_f (Φ_f * x) M_f for x [B, T, d_in], filters [<= T, F], M [F, d_in, d_out] -> [B, T, d_out]: at each
-    frequency ω one small matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are never formed. Of
-    these matrices 64 (CUDA: 256) are made at a time, or that · tile / (d_in · d_out)."""
-
-    def mix(x_f, filters_f):  # [band, B, d_in], [band, F] -> [band, B, d_out]
-        matrices = filters_f @ M.flatten(1).to(filters_f.dtype)
-        return x_f @ matrices.unflatten(1, M.shape[1:])
-
-    n, at_once = fft_size(x.shape[1] + len(filters) - 1), 256 if x.is_cuda else 64
+    frequency ω one matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are never formed."""
+    matrices = lambda filters_f: (filters_f @ M.flatten(1).to(filters_f.dtype)).unflatten(1, M.shape[1:])
+    mix = lambda x_f, filters_f: x_f @ matrices(filters_f)  # [band, B, d_in], [band, F] -> [band, B, d_out]
+    n, at_once = fft_size(x.shape[1] + len(filters) - 1), 256 if x.is_cuda else 64  # matrices
     band = max(1, at_once * tile // M[0].numel())
     x_f, filters_f = rfft(x, n=n, dim=1).transpose(0, 1), rfft(filters, n=n, dim=0)
     y_f = cat(piece_by_piece(mix, x_f.split(band), filters_f.split(band)))
@@ -404,16 +383,11 @@ def full_conv(x, filters, M, tile):
 
 
 def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
-    """Kronecker products φ_i ⊗ φ_j of k' = min(k, side) filters of length side = ⌈√(n-2)⌉ (as published:
-    rows past side² are zero): [n, k'^2]."""
+    """φ_i ⊗ φ_j of k' = min(k, side) filters of length side = ⌈√(n-2)⌉ (as published: 0 past side²)."""
     side = ceil(max(n - 2, 1) ** 0.5)
     small = get_spectral_filters(side, min(k, side), use_hankel_L, device, torch.float64)
     bank = torch.kron(small, small)[:n]  # [min(side², n), k'²]
-    return F.pad(bank, (0, 0, 0, n - len(bank))).to(dtype)
-
-
-# Not kept in a layer: its buffers would enter the state_dict
-flash_fft = lru_cache(maxsize=16)(lambda n, dtype, device: FlashFFTConv(n, dtype=dtype).to(device))
+    return F.pad(bank, (0, 0, 0, n - len(bank))).to(dtype)  # [n, k'²]
 
 
 def flash_fft_conv(u, h):
@@ -423,7 +397,7 @@ def flash_fft_conv(u, h):
     return flash_fft(n, u.dtype, u.device)(u, h)[:, :d, :T]
 
 
-# ---- 7. Settings, the doors at which what is given is checked, and what is given back ----------------------
+# ---- 7. Settings, and the doors at which what is given is checked ------------------------------------------
 SETTINGS = {  # annotation -> kinds of numpy's dtypes that may be given, least value, how that is called
     bool: ("b", False, "True or False"),
     int: ("iu", 1, "a positive integer"),
@@ -440,7 +414,7 @@ def check(right, wanted, given):
 
 
 def setting(name, given, annotation):
-    """A number or truth value as exactly that, numpy's too."""
+    """The Python number or bool that was given, as such or as numpy's; an error if it is none of these."""
     value, (kinds, least, wanted) = np.asarray(given), SETTINGS[annotation]
     right = value.ndim == 0 and value.dtype.kind in kinds and least <= value < inf
     check(right, f"{name} must be {wanted}", repr(given))
@@ -472,6 +446,7 @@ class FlashSTUConfig:
     d_out_tile: int = None  # also STU-T's; results are the same
     use_gradient_checkpointing: bool = False  # layers are computed again in the backward pass
     torch_dtype: torch.dtype | str = "bfloat16"  # of the parameters; train with float32 and autocast
+    to_dict = asdict  # as JSON has it
 
     def __post_init__(self):
         match self.window_size:
@@ -481,11 +456,11 @@ class FlashSTUConfig:
             if (given := getattr(self, f.name)) is not f.default:
                 setattr(self, f.name, setting(f.name, given, f.type))
         self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")
+        known = self.torch_dtype in ("float64", "float32", "bfloat16", "float16")
+        check(known, "torch_dtype must be a floating-point dtype", self.torch_dtype)
         even = not self.use_attn or self.n_embd % (2 * self.n_heads) == 0
         check(even, f"n_heads = {self.n_heads} does not divide n_embd into heads of even size", self.n_embd)
         check(self.use_stu or self.use_attn, "use_stu or use_attn must be True: no layer is left", "neither")
-
-    to_dict = asdict  # as JSON has it
 
 
 def check_ids(ids):
@@ -504,17 +479,9 @@ def check_mask(mask, B, T):
         return mask.bool()
 
 
-# What a layer remembers of its input: tensors [B, ...]; whose they are, as no other layer or batch size takes
-# them; the number of inputs so far, padding included
-LayerState = namedtuple("LayerState", "tensors owner seen")
-# loss, or logits [B, T, vocab_size]; a LayerState for each layer, and the last normalised output [B, 1, d]
-Output = namedtuple("Output", "loss logits state")
-
-
 # ---- 8. Block and model ------------------------------------------------------------------------------------
 class FlashSTUBlock(nn.Module):
-    """x + mixer(norm(x)), then x + SwiGLU(norm(x)), of [B, T, d_model]; the mixer is an STU or attention. By
-    itself: FlashSTUBlock(d_model=512, sequence_length=2048), `options` being fields of FlashSTUConfig."""
+    """x + mixer(norm(x)), then x + SwiGLU(norm(x)), [B, T, d_model]; the mixer is an STU or attention."""
 
     def __init__(self, d_model=None, sequence_length=None, num_filters=24, use_attention=False, config=None,
                  **options):  # fmt: skip
@@ -545,24 +512,15 @@ class FlashSTUBlock(nn.Module):
         return (x, state) if use_cache else x
 
 
-class TiedEmbedding(nn.Embedding):
-    """Token ids [B, T] -> their rows [B, T, d]; hidden states [..., d] -> logits [..., vocab_size]. Input and
-    output share the matrix, and it is read nowhere but here: whoever moves or shards it hooks this module."""
-
+class TiedEmbedding(nn.Embedding):  # the matrix is read nowhere else: whoever moves or shards it hooks this
     def forward(self, x):
+        """Token ids [B, T] -> their rows [B, T, d]; hidden states [..., d] -> logits [..., vocab_size]."""
         if x.is_floating_point():
             return F.linear(x, self.weight)
         try:
             return super().forward(x)
         except IndexError:
             raise ValueError(f"token ids {x.min()} to {x.max()} are not in [0, {len(self.weight)})") from None
-
-
-# What config.json says to transformers (section 9)
-HF_CONFIG = {"model_type": "flash_stu", "architectures": ["FlashSTUForCausalLM"], "auto_map": {
-    "AutoConfig": "stu.FlashSTUPretrainedConfig", "AutoModel": "stu.FlashSTUModel",
-    "AutoModelForCausalLM": "stu.FlashSTUForCausalLM",
-}, "tie_word_embeddings": True}  # fmt: skip
 
 
 class FlashSTU(nn.Module):
@@ -583,12 +541,11 @@ class FlashSTU(nn.Module):
         self.to(getattr(torch, c.torch_dtype))
 
     def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None):
-        """Token ids [B, T] -> normalised output of the last layer [B, T, d] and, with use_cache, the state to
-        go on from. attention_mask [B, past + T] is 0 at padding."""
+        """Token ids [B, T] -> normalised output of the last layer [B, T, d] and, with use_cache, the state: a
+        LayerState per layer, then the last output [B, 1, d]. attention_mask [B, past + T]: 0 at padding."""
         x, n, after = self.dropout(self.tok_emb(check_ids(input_ids))), len(self.layers), []
         before = state or [None] * (n + 1)
         check(len(before) == n + 1, f"this model wants a state of {n} layers", f"one of {len(before) - 1}")
-        attention_mask = check_mask(attention_mask, *input_ids.shape)
         for layer, layer_state in zip(self.layers, before):
             if self.gradient_checkpointing:
                 layer = partial(checkpoint, layer, use_reentrant=False)
@@ -600,32 +557,28 @@ class FlashSTU(nn.Module):
         return x, [*after, x[:, -1:].clone()] if use_cache else None
 
     def forward(self, input_ids, labels=None, state=None, use_cache=False):
-        """input_ids [B, T] -> logits [B, T, vocab_size]; with labels [B, T], instead, the mean cross-entropy
-        (nats) of predicting labels[:, t+1] at t: pass labels = input_ids. -100 is ignored. The last token has
-        no label and is not read: seq_len + 1 tokens train seq_len positions, the next call begins with it."""
+        """Ids [B, T] -> logits; with labels = input_ids, instead, the mean cross-entropy (nats) of predicting
+        labels[:, t+1] at t, unless it is -100. The last token is not read: begin the next call with it."""
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
             return Output(None, self.tok_emb(x), state)
         ids, labels = check_ids(input_ids), check_ids(labels)
-        check(labels.shape == ids.shape, "labels must be of the shape of input_ids", labels)
+        right = labels.shape == ids.shape and ids.shape[1] > 1
+        check(right, f"labels must be {list(ids.shape)} as input_ids, length > 1", labels)
         x, state = self.hidden(ids[:, :-1], state, use_cache)
-        return Output(self.loss(x.flatten(0, 1), labels[:, 1:].flatten()), None, state)
-
-    def loss(self, x, targets):
-        """Mean cross-entropy of x [N, d] against targets [N]; N x vocab_size logits never exist at once."""
+        x, targets = x.flatten(0, 1), labels[:, 1:].flatten()
         sum_of = lambda x, y: F.cross_entropy(self.tok_emb(x).float(), y, reduction="sum")
-        size = 2**26 // self.config.vocab_size  # at most 2^26 logits at a time, 256 MB
+        size = 2**26 // self.config.vocab_size  # at most 2^26 logits exist at a time, 256 MB
         total = sum(piece_by_piece(sum_of, x.split(size), targets.split(size)))
-        return total / (targets != -100).sum().clamp(min=1)
+        return Output(total / (targets != -100).sum().clamp(min=1), None, state)
 
     @torch.no_grad()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
                generator=None, state=None):  # fmt: skip
         """Yield the next token of every row, [B], one after another, each at the same cost; temperature 0 is
         greedy. Ends early when every row has produced stop_token (rows that have, repeat it). `state`: a
-        list, empty or as an earlier call left it, to go on from. Whenever a token is yielded, it has been
-        read and the list updated in place: stop anywhere, and give the list to the next call with what is
-        new (ids of length 0 if nothing is). A model with dropout wants eval() before."""
+        list, empty or as an earlier call left it. A token is read into it before it is yielded: stop anywhere
+        and go on with the list and the ids that are new, if any. A model with dropout wants eval() before."""
         check(max_new_tokens >= 0, "max_new_tokens must be >= 0", max_new_tokens)
         check(temperature >= 0, "temperature must be >= 0", temperature)
         check(top_p is None or 0 < top_p <= 1, "top_p must be > 0 and <= 1", top_p)
@@ -647,13 +600,12 @@ class FlashSTU(nn.Module):
                 return
 
     def generate(self, input_ids, max_length=None, max_new_tokens=100, **options):
-        """Prompt [B, T] -> prompt and continuation; max_length counts both. Options: see `stream`."""
+        """Prompt [B, T] -> prompt and what follows; max_length, of both, goes first. Options as in `stream`."""
         n_new = max_new_tokens if max_length is None else max_length - input_ids.shape[1]
         return cat([input_ids, *(t[:, None] for t in self.stream(input_ids, n_new, **options))], dim=1)
 
     def save_pretrained(self, folder):
-        """Write model.safetensors, config.json and, for transformers, a copy of this file. Each replaces its
-        predecessor only when it is whole."""
+        """Write model.safetensors, config.json, a copy of this file; each replaces an old one when whole."""
         from safetensors.torch import save_model
 
         part = Path(folder) / "unfinished"
@@ -661,7 +613,7 @@ class FlashSTU(nn.Module):
         save_model(self, part / "model.safetensors", metadata={"format": "pt"})
         config = replace(self.config, torch_dtype=self.tok_emb.weight.dtype).to_dict() | HF_CONFIG
         (part / "config.json").write_text(json.dumps(config, indent=2))
-        shutil.copyfile(__file__, part / "stu.py")
+        (part / "stu.py").write_bytes(Path(__file__).read_bytes())
         for file in part.iterdir():
             file.replace(part.parent / file.name)
         part.rmdir()
@@ -700,6 +652,11 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
 # ---- 9. Hugging Face: the same model as transformers wants to see it (nothing above needs this) ------------
 # A saved folder holds a copy of this file, and its config.json names these classes. They exist where
 # transformers was imported first, as it is when it loads a folder; by hand: `import transformers, stu`.
+HF_CONFIG = {
+    "model_type": "flash_stu", "architectures": ["FlashSTUForCausalLM"], "tie_word_embeddings": True,
+    "auto_map": {"AutoConfig": "stu.FlashSTUPretrainedConfig", "AutoModel": "stu.FlashSTUModel",
+                 "AutoModelForCausalLM": "stu.FlashSTUForCausalLM"},
+}  # fmt: skip
 
 if "transformers" in sys.modules:
     from torch.utils._pytree import tree_map_only
@@ -767,7 +724,7 @@ if "transformers" in sys.modules:
                 check(attention_mask.shape == shape, wanted, attention_mask)
                 # padding matters only where a token comes after it, here or in what goes on from the cache
                 after = F.pad(attention_mask.int(), (0, use_cache), value=1).diff(dim=1) > 0
-                attention_mask = attention_mask if after.any() else None
+                attention_mask = check_mask(attention_mask, *shape) if after.any() else None
             x, state = self.hidden(input_ids, past, use_cache, attention_mask)
             return BaseModelOutputWithPast(x, FlashSTUCache(state) if use_cache else None)
 
