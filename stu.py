@@ -600,7 +600,7 @@ class FlashSTU(nn.Module):
                 return
 
     def generate(self, input_ids, max_length=None, max_new_tokens=100, **options):
-        """Prompt [B, T] -> prompt and what follows; max_length, of both, goes first. Options as in `stream`."""
+        """Prompt [B, T] -> prompt and what follows; max_length, of both, goes first. Options: `stream`'s."""
         n_new = max_new_tokens if max_length is None else max_length - input_ids.shape[1]
         return cat([input_ids, *(t[:, None] for t in self.stream(input_ids, n_new, **options))], dim=1)
 

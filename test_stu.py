@@ -831,6 +831,8 @@ def test_each_generation_option_does_what_it_says():
     ({"max_new_tokens": 3, "temperature": -1}, "temperature .* got -1"),
     ({"max_new_tokens": 3, "temperature": math.nan}, "temperature .* got nan"),
     ({"max_new_tokens": 3, "top_p": 0.0}, "top_p .* got 0.0"),
+    ({"max_new_tokens": 3, "stop_token": 61}, "stop_token .* got 61"),
+    ({"max_new_tokens": 3, "stop_token": -1}, "stop_token .* got -1"),
 ])  # fmt: skip
 def test_generation_says_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
@@ -851,8 +853,9 @@ def test_weights_that_are_not_finite_do_not_speak():
     (torch.ones(1, 4), None, "got torch.float32"), (torch.ones(1, 4).bool(), None, "got torch.bool"),
     (torch.ones(4).long(), None, r"got torch.int64 \[4\]"), (torch.ones(1, 0).long(), None, "length >= 1"),
     (torch.ones(1, 4).long(), torch.ones(4).long(), r"labels must be.*got torch.int64 \[4\]"),
-    (torch.ones(1, 4).long(), torch.ones(1, 3).long(), "labels must be of the shape"),
-    (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length >= 1"),
+    (torch.ones(1, 4).long(), torch.ones(1, 3).long(), r"labels must be \[1, 4\]"),
+    (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length > 1"),
+    (torch.full((1, 4), 61), None, r"token ids 61 to 61 are not in \[0, 61\)"),
 ])  # fmt: skip
 def test_token_ids_and_labels_have_one_door(ids, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -925,6 +928,7 @@ def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(make):
 @pytest.mark.parametrize("changes, message", [
     ({"n_heads": 5}, "n_heads = 5 does not divide"), ({"use_approx": "False"}, "use_approx must be True or False"),
     ({"softcap": math.inf}, "softcap"), ({"softcap": math.nan}, "softcap"), ({"n_layers": True}, "n_layers"),
+    ({"torch_dtype": "int32"}, "torch_dtype .* int32"), ({"torch_dtype": "flot"}, "torch_dtype .* flot"),
     ({"n_embd": "32"}, "n_embd"), ({"window_size": 2.5}, "window_size"), ({"mlp_scale": -1.0}, "mlp_scale"),
     ({"dropout": -0.1}, "dropout"), ({"softcap": -1.0}, "softcap"), ({"window_size": (4, 4)}, "window_size"),
     ({"n_layers": 0}, "n_layers"), ({"seq_len": 4.5}, "seq_len"),
@@ -2591,7 +2595,7 @@ def test_a_run_starts_from_the_weights_of_another_and_says_so(data, trained, tmp
         code == code2 == 0
         and "the weights, {" in output
         and "'n_embd': 32" in output
-        and "command: data," in output
+        and "command: device, data," in output
     ), output
     assert larger[0] == 1 and "do not fit" in larger[1] and "'n_layers': 3" in larger[1], larger
     assert tokens[0] == 1 and "reads gpt2" in tokens[1] and "holds bytes" in tokens[1], tokens
