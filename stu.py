@@ -18,6 +18,7 @@ The letters, everywhere in this file:
 F is also torch.nn.functional; check(right, wanted, given) raises unless right. It and settings: section 7."""
 
 import json
+import shutil
 import sys
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
@@ -284,8 +285,8 @@ def recur(u, S, lds, M):
         chunks.append(cat([F.pad(piece, (0, 0, 0, size - r)), S], dim=1))
         S = powers[r] @ S + psi[:r].flip(0).T @ piece  # A^r S + Σ_i A^(r-1-i) b u_i: [n, r] @ [B, r, d]
     # Within a chunk y_t = Σ_{i<=t} C A^(t-i) b u_i + C A^(t+1) S: one matrix for inputs and state
-    lag = arange(size, device=u.device)[:, None] - arange(size, device=u.device)
-    toeplitz = F.pad(psi @ C.T, (0, 0, 0, size))[lag]  # [t, i, F]; negative lags find the zeros at the end
+    t = arange(size, device=u.device)
+    toeplitz = F.pad(psi @ C.T, (0, 0, 0, size))[t[:, None] - t]  # [t, i, F]; lags < 0 find the zeros
     to_filters = cat([toeplitz.transpose(1, 2), C @ powers[1 : size + 1]], dim=2)  # [t, F, size + n]
     if M.ndim == 2:  # all chunks at once: [chunks, B, size, d]
         to_outputs = einsum("tfi,fd->tid", to_filters, M)
@@ -319,10 +320,10 @@ def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None):
     for i, q_i in enumerate(q_tiles):
         near = slice(max(0, i + 1 - ceil(window / tile)), i + 2)  # of keys: 0 is the past, i + 1 is its own
         k_i, v_i = cat(k_tiles[near], dim=2), cat(v_tiles[near], dim=2)
-        T, keys = q_i.shape[2], k_i.shape[2]
-        lag = arange(keys - T, keys, device=q.device)[:, None] - arange(keys, device=q.device)  # query - key
+        position = arange(k_i.shape[2], device=q.device)  # of the keys; the queries are the last of them
+        lag = position[-q_i.shape[2] :, None] - position  # [queries, keys]
         visible = (lag >= 0) & (lag <= window)
-        if attention_mask is not None:  # [B, 1, T, keys]
+        if attention_mask is not None:  # [B, 1, queries, keys]
             mask_tiles = attention_mask[:, None, None, -k.shape[2] :].split(cuts, dim=3)
             visible = visible & cat(mask_tiles[near], dim=3) | (lag == 0)
         if softcap == 0:
@@ -338,8 +339,9 @@ class SlidingWindowAttention(Mixer):
 
     def __init__(self, d_model=None, n_heads=None, window_size=1024, softcap=50.0, config=None, **options):
         super().__init__()
-        sizes = {"n_embd": d_model, "n_heads": n_heads, "window_size": window_size, "softcap": softcap}
-        self.config = c = config or FlashSTUConfig(**sizes, **options)
+        self.config = c = config or FlashSTUConfig(
+            n_embd=d_model, n_heads=n_heads, window_size=window_size, softcap=softcap, **options
+        )
         self.d_in = c.n_embd
         self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, c.bias)
         self.c_proj = nn.Linear(c.n_embd, c.n_embd, c.bias)
@@ -365,7 +367,7 @@ class SlidingWindowAttention(Mixer):
 # ---- 6. Variants: the full STU as a convolution, Kronecker filters, FlashFFTConv ---------------------------
 def piece_by_piece(function, *tensors):
     """[function(a_i, b_i, ...) for the pieces of `tensors`], each recomputed in backward, to save memory."""
-    if len(tensors[0]) > 1:
+    if len(tensors[0]) > 1 and torch.is_grad_enabled():
         function = partial(checkpoint, function, use_reentrant=False)
     return [function(*pieces) for pieces in zip(*tensors)]
 
@@ -375,8 +377,7 @@ def full_conv(x, filters, M, tile):
     frequency ω one matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are never formed."""
     matrices = lambda filters_f: (filters_f @ M.flatten(1).to(filters_f.dtype)).unflatten(1, M.shape[1:])
     mix = lambda x_f, filters_f: x_f @ matrices(filters_f)  # [band, B, d_in], [band, F] -> [band, B, d_out]
-    n, at_once = fft_size(x.shape[1] + len(filters) - 1), 256 if x.is_cuda else 64  # matrices
-    band = max(1, at_once * tile // M[0].numel())
+    n, band = fft_size(x.shape[1] + len(filters) - 1), max(1, 64 * tile // M[0].numel())
     x_f, filters_f = rfft(x, n=n, dim=1).transpose(0, 1), rfft(filters, n=n, dim=0)
     y_f = cat(piece_by_piece(mix, x_f.split(band), filters_f.split(band)))
     return irfft(y_f.transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]
@@ -456,8 +457,8 @@ class FlashSTUConfig:
             if (given := getattr(self, f.name)) is not f.default:
                 setattr(self, f.name, setting(f.name, given, f.type))
         self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")
-        known = self.torch_dtype in ("float64", "float32", "bfloat16", "float16")
-        check(known, "torch_dtype must be a floating-point dtype", self.torch_dtype)
+        kinds = "float64 float32 bfloat16 float16"
+        check(self.torch_dtype in kinds.split(), f"torch_dtype must be of {kinds}", self.torch_dtype)
         even = not self.use_attn or self.n_embd % (2 * self.n_heads) == 0
         check(even, f"n_heads = {self.n_heads} does not divide n_embd into heads of even size", self.n_embd)
         check(self.use_stu or self.use_attn, "use_stu or use_attn must be True: no layer is left", "neither")
@@ -486,8 +487,9 @@ class FlashSTUBlock(nn.Module):
     def __init__(self, d_model=None, sequence_length=None, num_filters=24, use_attention=False, config=None,
                  **options):  # fmt: skip
         super().__init__()
-        sizes = {"n_embd": d_model, "seq_len": sequence_length, "num_eigh": num_filters}
-        c = config or FlashSTUConfig(**sizes, use_attn=use_attention, **options)
+        c = config or FlashSTUConfig(
+            n_embd=d_model, seq_len=sequence_length, num_eigh=num_filters, use_attn=use_attention, **options
+        )
         d, width, linear = c.n_embd, int(c.n_embd * c.mlp_scale), partial(nn.Linear, bias=c.bias)
         inner, self.sandwich = d, None
         if c.stu_enable_mlp_sandwich and not use_attention:
@@ -528,7 +530,7 @@ class FlashSTU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
+        self.config = c = replace(config)  # checked again, whatever was assigned to it
         self.gradient_checkpointing = c.use_gradient_checkpointing  # transformers throws this switch
         self.tok_emb, self.dropout = TiedEmbedding(c.vocab_size, c.n_embd), nn.Dropout(c.dropout)
         attention = [c.use_attn and (i % 2 == 1 or not c.use_stu) for i in range(c.n_layers)]
@@ -547,7 +549,7 @@ class FlashSTU(nn.Module):
         before = state or [None] * (n + 1)
         check(len(before) == n + 1, f"this model wants a state of {n} layers", f"one of {len(before) - 1}")
         for layer, layer_state in zip(self.layers, before):
-            if self.gradient_checkpointing:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
             x = layer(x, layer_state, use_cache, attention_mask)
             if use_cache:
@@ -568,7 +570,7 @@ class FlashSTU(nn.Module):
         x, state = self.hidden(ids[:, :-1], state, use_cache)
         x, targets = x.flatten(0, 1), labels[:, 1:].flatten()
         sum_of = lambda x, y: F.cross_entropy(self.tok_emb(x).float(), y, reduction="sum")
-        size = 2**26 // self.config.vocab_size  # at most 2^26 logits exist at a time, 256 MB
+        size = max(1, 2**26 // self.config.vocab_size)  # at most 2^26 logits exist at a time, 256 MB
         total = sum(piece_by_piece(sum_of, x.split(size), targets.split(size)))
         return Output(total / (targets != -100).sum().clamp(min=1), None, state)
 
@@ -606,25 +608,27 @@ class FlashSTU(nn.Module):
 
     def save_pretrained(self, folder):
         """Write model.safetensors, config.json, a copy of this file; each replaces an old one when whole."""
-        from safetensors.torch import save_model
+        from safetensors.torch import save_file
 
         part = Path(folder) / "unfinished"
-        part.mkdir(parents=True, exist_ok=True)
-        save_model(self, part / "model.safetensors", metadata={"format": "pt"})
+        shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+        part.mkdir(parents=True)
+        tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
         config = replace(self.config, torch_dtype=self.tok_emb.weight.dtype).to_dict() | HF_CONFIG
         (part / "config.json").write_text(json.dumps(config, indent=2))
-        (part / "stu.py").write_bytes(Path(__file__).read_bytes())
+        shutil.copyfile(__file__, part / "stu.py")
         for file in part.iterdir():
             file.replace(part.parent / file.name)
         part.rmdir()
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
-        """Read what save_pretrained wrote, ours or that of transformers. Runs no code from the folder."""
+        """What save_pretrained wrote, ours or that of transformers, in eval mode. Runs no code from there."""
         from safetensors.torch import load_file
 
         folder, tensors = Path(folder), {}
-        for path in sorted(folder.glob("model*.safetensors")):  # a whole file comes after shards, and counts
+        for path in list(folder.glob("model.safetensors")) or folder.glob("model-*.safetensors"):  # or shards
             tensors |= {name.removeprefix("model."): t for name, t in load_file(path).items()}
         check("tok_emb.weight" in tensors, "need a folder with our model*.safetensors (RUN/model)", folder)
         values = json.loads((folder / "config.json").read_bytes())
@@ -744,12 +748,13 @@ if "transformers" in sys.modules:
 
         @can_return_tuple
         def forward(self, input_ids, attention_mask=None, past_key_values=None, cache=None, labels=None,
-                    logits_to_keep=0, shift_labels=None, num_items_in_batch=None, **options):  # fmt: skip
-            options |= {"past_key_values": past_key_values, "cache": cache, "return_dict": True}
-            out = dict(self.model(input_ids, attention_mask, **options))
+                    logits_to_keep=0, num_items_in_batch=None, **options):  # fmt: skip
+            shifted = options.pop("shift_labels", None)  # as a parameter Trainer would always expect it
+            past = past_key_values if cache is None else cache
+            out = dict(self.model(input_ids, attention_mask, cache=past, return_dict=True, **options))
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits, loss = self.lm_head(out.pop("last_hidden_state")[:, keep]), None  # x[:, -0:] is all of x
-            if labels is not None or shift_labels is not None:
-                counts = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
-                loss = self.loss_function(logits, labels, logits.shape[-1], **counts)
+            if labels is not None or shifted is not None:
+                V = logits.shape[-1]
+                loss = self.loss_function(logits, labels, V, num_items_in_batch, shift_labels=shifted)
             return CausalLMOutputWithPast(loss, logits, **out)

@@ -956,6 +956,37 @@ def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
     assert torch.equal(FlashSTU.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
+def test_nothing_else_in_a_folder_is_taken_for_the_model(tmp_path):
+    """Other weights beside it, shards of a larger model, what a killed save left."""
+    model, other, ids = small_model(), small_model(n_layers=6), torch.randint(61, (1, 9))
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "model-00001-of-00002.safetensors").write_bytes(b"cut")
+    other.save_pretrained(tmp_path / "other")
+    for name in ("model_old", "model2", "model-00001-of-00001"):
+        shutil.copyfile(tmp_path / "other" / "model.safetensors", tmp_path / f"{name}.safetensors")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_weights_that_are_views_of_one_buffer_are_saved(tmp_path):
+    model, ids = small_model(), torch.randint(61, (1, 9))
+    parameters = list(model.parameters())
+    buffer = torch.nn.utils.parameters_to_vector(parameters).detach()
+    torch.nn.utils.vector_to_parameters(buffer, parameters)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_a_setting_assigned_later_is_checked_where_a_model_is_made():
+    config = small_config()
+    config.torch_dtype = torch.bfloat16
+    assert FlashSTU(config).tok_emb.weight.dtype == torch.bfloat16
+    config.use_approx = "False"
+    with pytest.raises(ValueError, match="use_approx must be True or False"):
+        FlashSTU(config)
+
+
 def test_a_folder_that_holds_no_whole_model_is_refused(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(ValueError, match=r"model\*.safetensors .* got .*" + re.escape(str(folder))):
@@ -1402,8 +1433,9 @@ def test_their_trainer_trains_it_and_we_load_the_result(hf, saved, tmp_path):
         learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True, gradient_checkpointing=True,
         disable_tqdm=True,
     )  # fmt: skip
-    trainer = hf.Trainer(model, args, train_dataset=text_rows())
+    trainer = hf.Trainer(model, args, train_dataset=text_rows(), eval_dataset=text_rows())
     trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
     curve = [step["loss"] for step in trainer.state.log_history if "loss" in step]
     assert curve[-1] < 0.7 * curve[0]
     trainer.save_model(tmp_path / "trained")
@@ -2468,6 +2500,15 @@ DAMAGE = {
     "one weight less": one_weight_less,
     **{f"no {entry}": without(entry) for entry in ("step", "optimizer", "scaler", "config", "settings")},
 }
+
+
+def test_a_run_from_before_an_option_was_removed_goes_on(data, trained, tmp_path):
+    shutil.copytree(trained, out := tmp_path / "run")
+    saved = torch.load(out / "checkpoint_4.pt", weights_only=True)
+    saved["config"]["use_impulses"] = saved["settings"]["use_impulses"] = False
+    torch.save(saved, out / "checkpoint_4.pt")
+    code, output = run_train(data, out, "--steps 5 --checkpoint_interval 2")
+    assert code == 0 and "continuing" in output and checkpoints(out)[-1] == 5, output
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(data, trained, tmp_path):

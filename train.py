@@ -1,5 +1,4 @@
-"""
-Train a Flash STU language model, write with it, judge it: one CPU, one GPU, or many.
+"""Train a Flash STU language model, write with it, judge it: one CPU, one GPU, or many.
 
     python train.py                              a small hybrid on Python's own source code, minutes on a CPU
     torchrun --nproc_per_node=2 train.py         the same on two processes; --engine fsdp shards the model
@@ -185,8 +184,9 @@ def load_checkpoint(folder):
         try:
             damaged = zipfile.ZipFile(path).testzip()  # each part has a checksum
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            sizes = {k: v for k, v in saved["config"].items() if v or k in model_fields}  # older ones too
             with torch.device("meta"):
-                whole = FlashSTU(FlashSTUConfig(**saved["config"]))
+                whole = FlashSTU(FlashSTUConfig(**sizes))
             whole.load_state_dict(saved["model"], assign=True)
             right = not damaged and saved["step"] == step and {"scaler", "settings", "log"} <= saved.keys()
             if right and saved["optimizer"]["state"].keys() == saved["model"].keys():
