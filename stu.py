@@ -724,11 +724,11 @@ if "transformers" in sys.modules:
             use_cache = bool(use_cache or past)
             if attention_mask is not None:
                 shape = len(input_ids), input_ids.shape[1] + (past.get_seq_length() if past else 0)
-                wanted = f"attention_mask must be {list(shape)}: what was read and what is new"
-                check(attention_mask.shape == shape, wanted, attention_mask)
+                mask = check_mask(attention_mask, *shape)
+                check(mask.shape == shape, f"attention_mask must be {list(shape)}: old and new ids", mask)
                 # padding matters only where a token comes after it, here or in what goes on from the cache
-                after = F.pad(attention_mask.int(), (0, use_cache), value=1).diff(dim=1) > 0
-                attention_mask = check_mask(attention_mask, *shape) if after.any() else None
+                after = F.pad(mask.int(), (0, use_cache), value=1).diff(dim=1) > 0
+                attention_mask = mask if after.any() else None
             x, state = self.hidden(input_ids, past, use_cache, attention_mask)
             return BaseModelOutputWithPast(x, FlashSTUCache(state) if use_cache else None)
 

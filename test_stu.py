@@ -1226,8 +1226,12 @@ def test_only_padding_that_is_seen_costs_the_fast_route(hf, saved, monkeypatch):
     monkeypatch.setattr(stu, "on_cuda_16_bit", lambda t: t.element_size() == 2)
     monkeypatch.setattr(stu, "flash_attn_func", lambda *_, **__: pytest.fail("flash-attn knows no padding"))
     assert torch.equal(attention(x, attention_mask=left), expected)
-    with pytest.raises(ValueError, match=r"must be \[2, 6\]: .* got torch.int64 \[2, 5\]"):
-        model(ids, attention_mask=left[:, 1:])
+    for wrong, got in (
+        (left[:, 1:], r"int64 \[2, 5\]"), (F.pad(left, (1, 0)), r"bool \[2, 7\]"), (none * 0.5, "float32"),
+        (none * 2, "int64"), (none * math.nan, "float32"), ((none - 1) * 1e9 - 1, "float32"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"attention_mask must be .* got torch.{got}"):
+            model(ids, attention_mask=wrong)
 
 
 def test_transformers_generates_from_our_state(hf, saved):
@@ -1276,7 +1280,7 @@ def test_texts_go_on_from_a_cache_and_leave_it_as_it_was(hf, saved):
     for read in (20, 15, 3):  # nothing new: transformers would read them all once more
         with pytest.raises(ValueError, match="give all ids"):
             theirs.generate(ids[:, :read], **greedy, past_key_values=prefix)
-    with pytest.raises(ValueError, match=r"attention_mask must be \[2, 40\]: .* got torch.int64 \[2, 20\]"):
+    with pytest.raises(ValueError, match=r"must be \[2, at least 40\].* got torch.int64 \[2, 20\]"):
         theirs(ids[:, :20], attention_mask=mask[:, :20], past_key_values=prefix)
 
 
