@@ -42,7 +42,7 @@ try:
 except ImportError:
     FlashFFTConv = None
 on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two take
-# Not kept in a layer: its buffers would enter the state_dict
+# By length, not kept in a layer: its buffers would enter the state_dict
 flash_fft = lru_cache(maxsize=16)(lambda n, dtype, device: FlashFFTConv(n, dtype=dtype).to(device))
 
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")  # A^0 .. A^chunk [chunk + 1, n, n], b [n], C [F, n]
@@ -59,7 +59,7 @@ Output = namedtuple("Output", "loss logits state")  # one of loss and logits [B,
 # Singular values, their roots, fall half as fast: filters are right to 1e-5 up to K = 24 (L = 40), 26 (64).
 def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
     """The top K eigenvectors of Z, each times (its eigenvalue)^¼ (the papers' scale): [seq_len, K]."""
-    c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)
+    c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)  # checks them
     L, K, signs = c.seq_len, c.num_eigh, 2 if c.use_hankel_L else 1
     # e^x = -ln α, from where α = 0 (e^-45) to where α^L = 1 (1 - e^-12) or (1-α)² dα ~ (e^-21)³ is nothing
     rate = np.exp(np.arange(3.8, max(-12 - log(L), -21), -0.1))  # [m], in steps dx = 0.1
@@ -129,7 +129,7 @@ def fft_conv(u, h, tile):
 
 
 # ---- 3. The STU layer --------------------------------------------------------------------------------------
-# By the formula above all branches are one sum over the bank Φ:  y = Σ_f (Φ_f * x) M_f.
+# By `stu_formula` all branches are one sum over the bank Φ:  y = Σ_f (Φ_f * x) M_f.
 # STU-T:  M_f = M_inputs · diag(M_filters[f]), hence y = (x M_inputs) * (Φ M_filters): one filter a channel.
 # Each branch has its own rows of M_filters: with M⁺ = M⁻ the kernel is ∝ 1 + (-1)^t, blind to odd lags.
 class Mixer(nn.Module):  # what the layers of both kinds share; each defines `mix`
@@ -188,7 +188,7 @@ class STU(Mixer):
     def mix(self, x, state, seen, mask, use_cache):
         c, T, (S,) = self.config, x.shape[1], state or (None,)
         u, M = (x @ self.M_inputs, self.M_filters) if c.use_approx else (x, self.M)
-        dtype, (filters, lds) = u.dtype, self.bank.on(u)
+        dtype, (filters, lds) = u.dtype, self.bank.on(u)  # [L, F]; [] where no recurrence fits (section 4)
         # For few sequences (measured) the full STU recurs: its convolution's matrices cost the same for any B
         few = self.backend == "auto" and not c.use_approx and 64 * len(x) <= self.d_out
         with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
@@ -584,7 +584,7 @@ class FlashSTU(nn.Module):
         check(max_new_tokens >= 0, "max_new_tokens must be >= 0", max_new_tokens)
         check(temperature >= 0, "temperature must be >= 0", temperature)
         check(top_p is None or 0 < top_p <= 1, "top_p must be > 0 and <= 1", top_p)
-        known = stop_token is None or 0 <= stop_token < self.config.vocab_size
+        known = stop_token is None or stop_token in range(self.config.vocab_size)
         check(known, "stop_token must be in the vocabulary", stop_token)
         input_ids, state = check_ids(input_ids), [] if state is None else state
         for piece in input_ids.split(self.config.seq_len, dim=1):
@@ -601,8 +601,9 @@ class FlashSTU(nn.Module):
             if len(done) and done.all():
                 return
 
-    def generate(self, input_ids, max_length=None, max_new_tokens=100, **options):
-        """Prompt [B, T] -> prompt and what follows; max_length, of both, goes first. Options: `stream`'s."""
+    def generate(self, input_ids, max_length=None, max_new_tokens=None, **options):
+        """Prompt [B, T] -> prompt and what follows; max_length is of both. Options: those of `stream`."""
+        check((max_length is None) != (max_new_tokens is None), "give one of the two lengths", "both or none")
         n_new = max_new_tokens if max_length is None else max_length - input_ids.shape[1]
         return cat([input_ids, *(t[:, None] for t in self.stream(input_ids, n_new, **options))], dim=1)
 
@@ -628,7 +629,7 @@ class FlashSTU(nn.Module):
         from safetensors.torch import load_file
 
         folder, tensors = Path(folder), {}
-        for path in list(folder.glob("model.safetensors")) or folder.glob("model-*.safetensors"):  # or shards
+        for path in list(folder.glob("model.safetensors")) or folder.glob("model-*-of-*.safetensors"):
             tensors |= {name.removeprefix("model."): t for name, t in load_file(path).items()}
         check("tok_emb.weight" in tensors, "need a folder with our model*.safetensors (RUN/model)", folder)
         values = json.loads((folder / "config.json").read_bytes())
@@ -643,9 +644,9 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
     check(logits.amax(-1).isfinite().all(), "the logits must be finite", "others: do the weights hold NaN?")
     if temperature == 0:
         return logits.argmax(-1)
-    V, tokens = logits.shape[1], None
+    tokens = None
     if top_k or top_p:
-        logits, tokens = logits.topk(min(top_k or V, V))  # likeliest first
+        logits, tokens = logits.topk(min(top_k or inf, logits.shape[1]))  # likeliest first
     probs = (logits.double() / temperature).softmax(-1)
     if top_p:
         probs = probs * (probs.cumsum(-1) - probs < top_p)
@@ -661,7 +662,6 @@ HF_CONFIG = {
     "auto_map": {"AutoConfig": "stu.FlashSTUPretrainedConfig", "AutoModel": "stu.FlashSTUModel",
                  "AutoModelForCausalLM": "stu.FlashSTUForCausalLM"},
 }  # fmt: skip
-
 if "transformers" in sys.modules:
     from torch.utils._pytree import tree_map_only
     from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel

@@ -827,12 +827,14 @@ def test_each_generation_option_does_what_it_says():
 
 
 @pytest.mark.parametrize("options, message", [
+    ({}, "give one of the two lengths"), ({"max_length": 9, "max_new_tokens": 3}, "give one of the two lengths"),
     ({"max_length": 3}, "max_new_tokens .* got -1"), ({"max_new_tokens": -1}, "max_new_tokens .* got -1"),
     ({"max_new_tokens": 3, "temperature": -1}, "temperature .* got -1"),
     ({"max_new_tokens": 3, "temperature": math.nan}, "temperature .* got nan"),
     ({"max_new_tokens": 3, "top_p": 0.0}, "top_p .* got 0.0"),
     ({"max_new_tokens": 3, "stop_token": 61}, "stop_token .* got 61"),
     ({"max_new_tokens": 3, "stop_token": -1}, "stop_token .* got -1"),
+    ({"max_new_tokens": 3, "stop_token": 5.5}, "stop_token .* got 5.5"),
 ])  # fmt: skip
 def test_generation_says_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
@@ -962,7 +964,7 @@ def test_nothing_else_in_a_folder_is_taken_for_the_model(tmp_path):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "model-00001-of-00002.safetensors").write_bytes(b"cut")
     other.save_pretrained(tmp_path / "other")
-    for name in ("model_old", "model2", "model-00001-of-00001"):
+    for name in ("model_old", "model2", "model-old", "model-00001-of-00001"):
         shutil.copyfile(tmp_path / "other" / "model.safetensors", tmp_path / f"{name}.safetensors")
     model.save_pretrained(tmp_path)
     assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
