@@ -126,8 +126,9 @@ class FlashSTUConfig:
         flags = ["bias", "use_hankel_L", "use_approx", "use_tensorized", "use_flash_fft", "use_stu"]
         flags += ["use_attn", "stu_enable_mlp_sandwich", "use_gradient_checkpointing"]
         for name in flags:
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool | np.bool_):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            setattr(self, name, bool(getattr(self, name)))
         self.window_size = check_window(self.window_size)
         self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")  # text, as JSON wants it
         if self.torch_dtype not in ("float64", "float32", "bfloat16", "float16"):
@@ -181,10 +182,8 @@ def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torc
     slowest = max(-12 - math.log(L), -21)
     rate = np.exp(np.arange(3.8, slowest, -spacing))
     d_alpha = spacing * rate * np.exp(-rate)
-    if use_hankel_L:
-        weight = np.sqrt(d_alpha) * -np.expm1(-2 * rate)  # √dα (1-α²), without cancellation
-    else:
-        weight = np.sqrt(d_alpha) * -np.expm1(-rate)  # √dα (1-α)
+    exponent = 2 if use_hankel_L else 1
+    weight = np.sqrt(d_alpha) * -np.expm1(-exponent * rate)  # √dα (1-α) or √dα (1-α²)
     t = np.arange(L)
     G = torch.from_numpy(np.exp(-np.outer(t, rate)) * weight)  # [L, number of decays]
     if use_hankel_L:
@@ -282,8 +281,6 @@ def fft_conv(u, h, channels=None):
     u [B, d, T], h [d, at most T] -> y [B, d, T]. At most so many `channels` are computed at a time.
     """
     B, d, T = u.shape
-    if B == 0:
-        return u
     n = fft_size(T + h.shape[1] - 1)  # on fewer points the end would wrap around to the beginning
     points = 2**24 if u.is_cuda else 2**19  # measured: with more, the cache does not hold them
     channels = max(1, min(channels or d, points // (B * n)))
@@ -300,14 +297,10 @@ def full_stu_conv(x, filters, M, channels):
     In the frequency domain a convolution is a product. So at each frequency ω the whole layer is
     one matrix Σ_k Φ_k(ω) M_k, and the filters' outputs [B, T, 2K, d_in] are never formed.
     """
-    B, T, d_in = x.shape
-    d_out = M.shape[2]
-    x = x.to(filters.dtype)
-    M = M.to(filters.dtype)
-    if B == 0:
-        return x.new_zeros(B, T, d_out)
+    T = x.shape[1]
+    _, d_in, d_out = M.shape
     n = fft_size(T + len(filters) - 1)
-    x_f = rfft(x, n=n, dim=1).transpose(0, 1)  # [frequencies, B, d_in]
+    x_f = rfft(x.to(filters.dtype), n=n, dim=1).transpose(0, 1)  # [frequencies, B, d_in]
     filters_f = rfft(filters, n=n, dim=0)  # [frequencies, 2K]
 
     def mix(x_f, filters_f):
@@ -434,6 +427,8 @@ class STU(nn.Module):
         """The layer as one convolution over the whole sequence."""
         B, T, _ = x.shape
         c = self.config
+        if B == 0:  # which FFTs refuse
+            return x.new_zeros(0, T, self.d_out)
         filters, _ = self.bank.on(x.device, x.dtype)
         filters = filters[:T]
         if not c.use_approx:
@@ -455,22 +450,23 @@ class STU(nn.Module):
         _, lds = self.bank.on(x.device, x.dtype)
         if lds is None:
             return self.go_on_from_inputs(x, state)
-        u = x
-        M = self.M if not self.config.use_approx else self.M_filters
         if self.config.use_approx:
             u = x @ self.M_inputs
+            M = self.M_filters
+        else:
+            u = x
+            M = self.M
         B, T, d = u.shape
         n = len(lds.b)
         if state is None:
-            state = start_state(torch.zeros(B, n, d, dtype=lds.b.dtype, device=x.device))
+            state = start_state(lds.b.new_zeros(B, n, d))
         (S,) = state.memory
         check_state(S, [B, n, d])
         with torch.autocast(x.device.type, enabled=False):
             recurrence = recur_one if T == 1 else recur
             y, S_after = recurrence(u.to(S.dtype), S, lds, M.to(S.dtype))
-        return y.to(u.dtype), LayerState(
-            (keep(S, S_after),), keep(state.position, state.position + T)
-        )
+        position = keep(state.position, state.position + T)
+        return y.to(u.dtype), LayerState((keep(S, S_after),), position)
 
     def go_on_from_inputs(self, x, state):
         """Where no recurrence fits the filters, what is remembered is the last seq_len inputs."""
@@ -572,15 +568,13 @@ class SlidingWindowAttention(nn.Module):
     def forward(self, x, state=None, use_cache=False, attention_mask=None, rotation=None):
         """x [B, T, d_model] -> y, or with use_cache (y, state). rotation: from rotary_angles."""
         x, mask = check_input(x, self.d_model, attention_mask)
-        B, T, d = x.shape
+        B, T, _ = x.shape
         start = 0 if state is None else state.position
         position = start + torch.arange(T, device=x.device)
         if rotation is None:
             rotation = rotary_angles(position, self.head_size)
-        q, k, v = self.c_attn(x).split(d, dim=2)
-        q = q.view(B, T, self.n_heads, self.head_size).transpose(1, 2)  # [B, H, T, head_size]
-        k = k.view(B, T, self.n_heads, self.head_size).transpose(1, 2)
-        v = v.view(B, T, self.n_heads, self.head_size).transpose(1, 2)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_heads, self.head_size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, head_size]
         q = rotate(self.q_norm(q), rotation).to(v.dtype)
         k = rotate(self.k_norm(k), rotation).to(v.dtype)
         position = position[None]  # [1, T], or with a mask [B, T]
@@ -649,13 +643,12 @@ class FlashSTUBlock(nn.Module):
         **options,
     ):
         super().__init__()
-        if config is None:
+        if config is not None and (d_model or sequence_length or options):
+            raise ValueError("give a block either a config, or sizes and options")
+        c = config
+        if c is None:
             options["use_attn"] = use_attention
             c = FlashSTUConfig(d_model, seq_len=sequence_length, num_eigh=num_filters, **options)
-        elif d_model is None and sequence_length is None and num_filters == 24 and not options:
-            c = config
-        else:
-            raise ValueError("give a block either a config, or sizes and options")
         d = c.n_embd
         mlp_width = int(d * c.mlp_scale)
         stu_width = d
@@ -801,12 +794,9 @@ class LanguageModel(nn.Module):
 
         # At most 2^26 logits exist at a time (256 MB), also in the backward pass.
         rows = max(1, 2**26 // self.config.vocab_size)
-        if len(x) <= rows:
-            total = summed_loss(x, targets)
-        else:
-            total = 0.0
-            for x_part, targets_part in zip(x.split(rows), targets.split(rows)):
-                total = total + recompute(summed_loss, x_part, targets_part)
+        total = 0.0
+        for x_part, targets_part in zip(x.split(rows), targets.split(rows)):
+            total = total + recompute(summed_loss, x_part, targets_part)
         return total / (targets != -100).sum().clamp(min=1)
 
 
@@ -827,10 +817,10 @@ class LanguageModel(nn.Module):
 # ψ(t) = A^t b, are orthonormal signals. All states have a like size, the coefficients C of a filter
 # are no larger than its norm, and float32 is right to 1e-6. (This is the Takenaka-Malmquist basis.)
 
-SpectralLDS = namedtuple(
-    "SpectralLDS", "powers b C"
-)  # A^0, A^1, ... [chunk + 1, n, n]; [n]; [2K, n]
-LayerState = namedtuple("LayerState", "memory position")  # tensors [B, ...]; tokens read, a tensor
+# A^0, A^1, ..., A^chunk [chunk + 1, n, n], b [n], C [2K, n]
+SpectralLDS = namedtuple("SpectralLDS", "powers b C")
+# What a layer remembers, tensors [B, ...], and how many tokens it has read, a tensor [].
+LayerState = namedtuple("LayerState", "memory position")
 
 
 def fit_recurrence(filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6):
@@ -1035,11 +1025,10 @@ class FlashSTU(LanguageModel):
             check_integer("top_k", top_k, least=0)
         if top_p is not None and check_number("top_p", top_p, most=1.0) == 0:
             raise ValueError("top_p must be > 0, got 0")
-        if (
-            stop_token is not None
-            and check_integer("stop_token", stop_token, 0) >= self.config.vocab_size
-        ):
-            raise ValueError(f"stop_token must be in the vocabulary, got {stop_token}")
+        if stop_token is not None:
+            check_integer("stop_token", stop_token, least=0)
+            if stop_token >= self.config.vocab_size:
+                raise ValueError(f"stop_token must be in the vocabulary, got {stop_token}")
         if state is None:
             state = []
         choose = partial(
