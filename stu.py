@@ -32,6 +32,7 @@ Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.1048
 import json
 import math
 import shutil
+import sys
 import tempfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
@@ -1252,3 +1253,212 @@ def read_json(path):
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+# ---- 11. Hugging Face ----------------------------------------------------------------------------
+#
+# The same model as transformers wants it. A saved folder holds a copy of this file, and its
+# config.json names the classes below. They exist if transformers was imported before this file,
+# as it is when transformers itself loads a folder; by hand, write `import transformers, stu`.
+
+
+release = getattr(sys.modules.get("transformers"), "__version__", "0.0")  # 0.0: not imported
+major, minor = release.split(".")[:2]
+
+
+def __getattr__(name):  # asked by Python for what this file does not define
+    if f"stu.{name}" in HF_CONFIG["auto_map"].values():
+        raise ImportError(f"stu.{name} needs transformers 4.57 or later, imported before stu")
+    raise AttributeError(f"stu.py has no {name}")
+
+
+if (int(major), int(minor)) >= (4, 57):
+    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils import can_return_tuple
+
+    # Trainer, for one, shifts the labels that it smooths only for models in this table.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HF_CONFIG["model_type"]] = "FlashSTUForCausalLM"
+
+    # Arguments that say where texts begin are taken and not used: positions are relative, and
+    # texts packed into one row see each other, as in train.py.
+    NOT_USED = ["position_ids", "cache_position", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"]
+    NOT_USED += ["max_length_q", "max_length_k"]
+
+    class FlashSTUPretrainedConfig(PretrainedConfig):
+        model_type = HF_CONFIG["model_type"]
+        _auto_class = "AutoConfig"
+        attribute_map = {  # noqa: RUF012
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "max_position_embeddings": "seq_len",
+        }
+
+        def __init__(self, **options):
+            defaults = FlashSTUConfig().to_dict()
+            del defaults["torch_dtype"]  # transformers keeps it itself
+            super().__init__(**defaults | HF_CONFIG | options)
+
+        def to_flash_stu(self):
+            names = [field.name for field in fields(FlashSTUConfig) if field.name != "torch_dtype"]
+            options = {name: getattr(self, name) for name in names}
+            # Where transformers makes a model, the dtype it wants is the default of torch.
+            return FlashSTUConfig(**options, torch_dtype=torch.get_default_dtype())
+
+    class FlashSTUCache:
+        """The state after `length` tokens. A call that is given it brings it up to date."""
+
+        is_compileable = False
+        is_croppable = False
+        is_linear = (False,)  # `generate`, given all ids again, leaves out those it has read
+
+        def __init__(self):
+            self.state = None
+            self.length = 0
+
+        def get_seq_length(self, layer_idx=0):
+            return self.length
+
+        def batch_select_indices(self, indices):
+            self.state = select_rows(self.state, indices)
+
+        reorder_cache = batch_select_indices  # as beam search calls it
+
+        def batch_repeat_interleave(self, repeats):
+            batch_size = len(self.state[0].memory[0])
+            self.batch_select_indices(torch.arange(batch_size).repeat_interleave(repeats))
+
+    class FlashSTUDecoder(FlashSTU):
+        """FlashSTU, called and answering as transformers wants it of a model without a head."""
+
+        def forward(
+            self,
+            input_ids,
+            attention_mask=None,
+            past_key_values=None,
+            cache=None,  # the new name of past_key_values
+            use_cache=False,
+            output_hidden_states=False,
+            **others,
+        ):
+            for name, value in others.items():
+                if name not in NOT_USED and value is not None and value is not False:
+                    raise ValueError(f"FlashSTU takes no {name}")
+            if cache is None:
+                cache = past_key_values
+            use_cache = use_cache or cache is not None
+            if cache is None:
+                cache = FlashSTUCache()
+            if not isinstance(cache, FlashSTUCache):
+                raise ValueError(f"FlashSTU takes a cache of its own, got {type(cache).__name__}")
+            if attention_mask is not None:
+                mask = check_mask(attention_mask, *input_ids.shape)
+                # Padding matters to tokens that come after it: here, or in a later call.
+                before_token = ~mask[:, :-1] & mask[:, 1:]
+                matters = not mask.all() if use_cache else before_token.any()
+                attention_mask = mask if matters else None
+            hidden_states = []
+            hooks = []
+            if output_hidden_states:
+
+                def record(layer, inputs):
+                    hidden_states.append(inputs[0])
+
+                hooks = [layer.register_forward_pre_hook(record) for layer in self.layers]
+            x, cache.state = self.hidden(input_ids, cache.state, use_cache, attention_mask)
+            cache.length += input_ids.shape[1]
+            for hook in hooks:
+                hook.remove()
+            hidden_states = (*hidden_states, x) if output_hidden_states else None
+            return BaseModelOutputWithPast(x, cache if use_cache else None, hidden_states)
+
+    class FlashSTUModel(PreTrainedModel):
+        """Ids [B, T] -> normalised output of the last layer [B, T, d]."""
+
+        config_class = FlashSTUPretrainedConfig
+        base_model_prefix = "model"
+        supports_gradient_checkpointing = True
+        _no_split_modules = ("FlashSTUBlock",)
+        _is_stateful = True  # it cannot take back a token
+        _supports_sdpa = True  # one may ask for "sdpa" or "eager": it is the same
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = FlashSTUDecoder(config.to_flash_stu())
+            self.add_head()
+            self.post_init()
+
+        def add_head(self):
+            pass
+
+        def get_input_embeddings(self):
+            return self.model.tok_emb
+
+        def set_input_embeddings(self, embedding):
+            self.model.tok_emb = embedding
+
+        def init_weights(self):
+            self.tie_weights()  # FlashSTU has drawn them
+
+        def _init_weights(self, module):  # weights that a folder lacks
+            if isinstance(module, STU):
+                module.reset_parameters()
+            else:
+                super()._init_weights(module)
+
+        @can_return_tuple
+        def forward(self, input_ids, output_hidden_states=None, **options):
+            if output_hidden_states is None:
+                output_hidden_states = self.config.output_hidden_states
+            return self.model(input_ids, output_hidden_states=output_hidden_states, **options)
+
+    class FlashSTUForCausalLM(FlashSTUModel, GenerationMixin):
+        """Ids [B, T] -> logits [B, T, vocab_size], and with labels their loss."""
+
+        _tied_weights_keys = {"lm_head.weight": "model.tok_emb.weight"}  # noqa: RUF012
+
+        def add_head(self):
+            self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
+
+        @can_return_tuple
+        def forward(
+            self,
+            input_ids,
+            attention_mask=None,
+            past_key_values=None,
+            cache=None,
+            labels=None,
+            logits_to_keep=0,  # so many at the end, 0: all; or a tensor of positions
+            num_items_in_batch=None,
+            **options,
+        ):
+            # As a parameter it would be one that Trainer expects in every data set.
+            shift_labels = options.pop("shift_labels", None)
+            options |= {"past_key_values": past_key_values, "cache": cache, "return_dict": True}
+            output = dict(super().forward(input_ids, attention_mask=attention_mask, **options))
+            x = output.pop("last_hidden_state")
+            if isinstance(logits_to_keep, int):
+                logits_to_keep = slice(-logits_to_keep, None)  # x[:, -0:] is all of x
+            logits = self.lm_head(x[:, logits_to_keep])
+            loss = None
+            if labels is not None or shift_labels is not None:
+                vocab_size = logits.shape[-1]
+                options = {"shift_labels": shift_labels}
+                loss = self.loss_function(logits, labels, vocab_size, num_items_in_batch, **options)
+            return CausalLMOutputWithPast(loss, logits, **output)
+
+        def prepare_inputs_for_generation(
+            self, input_ids, next_sequence_length=None, tokenizer=None, **kwargs
+        ):
+            n_new = next_sequence_length  # of the ids; None: all of them are new
+            if n_new is not None and n_new < 1:  # transformers would read all of them once more
+                raise ValueError("give all ids: those that the cache has read, and more")
+            return super().prepare_inputs_for_generation(
+                input_ids, next_sequence_length=n_new, **kwargs
+            )
+
+        @classmethod
+        def _supports_default_dynamic_cache(cls):
+            return False  # the first call makes a FlashSTUCache
