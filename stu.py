@@ -1278,6 +1278,11 @@ if (int(major), int(minor)) >= (4, 57):
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import can_return_tuple
 
+    try:
+        from transformers.utils.output_capturing import capture_outputs
+    except ImportError:  # as it was called before
+        from transformers.utils.generic import check_model_inputs as capture_outputs
+
     # Trainer, for one, shifts the labels that it smooths only for models in this table.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HF_CONFIG["model_type"]] = "FlashSTUForCausalLM"
 
@@ -1340,7 +1345,6 @@ if (int(major), int(minor)) >= (4, 57):
             past_key_values=None,
             cache=None,  # the new name of past_key_values
             use_cache=False,
-            output_hidden_states=False,
             **others,
         ):
             for name, value in others.items():
@@ -1359,20 +1363,9 @@ if (int(major), int(minor)) >= (4, 57):
                 before_token = ~mask[:, :-1] & mask[:, 1:]
                 matters = not mask.all() if use_cache else before_token.any()
                 attention_mask = mask if matters else None
-            hidden_states = []
-            hooks = []
-            if output_hidden_states:
-
-                def record(layer, inputs):
-                    hidden_states.append(inputs[0])
-
-                hooks = [layer.register_forward_pre_hook(record) for layer in self.layers]
             x, cache.state = self.hidden(input_ids, cache.state, use_cache, attention_mask)
             cache.length += input_ids.shape[1]
-            for hook in hooks:
-                hook.remove()
-            hidden_states = (*hidden_states, x) if output_hidden_states else None
-            return BaseModelOutputWithPast(x, cache if use_cache else None, hidden_states)
+            return BaseModelOutputWithPast(x, cache if use_cache else None)
 
     class FlashSTUModel(PreTrainedModel):
         """Ids [B, T] -> normalised output of the last layer [B, T, d]."""
@@ -1381,6 +1374,7 @@ if (int(major), int(minor)) >= (4, 57):
         base_model_prefix = "model"
         supports_gradient_checkpointing = True
         _no_split_modules = ("FlashSTUBlock",)
+        _can_record_outputs = {"hidden_states": FlashSTUBlock}  # noqa: RUF012
         _is_stateful = True  # it cannot take back a token
         _supports_sdpa = True  # one may ask for "sdpa" or "eager": it is the same
 
@@ -1398,6 +1392,7 @@ if (int(major), int(minor)) >= (4, 57):
 
         def set_input_embeddings(self, embedding):
             self.model.tok_emb = embedding
+            self.model.config.vocab_size = len(embedding.weight)
 
         def init_weights(self):
             self.tie_weights()  # FlashSTU has drawn them
@@ -1408,11 +1403,9 @@ if (int(major), int(minor)) >= (4, 57):
             else:
                 super()._init_weights(module)
 
-        @can_return_tuple
+        @capture_outputs
         def forward(self, input_ids, output_hidden_states=None, **options):
-            if output_hidden_states is None:
-                output_hidden_states = self.config.output_hidden_states
-            return self.model(input_ids, output_hidden_states=output_hidden_states, **options)
+            return self.model(input_ids, **options)  # the decorator adds the hidden states
 
     class FlashSTUForCausalLM(FlashSTUModel, GenerationMixin):
         """Ids [B, T] -> logits [B, T, vocab_size], and with labels their loss."""

@@ -44,7 +44,7 @@ FAILURES = {
     "test_generation_tester_mixin_inheritance": "the source distribution has no GenerationTesterMixin",
 }
 SKIPS = {  # beside tests of hardware and packages that are not there, which their decorators skip
-    "ttentions|support sdpa": "no attention weights, no choice of kernels",
+    "ttentions|support sdpa|attention dynamically": "no attention weights, no choice of kernels",
     "RoPE|position embeddings": "positions are relative, without weights or options",
     "keep_in_fp32": "no parameter needs float32; the filters, which do, are none",
     "non standard Cache|take a cache": "the cache is the state of every layer",
