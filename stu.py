@@ -653,6 +653,7 @@ class FlashSTUBlock(nn.Module):
         d = c.n_embd
         mlp_width = int(d * c.mlp_scale)
         stu_width = d
+        self.use_attention = use_attention
         self.sandwich = None
         if c.stu_enable_mlp_sandwich and not use_attention:
             stu_width = c.stu_mlp_hidden_size or mlp_width
@@ -673,10 +674,10 @@ class FlashSTUBlock(nn.Module):
         h = self.mixer_norm(x)
         if self.sandwich is not None:
             h = F.silu(self.sandwich[0](h))
-        if isinstance(self.mixer, STU):
-            h = self.mixer(h, state, use_cache, attention_mask)
-        else:
+        if self.use_attention:
             h = self.mixer(h, state, use_cache, attention_mask, rotation)
+        else:
+            h = self.mixer(h, state, use_cache, attention_mask)
         if use_cache:
             h, state = h
         if self.sandwich is not None:
