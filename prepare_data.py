@@ -54,10 +54,11 @@ TEMPORARY = ".flash_stu.tmp"  # ends the name of a file that is not yet complete
 
 def write_atomically(path, write):
     """Let `write(file)` fill a temporary file, then rename it: `path` is never half written."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise SystemExit(f"cannot write {path}: a link, a folder or a device has this name")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise OSError("a link, a folder or a device has this name")
         with open(temporary, "xb") as file:  # x: only if there is nothing of this name
             write(file)
             file.flush()
@@ -78,7 +79,8 @@ def lock(folder, wait=False):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")  # noqa: SIM115 (the caller holds it)
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            at_once = 0 if wait else fcntl.LOCK_NB  # NB: raise BlockingIOError rather than wait
+            fcntl.flock(file, fcntl.LOCK_EX | at_once)
             for leftover in path.parent.glob("*" + TEMPORARY):  # of a process that was killed
                 leftover.unlink()
         path.write_text(str(os.getpid()))
@@ -90,7 +92,7 @@ def lock(folder, wait=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokenizers. encode(text) gives an array of ids, decode(ids) the text without its ends
+# Tokenizers. encode(text) gives ids, int32 as torch likes them, decode(ids) the text without ends
 
 
 class ByteTokenizer:
@@ -117,7 +119,9 @@ class TiktokenTokenizer:
         try:
             self.encoding = tiktoken.get_encoding(name)
         except OSError as error:
-            trouble = f"no network, and no {name} in TIKTOKEN_CACHE_DIR? tiktoken: {error!s:.200}"
+            trouble = (
+                f"no network, and no {name} in TIKTOKEN_CACHE_DIR? tiktoken: {str(error)[:200]}"
+            )
             raise SystemExit(trouble) from None
         self.name = name
         self.n_vocab = self.encoding.n_vocab
@@ -145,7 +149,7 @@ def get_tokenizer(name):
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write a tokenizer into the folder of a saved model, as transformers reads it, with the same ids.
+    """Write a tokenizer, with the same ids, into the folder of a saved model for transformers.
 
     It pads on the right, for training; to generate from a batch set padding_side="left".
     """
@@ -153,7 +157,7 @@ def save_tokenizer(tokenizer, folder):
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     if isinstance(tokenizer, ByteTokenizer):
-        pattern = r"[\s\S]{1,64}"
+        pattern = r"[\s\S]{1,64}"  # no token is longer than a byte, so a text is cut anywhere
         ids = {bytes([i]): i for i in range(1, 256)}
         special_ids = {END_OF_TEXT: 0}
     else:
@@ -166,11 +170,11 @@ def save_tokenizer(tokenizer, folder):
         ids[token.encode()] = i
 
     class Converter(TikTokenConverter):
-        def load_tiktoken_bpe(self, tiktoken_url):
+        def load_tiktoken_bpe(self, tiktoken_url):  # which would read a file
             return ids
 
     converted = Converter(pattern=pattern).converted()
-    converted.model.unk_token = END_OF_TEXT  # so a zero byte keeps the id that `encode` gives it
+    converted.model.unk_token = END_OF_TEXT  # for byte 0: `encode` gives it the same id, 0
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=converted,
         eos_token=END_OF_TEXT,
@@ -187,40 +191,6 @@ def save_tokenizer(tokenizer, folder):
 # From here on in the order of the work: sources -> files -> texts -> pieces -> tokens -> shards.
 #
 # Sources -> files. `left_out` collects what is not read: {reason: [names of files or records]}
-
-
-def find_files(sources, left_out):
-    """{path: its size and time} of all files, in the order in which they are read."""
-    files = {}
-    known = set()
-    for source in sources:
-        for path in files_of(source, left_out):
-            status = path.stat()
-            identity = (status.st_dev, status.st_ino)  # the same under each name that a file has
-            if identity in known:
-                left_out["named before, maybe under another name"].append(path)
-            else:
-                known.add(identity)
-                files[str(path)] = size_and_time(path)
-    return files
-
-
-def size_and_time(path):
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
-
-
-def files_of(source, left_out):
-    path = Path(source)
-    if source == "stdlib":
-        return standard_library()
-    if source in HUB:
-        return download(source)
-    if source and path.is_file():
-        return [path]
-    if source and path.is_dir() and not (path / LOCK).exists():
-        return walk(path, left_out)
-    raise SystemExit(f"{source!r} is no file or folder of texts, nor stdlib, {', '.join(HUB)}")
 
 
 def standard_library():
@@ -243,7 +213,7 @@ def walk(folder, left_out):
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             left_out["hidden"].append(path)
-        elif os.path.isfile(path):
+        elif os.path.isfile(path):  # unlike path.is_file() also where one may not look
             yield path
         elif path.is_symlink() or not os.path.isdir(path) or (path / LOCK).exists():
             left_out["linked folders, pipes, outputs of prepare_data.py"].append(path)
@@ -251,55 +221,51 @@ def walk(folder, left_out):
             yield from walk(path, left_out)
 
 
-# Files -> texts
+def files_of(source, left_out):
+    path = Path(source)
+    if source == "stdlib":
+        return standard_library()
+    if source in HUB:
+        return download(source)
+    if source and path.is_file():
+        return [path]
+    if source and path.is_dir() and not (path / LOCK).exists():
+        return walk(path, left_out)
+    raise SystemExit(f"{source!r} is no file or folder of texts, nor stdlib, {', '.join(HUB)}")
+
+
+def size_and_time(path):
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def find_files(sources, left_out):
+    """{path: its size and time} of all files, in the order in which they are read."""
+    files = {}
+    known = set()
+    for source in sources:
+        for path in files_of(source, left_out):
+            status = path.stat()
+            identity = (status.st_dev, status.st_ino)  # the same under each name that a file has
+            if identity in known:
+                left_out["named before, maybe under another name"].append(path)
+            else:
+                known.add(identity)
+                files[str(path)] = size_and_time(path)
+    return files
+
+
+# Files -> records -> texts
 
 PACKED = (".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst", ".lz4")
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # bytes that are no UTF-8 become surrogates, see below
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # byte 0, which ends texts, and surrogates
 
 
-def read_texts(files, field, left_out):
-    """The text of each file, or of each record of a file."""
-    for path, listed in files.items():
-        if path.lower().removesuffix(".gz").endswith(PACKED):
-            left_out["packed in another way than .gz: unpack it first"].append(path)
-            continue
-        try:
-            yield from texts_of(path, field, left_out)
-        except (OSError, EOFError, zlib.error) as error:  # the last two: of gzip
-            raise SystemExit(f"cannot read {path!r}: {error}") from None
-        if size_and_time(path) != listed:
-            raise SystemExit(f"{path!r} changed while it was read: start again")
-
-
-def texts_of(path, field, left_out):
-    for number, record in enumerate(read_records(path, field), 1):
-        if not isinstance(record, dict):
-            record = {}
-        text = record.get(field)
-        if isinstance(text, bytes):
-            text = text.decode("utf-8-sig", "surrogateescape")
-        if isinstance(text, str) and not NO_TEXT.search(text):
-            yield text
-        else:
-            name = f"{path}, record {number}"
-            if field not in record:
-                name += f" with the fields {list(record)}"
-            left_out[f"no UTF-8 text, or none in the field {field!r}"].append(name)
-
-
-def read_records(path, field):
-    """What a file holds, each text in a record {field: text}."""
-    packed = path.lower().endswith(".gz")
-    name = path.lower().removesuffix(".gz")
-    with gzip.open(path) if packed else open(path, "rb") as file:
-        if name.endswith(".parquet"):
-            yield from read_parquet(file, path, field)
-        elif name.endswith((".jsonl", ".ndjson")):
-            yield from json_lines(file)
-        elif name.endswith(".json"):
-            yield from json_list(file)
-        else:
-            yield {field: file.read()}
+def parse_json(data):
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # no JSON, or too many brackets in each other
+        return None
 
 
 def json_lines(file):
@@ -319,13 +285,6 @@ def json_list(file):
     return json_lines(file)
 
 
-def parse_json(data):
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # no JSON, or too many brackets in each other
-        return None
-
-
 def read_parquet(file, path, field):
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -339,6 +298,53 @@ def read_parquet(file, path, field):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise SystemExit(f"cannot read {path!r}: {error}") from None
+
+
+def read_records(path, field):
+    """What a file holds, each text in a record {field: text}."""
+    name = path.lower()
+    open_file = gzip.open if name.endswith(".gz") else open
+    name = name.removesuffix(".gz")
+    with open_file(path, "rb") as file:
+        if name.endswith(".parquet"):
+            yield from read_parquet(file, path, field)
+        elif name.endswith((".jsonl", ".ndjson")):
+            yield from json_lines(file)
+        elif name.endswith(".json"):
+            yield from json_list(file)
+        else:
+            yield {field: file.read()}
+
+
+def texts_of(path, field, left_out):
+    for number, record in enumerate(read_records(path, field), 1):
+        if not isinstance(record, dict):  # a number, a list, a line that is no JSON
+            record = {}
+        text = record.get(field)
+        if isinstance(text, bytes):
+            # what is no UTF-8 becomes surrogates, which NO_TEXT finds
+            text = text.decode("utf-8-sig", errors="surrogateescape")
+        if isinstance(text, str) and not NO_TEXT.search(text):
+            yield text
+        else:
+            name = f"{path}, record {number}"
+            if field not in record:
+                name += f" with the fields {list(record)}"
+            left_out[f"no UTF-8 text, or none in the field {field!r}"].append(name)
+
+
+def read_texts(files, field, left_out):
+    """The text of each file, or of each record of a file."""
+    for path, listed in files.items():
+        if path.lower().removesuffix(".gz").endswith(PACKED):
+            left_out["packed in another way than .gz: unpack it first"].append(path)
+            continue
+        try:
+            yield from texts_of(path, field, left_out)
+        except (OSError, EOFError, zlib.error) as error:  # the last two: of gzip
+            raise SystemExit(f"cannot read {path!r}: {error}") from None
+        if size_and_time(path) != listed:
+            raise SystemExit(f"{path!r} changed while it was read: start again")
 
 
 # Texts -> pieces. All cores can share a long text when it comes in pieces. A piece ends where no
@@ -359,18 +365,21 @@ PIECE = re.compile(
 
 def are_few(texts, val_fraction):
     """Are the different texts too few to give about twenty of them to the smaller split?"""
-    enough = int(min(20 / min(val_fraction, 1 - val_fraction), 1e6))
-    different = {hash(text) for text in islice(texts, 2 * enough)}
+    enough = int(20 / min(val_fraction, 1 - val_fraction))
+    enough = min(enough, 1_000_000)  # what follows is kept in memory
+    different = {hash(text) for text in islice(texts, 2 * enough)}  # some of them are copies
     return len(different) < enough
 
 
 def split_text(text, val_fraction, few):
-    """Of a few texts the end of each is for validation. Of many, whole texts are, chosen by their
-    content, so that copies of a text are in the same split."""
+    """Of a few texts the end of each is for validation.
+
+    Of many, whole texts are, chosen by their content, so that copies of one are in the same split.
+    """
     if few:
         cut = int(len(text) * (1 - val_fraction))
         return [("train", text[:cut]), ("val", text[cut:])]
-    place = zlib.crc32(text.encode()) / 2**32  # anywhere from 0 to 1
+    place = zlib.crc32(text.encode()) / 2**32  # from 0 to 1, by chance, but the same for a copy
     return [("val" if place < val_fraction else "train", text)]
 
 
@@ -382,7 +391,7 @@ def make_pieces(texts, val_fraction, few):
                 yield Piece(split, piece, ends_text=number == len(pieces))
 
 
-# Pieces -> tokens -> shards
+# Pieces -> tokens
 
 
 def encode_pieces(pieces, tokenizer):
@@ -395,6 +404,64 @@ def encode_pieces(pieces, tokenizer):
                 if piece.ends_text:
                     tokens = np.append(tokens, tokenizer.eot)
                 yield piece, tokens.astype(dtype)
+
+
+# Tokens -> shards, and meta.json, which lists them
+
+BLOCK = 1 << 20  # each so many bytes of a shard have a checksum
+
+
+def shard_path(folder, split, number):
+    return folder / f"{split}_{number:05d}.npy"
+
+
+def checksums(path, step=1):
+    """The size of a file, then the CRC-32 of each of its blocks, or of every `step`th."""
+    size = path.stat().st_size
+    sums = [size]
+    with open(path, "rb") as file:
+        for start in range(0, size, BLOCK * step):
+            file.seek(start)
+            sums.append(zlib.crc32(file.read(BLOCK)))
+    return sums
+
+
+def checksum_of(meta):
+    return zlib.crc32(json.dumps(meta).encode())
+
+
+def read_meta(folder):
+    """What meta.json holds, or None where there is none."""
+    path = folder / "meta.json"
+    if not path.is_file():
+        return None
+    meta = parse_json(path.read_bytes())
+    if not isinstance(meta, dict) or meta.pop("checksum", None) != checksum_of(meta):
+        trouble = f"cannot use {path}: damaged, edited, or of an early version of prepare_data.py"
+        raise SystemExit(f"{trouble}: delete {folder} and prepare it again")
+    return meta
+
+
+def write_meta(folder, meta):
+    text = json.dumps({"checksum": checksum_of(meta)} | meta)
+    write_atomically(folder / "meta.json", lambda file: file.write(text.encode()))
+
+
+def write_shards(folder, meta, waiting):
+    """Write the tokens that wait, a shard for each split, then meta.json, which lists them."""
+    for split, arrays in waiting.items():
+        if arrays:
+            shards = meta[split]["shards"]
+            path = shard_path(folder, split, len(shards))
+            write_atomically(path, partial(np.save, arr=np.concatenate(arrays)))
+            shards.append(checksums(path))
+            arrays.clear()
+    write_meta(folder, meta)
+
+
+def show_progress(meta):
+    """On one line, again and again; `prepare` ends that line."""
+    print(f"\r{meta['train']['tokens']:,} tokens to train", end="", file=sys.stderr, flush=True)
 
 
 def write_tokens(folder, meta, encoded, shard_tokens):
@@ -421,100 +488,12 @@ def write_tokens(folder, meta, encoded, shard_tokens):
         write_shards(folder, meta, waiting)
 
 
-def show_progress(meta):
-    """The same line again and again; who calls write_tokens ends it."""
-    print(f"\r{meta['train']['tokens']:,} tokens to train", end="", file=sys.stderr, flush=True)
-
-
-def write_shards(folder, meta, waiting):
-    """Write the tokens that wait, a shard for each split, then meta.json, which lists them."""
-    for split, arrays in waiting.items():
-        if arrays:
-            shards = meta[split]["shards"]
-            path = shard_path(folder, split, len(shards))
-            write_atomically(path, partial(np.save, arr=np.concatenate(arrays)))
-            shards.append(checksums(path))
-            arrays.clear()
-    write_meta(folder, meta)
-
-
-# ------------------------------------------------------------------------------------------------
-# The prepared folder
-
-BLOCK = 1 << 20  # each so many bytes of a shard have a checksum
-
-
-def shard_path(folder, split, number):
-    return folder / f"{split}_{number:05d}.npy"
-
-
-def checksums(path, step=1):
-    """The size of a file, then the CRC-32 of each of its blocks, or of every `step`th."""
-    size = path.stat().st_size
-    sums = [size]
-    with open(path, "rb") as file:
-        for start in range(0, size, BLOCK * step):
-            file.seek(start)
-            sums.append(zlib.crc32(file.read(BLOCK)))
-    return sums
-
-
-def write_meta(folder, meta):
-    """meta.json begins with the checksum of all the rest."""
-    text = json.dumps(meta).encode()
-    text = b'{"checksum": %d, ' % zlib.crc32(text) + text[1:]
-    write_atomically(folder / "meta.json", lambda file: file.write(text))
-
-
-def read_meta(folder):
-    """What meta.json holds, or None where there is none."""
-    path = folder / "meta.json"
-    if not path.is_file():
-        return None
-    head, _, rest = path.read_bytes().partition(b", ")
-    text = b"{" + rest
-    if head != b'{"checksum": %d' % zlib.crc32(text):
-        trouble = f"cannot use {path}: damaged, edited, or of an early version of prepare_data.py"
-        raise SystemExit(f"{trouble}: delete {folder} and prepare it again")
-    return json.loads(text)
-
-
-def open_data(folder, full=False):
-    """What meta.json holds, and {split: list of its shards}. They are checked: if `full` every byte,
-    else some 32 MiB of each shard, so that a large corpus opens fast."""
-    folder = Path(folder)
-    meta = read_meta(folder)
-    if not meta or not meta["complete"]:
-        command = f"python prepare_data.py YOUR_FILES --out {folder}"
-        raise SystemExit(f"{folder} is not complete:  {command}")
-    opened = {split: [] for split in SPLITS}
-    for split, shards in opened.items():
-        for number, (size, *sums) in enumerate(meta[split]["shards"]):
-            path = shard_path(folder, split, number)
-            step = 1 if full else max(1, len(sums) // 32)
-            if not path.is_file() or checksums(path, step) != [size, *sums[::step]]:
-                trouble = f"cannot use {path}: it is not what prepare_data.py wrote"
-                raise SystemExit(f"{trouble}: delete {folder} and prepare it again")
-            shards.append(np.load(path, mmap_mode="r"))
-    return meta, opened
-
-
-def read_tokens(shards, start, stop):
-    """Tokens `start` to `stop` of a split, as if its shards were one long array."""
-    parts = []
-    for shard in shards:
-        parts.append(shard[max(0, start) : max(0, stop)])
-        start -= len(shard)  # now they count from the beginning of the next shard
-        stop -= len(shard)
-    return np.concatenate(parts)
-
-
 # ------------------------------------------------------------------------------------------------
 # The whole way
 
 
 def start_or_continue(folder, request):
-    """The meta.json of an earlier run of the same command, or that of a new one."""
+    """The meta.json of an earlier run with the same request, or that of a new one."""
     progress = {split: {"tokens": 0, "bytes": 0, "shards": []} for split in SPLITS}
     progress["complete"] = False
     progress["pieces"] = 0  # how many are in the shards
@@ -562,7 +541,7 @@ def prepare(
         try:
             files = find_files(sources, left_out)
         except OSError as error:
-            raise SystemExit(f"cannot read {', '.join(sources)}: {error!s:.300}") from None
+            raise SystemExit(f"cannot read {', '.join(sources)}: {str(error)[:300]}") from None
         request = {
             "sources": sources,
             "tokenizer": tokenizer,
@@ -587,6 +566,47 @@ def prepare(
     if not meta["complete"]:
         raise SystemExit(f"{', '.join(sources)}: not enough text for two splits, train and val")
     return meta
+
+
+# ------------------------------------------------------------------------------------------------
+# The way back: what train.py reads
+
+
+def open_data(folder, full=False):
+    """What meta.json holds, and {split: [its shards]}.
+
+    They are checked: if `full` every byte, else some 32 MiB of a shard, so that it opens fast.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if not meta or not meta["complete"]:
+        command = f"python prepare_data.py YOUR_FILES --out {folder}"
+        raise SystemExit(f"{folder} is not complete:  {command}")
+    opened = {split: [] for split in SPLITS}
+    for split, shards in opened.items():
+        for number, (size, *sums) in enumerate(meta[split]["shards"]):
+            path = shard_path(folder, split, number)
+            step = 1 if full else max(1, len(sums) // 32)  # check every so many blocks
+            if not path.is_file() or checksums(path, step) != [size, *sums[::step]]:
+                trouble = f"cannot use {path}: it is not what prepare_data.py wrote"
+                raise SystemExit(f"{trouble}: delete {folder} and prepare it again")
+            shards.append(np.load(path, mmap_mode="r"))
+    return meta, opened
+
+
+def read_tokens(shards, start, stop):
+    """Tokens `start` to `stop` of a split, as if its shards were one long array."""
+    parts = []
+    for shard in shards:
+        if start < len(shard) and stop > 0:
+            parts.append(shard[max(0, start) : stop])
+        start -= len(shard)  # now they count from the beginning of the next shard
+        stop -= len(shard)
+    return np.concatenate(parts)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
 
 
 def main():

@@ -2364,9 +2364,10 @@ def test_a_sample_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_re
 def test_a_folder_has_one_owner_until_its_process_ends(tmp_path, monkeypatch):
     out = tmp_path / "out"
     text = tmp_path / "a.txt"
-    hold = f"import prepare_data as p; owner = p.lock({str(out)!r}); print('owned', flush=True); input()"
+    code = f"import prepare_data; owner = prepare_data.lock({str(out)!r})"
+    code += "; print('owned', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    owner = subprocess.Popen([sys.executable, "-c", hold], cwd=HERE, **pipes)
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **pipes)
     assert owner.stdout.readline() == b"owned\n"
     text.write_text("hello world\n" * 1000)
     with pytest.raises(SystemExit, match=f"{out} is in use by process {owner.pid}"):
