@@ -296,7 +296,7 @@ def read_parquet(file, path, field):
             raise SystemExit(f"{path!r} has no field {field!r}: give --field one of {fields}")
         for batch in table.iter_batches(1000, columns=[field]):
             yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise SystemExit(f"cannot read {path!r}: {error}") from None
 
 
@@ -541,7 +541,7 @@ def prepare(
         try:
             files = find_files(sources, left_out)
         except OSError as error:
-            raise SystemExit(f"cannot read {', '.join(sources)}: {str(error)[:300]}") from None
+            raise SystemExit(f"cannot read {sources}: {str(error)[:300]}") from None
         request = {
             "sources": sources,
             "tokenizer": tokenizer,
@@ -564,7 +564,7 @@ def prepare(
         for reason, names in left_out.items():
             print(f"left out {len(names)}: {reason} ({str(names[0])!r})", file=sys.stderr)
     if not meta["complete"]:
-        raise SystemExit(f"{', '.join(sources)}: not enough text for two splits, train and val")
+        raise SystemExit(f"{sources}: not enough text for two splits, train and val")
     return meta
 
 
@@ -620,7 +620,8 @@ def main():
     add("--shard_tokens", type=int, default=100_000_000, help="tokens of a shard")
     args = parser.parse_args()
     if not args.out:
-        args.out = f"data/{Path(args.sources[0]).resolve().stem}"
+        name = Path(args.sources[0]).resolve().stem
+        args.out = "data/" + re.sub(r"[^\w.-]", "_", name)  # the command below can be pasted
         if args.tokenizer != "bytes":
             args.out += f"-{args.tokenizer}"
     try:

@@ -2249,6 +2249,22 @@ def test_control_characters_of_a_file_name_are_shown_not_obeyed(tmp_path, capsys
         prepare_data.prepare([str(docs)], tmp_path / "out2")
 
 
+def test_the_last_line_is_a_command_that_can_be_pasted(tmp_path):
+    (tmp_path / "my \x1b[31mbook.txt").write_text("hello " * 2000)
+    command = [sys.executable, HERE / "prepare_data.py", "my \x1b[31mbook.txt"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stderr.decode()
+    assert told.endswith("python train.py --data data/my___31mbook\n")
+    assert len(read_split(tmp_path / "data" / "my___31mbook", "train")) == 10801
+
+
+def test_a_parquet_file_whose_text_is_no_utf_8_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    bad = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    write_parquet(tmp_path / "a.parquet", text=bad)
+    with pytest.raises(SystemExit, match="cannot read .*a.parquet"):
+        prepare_data.prepare([str(tmp_path / "a.parquet")], tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_one_bad_record_does_not_end_a_corpus(tmp_path, capsys, kind):
     texts = [f"document {i}\n" * 5 for i in range(300)]
