@@ -2037,7 +2037,7 @@ def test_shards_hold_every_document_once_and_the_splits_share_none(tmp_path):
 def test_short_shards_read_as_one_long_array(tmp_path):
     docs = tmp_path / "docs"
     write_documents(docs, 300, 10)
-    prepare_data.prepare([str(docs)], tmp_path / "out", shard_tokens=100)
+    prepare_data.prepare([str(docs)], tmp_path / "out", shard_tokens=400)
     shards = prepare_data.open_data(tmp_path / "out")[1]["val"]
     whole = np.concatenate(shards)
     assert len(shards) > 20
@@ -2595,7 +2595,7 @@ def test_a_library_that_is_missing_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     code = "import sys; sys.modules['pyarrow'] = None; import prepare_data; prepare_data.main()"
     command = [sys.executable, "-c", code, tmp_path / "a.parquet", "--out", tmp_path / "out"]
-    told = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stderr
+    told = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stderr
     assert told.splitlines()[-1] == "this needs:  pip install pyarrow"
 
 
