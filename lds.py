@@ -156,7 +156,7 @@ class MiniSTU(nn.Module):
         self.seq_len, self.num_filters = seq_len, num_filters
         self.input_dim, self.output_dim = input_dim, output_dim
         self.bank = white_filters(phi, use_hankel_L)  # [L, F] float64
-        bank = FilterBank(self.bank, True, n_pairs=40, chunk=32, fade=1e-6, tolerance=1e-2)  # 80 states: 1e-4
+        bank = FilterBank(self.bank, n_pairs=40, chunk=32, fade=1e-6, tolerance=1e-2)  # 80 states: 1e-4
         options = {"precomputed_filters": bank, "backend": routes[backend]}
         self.stu = STU(input_dim, output_dim, seq_len, use_approx=False, **options)
         hidden = [mlp_hidden_dim or 2 * output_dim] * (mlp_num_layers - 1)
