@@ -277,6 +277,11 @@ def test_padding_is_on_the_right_and_no_end_of_text(tokenizers):
     assert collate([{"input_ids": batch.input_ids[1]}])["labels"][0, -1] == ours.eot
 
 
+def test_generation_ends_at_the_end_of_a_text(tokenizers, tmp_path):
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert settings.eos_token_id == tokenizers[0].eot
+
+
 TASK = """
 task: tiny
 dataset_path: json

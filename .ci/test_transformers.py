@@ -217,6 +217,18 @@ def test_what_it_cannot_use_is_refused(pair, options, message):
         pair[1](random_ids(1, 8), **options)
 
 
+@pytest.mark.parametrize("options", [{"colour": 1}, {"inputs_embeds": torch.zeros(1, 8, 32)}])
+def test_generate_refuses_what_no_call_can_use(pair, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        pair[1].generate(**options, **GREEDY)
+
+
+def test_a_config_is_checked_when_a_model_is_made():
+    config = stu.FlashSTUPretrainedConfig(n_embd=32, n_heads=5)
+    with pytest.raises(ValueError, match="5 heads"):
+        stu.FlashSTUForCausalLM(config)
+
+
 def test_it_is_no_part_of_assisted_decoding(pair):
     _, theirs = pair
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -353,6 +365,17 @@ def test_a_cache_that_has_read_everything_wants_new_ids(pair):
     cache = theirs(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError if NEW_RELEASE else IndexError):
         theirs.generate(ids, past_key_values=cache, **GREEDY)
+
+
+def test_generation_ends_at_a_stop_string(pair, tmp_path):
+    theirs = pair[1]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = random_ids(1, 9)
+    new = theirs.generate(ids, **GREEDY | {"max_new_tokens": 24})[0, 9:].tolist()
+    stop = next(i for i in new if 32 < i < 127)  # the first that is a letter by itself
+    options = {"stop_strings": [chr(stop)], "tokenizer": tokenizer}
+    text = theirs.generate(ids, **GREEDY | {"max_new_tokens": 24}, **options)
+    assert text[0, 9:].tolist() == new[: new.index(stop) + 1]
 
 
 def test_the_pipeline_writes_what_we_write(pair, tmp_path):
