@@ -31,6 +31,7 @@ Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.1048
 (2505.17868).
 """
 
+import cmath
 import json
 import math
 import shutil
@@ -45,6 +46,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.polynomial import legendre
 from torch import nn
 from torch.fft import irfft, rfft
 from torch.utils.checkpoint import checkpoint
@@ -75,7 +77,7 @@ def check_number(name, value, most):
 
 
 def check_flag(name, value):
-    if not isinstance(value, bool):
+    if value is not True and value is not False:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
@@ -121,6 +123,7 @@ class FlashSTUConfig:
     d_out_tile: int | None = None  # the smaller the less; the results are the same
     use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
     torch_dtype: str = "bfloat16"  # of the weights; to train, choose "float32" and autocast
+    max_angle: float = 0.0  # in degrees: filters also for systems that ring, see section 2
 
     def __post_init__(self):
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
@@ -131,6 +134,7 @@ class FlashSTUConfig:
         self.mlp_scale = check_number("mlp_scale", self.mlp_scale, most=1e6)
         self.dropout = check_number("dropout", self.dropout, most=1.0)
         self.softcap = check_number("softcap", self.softcap, most=1e6)
+        self.max_angle = check_number("max_angle", self.max_angle, most=90.0)
         for name in ("use_stu", "use_attn", "use_approx", "use_hankel_L", "use_tensorized"):
             check_flag(name, getattr(self, name))
         for name in ("use_flash_fft", "use_gradient_checkpointing", "stu_enable_mlp_sandwich"):
@@ -166,13 +170,18 @@ class FlashSTUConfig:
 # singular values, the square roots, that limit is reached only after twice as many.
 
 
-def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
+def get_spectral_filters(
+    seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32, max_angle=0.0
+):
     """The top K eigenvectors of the Hankel matrix, leading one first: phi [seq_len, K].
 
-    As in the papers each is multiplied by the fourth root of its eigenvalue.
+    As in the papers each is multiplied by the fourth root of its eigenvalue. With max_angle, in
+    degrees, the integral is over decays r e^(iθ), |θ| <= max_angle, and systems that ring can be
+    learned too. They take about K = 20 + seq_len · max_angle / 180 filters.
     """
     L = check_integer("seq_len", seq_len)
     K = check_integer("num_eigh", K)
+    max_angle = check_number("max_angle", max_angle, most=90.0)
     check_floating(dtype)
     # The decays are α = exp(-rate), and log(rate) is evenly spaced: for a smooth function that goes
     # to zero at both ends, as ours then does, such a sum is exact to 1e-16. The fastest decay has
@@ -192,9 +201,14 @@ def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torc
     # The SVD of a tall matrix by way of a small one: G = Q R = Q (U diag(σ) Vᵀ).
     Q, R = torch.linalg.qr(G)
     U, sigma, _ = torch.linalg.svd(R)
+    phi = Q @ U
+    if max_angle > 0:
+        seen = sigma > 1e-16 * sigma[0]
+        G = (phi * sigma)[:, seen]  # Z = G Gᵀ, with fewer columns than before
+        phi, sigma = filters_of_a_sector(G, K, math.radians(max_angle))  # section 9
     if K > len(sigma):
         raise ValueError(f"num_eigh must be at most {len(sigma)} at length {L}, got {K}")
-    phi = Q @ U[:, :K]
+    phi = phi[:, :K]
     phi = phi * sigma[:K].sqrt()  # the eigenvalue is σ², its fourth root √σ
     # An eigenvector has no sign of its own. We make each positive at its first lag. (Those of
     # Hankel-L are zero at every second lag, so there we look at the first two.)
@@ -264,14 +278,16 @@ class FilterBank:
 
 
 @lru_cache(maxsize=32)
-def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False):
+def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False, max_angle=0.0):
     """The bank of eigenvectors; all layers with the same filters share it."""
+    if use_tensorized and max_angle > 0:
+        raise ValueError(f"with use_tensorized=True max_angle must be 0, got {max_angle}")
     if use_tensorized:
         phi = get_tensorized_spectral_filters(seq_len, K, use_hankel_L, dtype=torch.float64)
     else:
-        phi = get_spectral_filters(seq_len, K, use_hankel_L, dtype=torch.float64)
-    bank = FilterBank(phi if use_hankel_L else both_signs(phi))
-    bank.recipe = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized))
+        phi = get_spectral_filters(seq_len, K, use_hankel_L, None, torch.float64, max_angle)
+    bank = FilterBank(phi if use_hankel_L else both_signs(phi), max_angle=max_angle)
+    bank.recipe = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
     return bank
 
 
@@ -388,6 +404,7 @@ class STU(nn.Module):
         use_approx=True,
         use_hankel_L=False,
         use_tensorized=False,
+        max_angle=0.0,
         use_flash_fft=True,
         d_in_tile=None,
         d_out_tile=None,
@@ -411,7 +428,9 @@ class STU(nn.Module):
 
         self.has_own_filters = precomputed_filters is not None
         if precomputed_filters is None:
-            self.bank = standard_bank(self.seq_len, num_eigh, use_hankel_L, use_tensorized)
+            self.bank = standard_bank(
+                self.seq_len, num_eigh, use_hankel_L, use_tensorized, max_angle
+            )
         elif isinstance(precomputed_filters, FilterBank):
             self.bank = precomputed_filters
         elif use_hankel_L:
@@ -720,6 +739,7 @@ class FlashSTUBlock(nn.Module):
                 use_approx=c.use_approx,
                 use_hankel_L=c.use_hankel_L,
                 use_tensorized=c.use_tensorized,
+                max_angle=c.max_angle,
                 use_flash_fft=c.use_flash_fft,
                 d_in_tile=c.d_in_tile,
                 d_out_tile=c.d_out_tile,
@@ -897,41 +917,75 @@ class LanguageModel(nn.Module):
 # for the I on the left of Aᵀ, again and again: Σ_t A^t b (A^t b)ᵀ = I. So the answers of the n
 # sections to an impulse, ψ(t) = A^t b, are orthonormal signals. Their weights C are no larger than
 # the filters, and float32 is right to 1e-6. (This is the Takenaka-Malmquist basis.)
+#
+# What rings is a pair of decays r e^(±iθ), and its section holds two numbers (Kautz' basis). A step
+# is two rotations (x, y) -> (c x - s y, s x + c y), which are orthogonal too. The first, c = r², turns
+# (S_j, v_i) into an inner number and what leaves. The second, c = 2r cos θ / (1 + r²), turns S_i and
+# the inner number into the new S_i and S_j. The characteristic polynomial is z² - 2r cos θ z + r².
 
 # powers: A^0, A^1, ..., A^chunk [chunk + 1, n, n]; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 
 
-def fit_recurrence(filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6):
+def choose_decays(L, n_pairs, max_angle):
+    """Decays of both signs, ±α, and for a sector r e^(iθ) too, each with its mirror image."""
+    # The real ones forget within 1/8 of a step up to L steps.
+    memory = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_pairs))
+    decays = list(np.exp(-1 / memory))
+    # Those of a sector lie on arcs, that is, have a common memory, of L/3 steps or less. The angles
+    # it can tell apart differ by 1/memory or so. (The factors 3 and 1.65 were found by trial.)
+    arc = L / 3
+    while arc * max_angle > 1.5:
+        n_angles = round(arc * max_angle / 3)
+        for angle in np.linspace(0, max_angle, n_angles + 1)[1:]:
+            decays.append(cmath.rect(math.exp(-1 / arc), angle))
+        arc = arc / 1.65
+    with_mirror_images = []
+    for p in decays:
+        with_mirror_images += [p, -p.conjugate()]
+    return with_mirror_images
+
+
+def fit_recurrence(filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6, max_angle=0.0):
     """The system that answers an impulse with the filters [L, 2K], a SpectralLDS of n = 2 n_pairs
-    states, or None.
+    states, and more for a sector, or None.
 
     It is None if the error is more than `tolerance` of the largest value of a filter, or if the
-    system goes on ringing after lag L, as for filters that are no sums of decays.
+    system goes on ringing after lag L, as for filters that are no sums of decays. It is also None
+    from 512 states on, where the last L inputs are the cheaper memory.
     """
     phi = filters.numpy()
     L = len(phi)
     if n_pairs is None:
         n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
-    # Decays of both signs, ±α, which forget within 1/8 of a step up to L steps.
-    memory = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_pairs))
-    alpha = np.exp(-1 / memory)
-    decays = np.stack([alpha, -alpha], axis=1).flatten()
-    n = len(decays)
+    decays = choose_decays(L, n_pairs, math.radians(max_angle))
+    n = len(decays) + sum(p.imag != 0 for p in decays)
+    if n > 512:
+        return None
 
     # What enters a section is a weighted sum of S_1, ..., S_n and u, written as a row of weights.
-    A = np.zeros((n, n))
-    b = np.zeros(n)
-    enters = np.zeros(n + 1)
-    enters[n] = 1.0  # u enters the first section
-    for i, p in enumerate(decays):
-        g = math.sqrt((1 - p) * (1 + p))
-        held = np.zeros(n + 1)
-        held[i] = 1.0  # S_i
-        new = p * held + g * enters
-        A[i] = new[:n]
-        b[i] = new[n]
-        enters = g * held - p * enters
+    held = np.eye(n + 1)  # the rows of S_1, ..., S_n
+    enters = held[n]  # u enters the first section
+    new = []
+    for p in decays:
+        S_i = held[len(new)]
+        if p.imag == 0:
+            p = p.real
+            g = math.sqrt((1 - p) * (1 + p))
+            new.append(p * S_i + g * enters)
+            enters = g * S_i - p * enters
+        else:
+            S_j = held[len(new) + 1]
+            r2 = abs(p) ** 2
+            g = math.sqrt((1 - r2) * (1 + r2))
+            inner = r2 * S_j - g * enters
+            enters = g * S_j + r2 * enters
+            c = 2 * p.real / (1 + r2)
+            s = abs(1 - p**2) / (1 + r2)
+            new.append(c * S_i - s * inner)
+            new.append(s * S_i + c * inner)
+    A = np.stack(new)[:, :n]
+    b = np.stack(new)[:, n]
 
     psi = [b]
     for _ in range(L - 1):
@@ -947,9 +1001,12 @@ def fit_recurrence(filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6):
     error = np.abs(psi @ C.T - phi).max() / np.abs(phi).max()
     norm = np.linalg.norm(phi, axis=0).max()
     norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()
-    if error > tolerance or norm_after_L > 5e4 * tolerance * norm:
+    if error > tolerance or norm_after_L > 5e5 * tolerance * norm:
         return None
-    powers = np.stack([np.linalg.matrix_power(A, i) for i in range(chunk + 1)])
+    powers = [np.eye(n)]
+    for _ in range(chunk):
+        powers.append(A @ powers[-1])
+    powers = np.stack(powers)
     return SpectralLDS(torch.from_numpy(powers), torch.from_numpy(b), torch.from_numpy(C))
 
 
@@ -1193,6 +1250,46 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 # ---- 9. Variants ---------------------------------------------------------------------------------
 
 
+def filters_of_a_sector(G, K, max_angle):
+    """Z = G Gᵀ holds the decays r^t; the top K eigenvectors for r^t cos θt and r^t sin θt together.
+
+    Since cos θt cos θs + sin θt sin θs = cos θ(t-s), each entry Z_ts is multiplied by the average of
+    cos θ(t-s) over |θ| <= max_angle. The weight stays (1-r)²: with |1-α|² or none, poles of radius
+    0.999 would take 2 to 8% fewer filters, and poles of radius 0.9 up to 45% more.
+    """
+    # The average over θ is a sum over Gauss-Legendre's angles from 0 to max_angle, which is exact
+    # from a few more than L · max_angle / 4 of them on. Written as E Eᵀ, E has a column for each
+    # cosine and each sine. (The weights that `leggauss` gives are right to 1e-14, which is not
+    # enough for the weak filters. These are right to 1e-16.)
+    L = len(G)
+    n_angles = math.ceil(L * max_angle / 4 + math.sqrt(L * max_angle)) + 40
+    nodes, _ = legendre.leggauss(n_angles)  # from -1 to 1
+    polynomials = legendre.legvander(nodes, n_angles - 1)  # [n_angles, n_angles]
+    weights = 1 / (polynomials**2 @ np.arange(1, 2 * n_angles, 2))  # they add up to 1
+    angles = np.outer(np.arange(L), max_angle * (1 + nodes) / 2)
+    E = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    E = torch.from_numpy(E * np.sqrt(np.tile(weights, 2)))  # [L, 2 n_angles]
+    # The entrywise product of G Gᵀ and E Eᵀ is H Hᵀ, where H has a column for each column of G times
+    # each of E. These are too many to write down, but H times a vector is cheap. A vector that is
+    # multiplied by H Hᵀ again and again turns towards the top eigenvectors. The span of all vectors
+    # on its way holds them to 1e-12 (Lanczos: each is made orthogonal to those before it).
+    steps = min(L, 2 * K + 32)
+    basis = G.new_zeros(L, steps)
+    images = []  # Hᵀ times each vector of the basis
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal(L))
+    for i in range(steps):
+        for _ in range(3):  # once is not enough where little is left of v
+            v = v - basis @ (basis.T @ v)
+            v = v / v.norm()
+        basis[:, i] = v
+        image = E.T @ (v[:, None] * G)  # [2 n_angles, columns of G]
+        images.append(image.flatten())
+        v = ((E @ image) * G).sum(dim=1)
+    R = torch.linalg.qr(torch.stack(images, dim=1)).R
+    _, sigma, Vh = torch.linalg.svd(R)
+    return basis @ Vh.T, sigma
+
+
 def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
     """Kronecker products φ_i ⊗ φ_j of short filters, [n, k'²].
 
@@ -1343,6 +1440,7 @@ def read_folder(folder):
 
 def read_config(folder, values, tensors):
     values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # transformers calls it dtype
+    values.setdefault("max_angle", 0.0)  # in folders from before there was this option
     names = [field.name for field in fields(FlashSTUConfig)]
     missing = [name for name in names if name not in values]
     if missing:
@@ -1465,7 +1563,7 @@ if (int(major), int(minor)) >= (4, 57):
             if cache is None:
                 cache = FlashSTUCache()
             if not isinstance(cache, FlashSTUCache):
-                raise ValueError(f"FlashSTU takes a cache of its own, got {type(cache).__name__}")
+                raise ValueError(f"FlashSTU takes a cache of its own, got {type(cache).__name__}")  # noqa: TRY004
             if attention_mask is not None:
                 mask = check_mask(attention_mask, *input_ids.shape)
                 # Padding matters to tokens that come after it: here, or in a later call.

@@ -175,7 +175,9 @@ def test_filters_are_eigenvectors_of_the_hankel_matrix(L, hankel_L):
     assert (values[:-1] >= values[1:]).all()
     unit = phi / phi.norm(dim=0)
     assert (unit.T @ unit - torch.eye(K, dtype=torch.float64)).abs().max() < 1e-12
-    first = torch.stack([column[column.abs() > 1e-9][0] for column in phi.T])  # of Hankel-L: lag 0 or 1
+    first = torch.stack(
+        [column[column.abs() > 1e-9][0] for column in phi.T]
+    )  # of Hankel-L: lag 0 or 1
     assert (first > 0).all()
 
 
@@ -220,6 +222,133 @@ def test_without_the_penalty_the_filters_grow_past_their_length():
     assert tails[1] > 5 * tails[0]
 
 
+# ------------------------------------------------------------------------------------------------
+# stu.py: filters of a sector, for what rings
+
+
+def sector_matrix(L, degrees):
+    """Z_ts times the average of cos θ(t-s) over |θ| <= the angle, in closed form."""
+    i = torch.arange(1, L + 1, dtype=torch.float64)
+    total = i[:, None] + i
+    lag = i[:, None] - i
+    average = torch.sinc(degrees / 180 * lag)  # sin(aτ) / (aτ) at angle a and lag τ
+    return 2 / (total**3 - total) * average
+
+
+@pytest.mark.parametrize(
+    "L, K, degrees", [(128, 12, 5), (128, 20, 20), (128, 64, 90), (600, 24, 20)]
+)
+def test_filters_of_a_sector_are_eigenvectors_of_the_integral_over_it(L, K, degrees):
+    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
+    sigma = phi.square().sum(dim=0)  # |φ|² = σ, and the eigenvalue is σ²
+    unit = phi / sigma.sqrt()
+    error = sector_matrix(L, degrees) @ unit - unit * sigma**2
+    assert error.norm(dim=0).max() < 1e-14
+    assert (unit.T @ unit - torch.eye(K, dtype=torch.float64)).abs().max() < 1e-12
+    assert (phi[0] > 0).all()
+
+
+def test_weak_filters_of_a_sector_are_right_too():
+    # Their eigenvalues are far below 1e-16 of the first, so the closed form does not show them. The
+    # reference has a column for every decay and angle, 4 times as dense in each, and no shortcut.
+    L, K, degrees = 64, 20, 5
+    log_rate = torch.arange(3.8, -16.2, -0.05, dtype=torch.float64)
+    rate = log_rate.exp()
+    weight = (0.05 * rate * (-rate).exp()).sqrt() * -torch.expm1(-rate)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    angle = math.radians(degrees) * torch.from_numpy(nodes)
+    t = torch.arange(L, dtype=torch.float64)[:, None, None]
+    decay = weight[:, None] * (-rate[:, None] * t).exp() * torch.from_numpy(weights / 2).sqrt()
+    G = torch.cat([decay * (angle * t).cos(), decay * (angle * t).sin()], dim=2).flatten(1)
+    R = torch.linalg.qr(G.T).R
+    U = torch.linalg.svd(R.T).U[:, :K]
+    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
+    unit = phi / phi.norm(dim=0)
+    assert phi[:, -1].norm() < 1e-3 * phi[:, 0].norm()
+    assert (unit - U @ (U.T @ unit)).norm(dim=0).max() < 1e-6
+    assert ((U * unit).sum(dim=0).abs() - 1).abs().max() < 1e-9
+
+
+def test_a_sector_of_no_angle_is_the_real_axis():
+    real = get_spectral_filters(64, 12, dtype=torch.float64)
+    assert torch.equal(get_spectral_filters(64, 12, dtype=torch.float64, max_angle=0), real)
+    narrow = get_spectral_filters(64, 12, dtype=torch.float64, max_angle=1e-6)
+    assert (narrow - real).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "L, K, degrees", [(1, 1, 20), (128, 24, 5), (128, 28, 20), (128, 45, 45), (512, 24, 10)]
+)
+def test_filters_of_a_sector_have_a_recurrence_in_orthonormal_coordinates(L, K, degrees):
+    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
+    bank = FilterBank(both_signs(phi), max_angle=degrees)
+    A = bank.lds.powers[1]
+    n = len(A)
+    assert (A @ A.T + torch.outer(bank.lds.b, bank.lds.b) - torch.eye(n)).abs().max() < 1e-13
+    assert torch.allclose(bank.lds.powers[3], A @ A @ A)
+    psi = [bank.lds.b]
+    for _ in range(L - 1):
+        psi.append(A @ psi[-1])
+    answer = torch.stack(psi) @ bank.lds.C.T
+    assert (answer - bank.filters).abs().max() < 1e-6 * bank.filters.abs().max()
+    assert bank.lds.C.abs().max() < 1.5
+
+
+def test_the_sections_have_the_poles_that_were_picked():
+    poles = np.array(stu.choose_decays(100, 6, math.radians(30)))
+    assert (poles.imag > 1e-3).any() and np.isclose(np.sort(poles.real), np.sort(-poles.real)).all()
+    lds = stu.fit_recurrence(torch.ones(100, 1).double(), 6, tolerance=math.inf, max_angle=30)
+    both = np.concatenate([poles, poles.conj()[poles.imag != 0]])
+    found = np.linalg.eigvals(lds.powers[1].numpy())
+    for p in both:
+        assert abs(found - p).min() < 1e-6
+    assert len(found) == len(both)
+
+
+def test_a_sector_that_takes_too_many_states_has_no_recurrence_and_streams_all_the_same():
+    layer = STU(4, 4, 1024, 8, max_angle=45.0)
+    assert layer.bank.lds is None
+    x = torch.randn(1, 40, 4)
+    first, state = layer(x[:, :25], use_cache=True)
+    second, _ = layer(x[:, 25:], state, use_cache=True)
+    assert (torch.cat([first, second], dim=1) - layer(x)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("approx", [True, False])
+def test_a_layer_with_a_sector_equals_its_recurrence(approx):
+    fft = STU(6, 6, 128, 24, max_angle=20.0, use_approx=approx)
+    lds = STU(6, 6, 128, 24, max_angle=20.0, use_approx=approx, backend="lds")
+    lds.load_state_dict(fft.state_dict())
+    x = torch.randn(2, 128, 6)
+    assert (fft(x) - lds(x)).norm() < 1e-4 * fft(x).norm()
+
+
+def test_the_model_takes_a_sector_and_generates_with_it(tmp_path):
+    c = FlashSTUConfig(
+        n_embd=32, n_layers=2, n_heads=2, seq_len=64, window_size=16, vocab_size=50,
+        torch_dtype="float32", max_angle=15.0,
+    )  # fmt: skip
+    model = FlashSTU(c)
+    banks = [m.bank for m in model.modules() if isinstance(m, STU)]
+    phi = get_spectral_filters(64, 24, dtype=torch.float64, max_angle=15.0)
+    assert all(torch.equal(bank.filters, both_signs(phi)) for bank in banks)
+    ids = torch.randint(50, (1, 30))
+    whole = model(ids).logits
+    state = model(ids[:, :20], use_cache=True).state
+    piece = model(ids[:, 20:], state=state, use_cache=True).logits
+    assert (piece - whole[:, 20:]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("angle", [-1, 91, math.nan, "20", True])
+def test_an_angle_is_a_number_of_degrees_from_0_to_90(angle):
+    with pytest.raises(ValueError, match="max_angle"):
+        get_spectral_filters(16, 4, max_angle=angle)
+    with pytest.raises(ValueError, match="max_angle"):
+        FlashSTUConfig(max_angle=angle)
+    with pytest.raises(ValueError, match="max_angle"):
+        STU(4, 4, 16, use_tensorized=True, max_angle=5.0)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # stu.py: the STU layer
 
@@ -245,12 +374,18 @@ def usual_stu(x, phi, M):
     sign = (-1.0) ** torch.arange(T, device=x.device)[:, None]
     x_f = torch.fft.rfft(torch.stack([x, x * sign], dim=-1), n=n, dim=1)  # [B, n/2 + 1, d, 2]
     if M.ndim == 2:
-        h_f = torch.fft.rfft(torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1), n=n, dim=0)  # [n/2 + 1, d, 2]
+        h_f = torch.fft.rfft(
+            torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1), n=n, dim=0
+        )  # [n/2 + 1, d, 2]
         plus, minus = torch.fft.irfft(x_f * h_f, n=n, dim=1)[:, :T].unbind(-1)
         return plus + sign * minus
     phi_f = torch.fft.rfft(phi, n=n, dim=0)  # [n/2 + 1, K]
-    u = torch.fft.irfft(x_f[:, :, None] * phi_f[None, :, :, None, None], n=n, dim=1)[:, :T]  # [B, T, K, d, 2]
-    plus, minus = (torch.tensordot(u[..., i], M[i * K : (i + 1) * K], dims=([2, 3], [0, 1])) for i in (0, 1))
+    u = torch.fft.irfft(x_f[:, :, None] * phi_f[None, :, :, None, None], n=n, dim=1)[
+        :, :T
+    ]  # [B, T, K, d, 2]
+    plus, minus = (
+        torch.tensordot(u[..., i], M[i * K : (i + 1) * K], dims=([2, 3], [0, 1])) for i in (0, 1)
+    )
     return plus + sign * minus
 
 
@@ -271,7 +406,9 @@ def test_stu_equals_its_formula(options):
         layer, x = make_stu(L, 5, 7, **options), torch.randn(B, T, 5)
         expected = formula(layer, x)
         assert relative_error(layer(x).double(), expected) < 2e-6
-        if T > 1 and not options.keys() - {"use_approx"}:  # and so does the usual route of the benchmark
+        if T > 1 and not options.keys() - {
+            "use_approx"
+        }:  # and so does the usual route of the benchmark
             u, M = (x @ layer.M_inputs, layer.M_filters) if layer.use_approx else (x, layer.M)
             phi = layer.bank.filters[:T, : layer.bank.filters.shape[1] // 2]
             assert relative_error(usual_stu(u.double(), phi, M.double()), expected) < 2e-6
@@ -302,7 +439,9 @@ def test_the_state_does_not_grow_and_outputs_stay_sane_past_seq_len():
     first, last = y[:, :64].std(), y[:, -640:].std()
     assert last < 2 * first
     assert state.memory[0].shape == (1, 112, 4)
-    y, state = layer(torch.zeros(1, 64 * 50, 4), state, use_cache=True)  # and what was long ago is forgotten
+    y, state = layer(
+        torch.zeros(1, 64 * 50, 4), state, use_cache=True
+    )  # and what was long ago is forgotten
     assert y[:, -64:].abs().max() < 1e-3 * first
 
 
@@ -469,14 +608,19 @@ def test_derivatives_of_any_order_agree_with_the_recurrence(approx):
             assert relative_error(*(transform(f)(*point) for f in (by_fft, recurring))) < 1e-9
         many = torch.randn(3, 1, 24, 3).double()
         rows = [
-            torch.func.vmap(torch.func.grad(f), (0, None))(many, weights[name]) for f in (by_fft, recurring)
+            torch.func.vmap(torch.func.grad(f), (0, None))(many, weights[name])
+            for f in (by_fft, recurring)
         ]
         assert relative_error(*rows) < 1e-9
 
 
 def test_precomputed_filters_are_used():
     phi, x, own = get_spectral_filters(60, 10), torch.randn(1, 60, 4), STU(4, 4, 60, 10)
-    for filters, expected in ((phi, own(x)), (-phi, -own(x)), (FilterBank(both_signs(-phi)), -own(x))):
+    for filters, expected in (
+        (phi, own(x)),
+        (-phi, -own(x)),
+        (FilterBank(both_signs(-phi)), -own(x)),
+    ):
         layer = STU(4, 4, 60, precomputed_filters=filters)
         layer.load_state_dict(own.state_dict())
         assert relative_error(layer(x), expected) < 1e-5
@@ -494,7 +638,12 @@ class FakeFlashFFTConv(torch.nn.Module):
         self.register_buffer("twiddle", torch.ones(3))
 
     def forward(self, u, k):
-        assert u.dtype == self.dtype and k.dtype == torch.float32 and u.is_contiguous() and k.is_contiguous()
+        assert (
+            u.dtype == self.dtype
+            and k.dtype == torch.float32
+            and u.is_contiguous()
+            and k.is_contiguous()
+        )
         assert u.ndim == 3 and k.shape == u.shape[1:] and 2 * u.shape[2] <= self.seqlen
         assert self.seqlen <= 32768 or u.shape[1] % 16 == 0
         FakeFlashFFTConv.runs += 1
@@ -509,7 +658,9 @@ def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
     exact, names, runs = layer(x), list(layer.state_dict()), FakeFlashFFTConv.runs
     monkeypatch.setattr(stu, "FlashFFTConv", FakeFlashFFTConv)
     monkeypatch.setattr(stu, "on_cuda_16_bit", lambda t: t.element_size() == 2)
-    assert torch.equal(layer(x), exact) and FakeFlashFFTConv.runs == runs  # a float32 model stays in float32
+    assert (
+        torch.equal(layer(x), exact) and FakeFlashFFTConv.runs == runs
+    )  # a float32 model stays in float32
     layer, x = layer.bfloat16(), x.bfloat16()
     for layer.use_flash_fft in (True, False):
         assert relative_error(layer(x).float(), exact) < 3e-2
@@ -591,6 +742,8 @@ def test_flash_attn_is_called_by_its_contract(monkeypatch, softcap):
     assert relative_error(attention(x).float(), expected) < 2e-2
     y, _ = in_pieces(attention, x, [50])  # its causal mask aligns the last query with the last key
     assert relative_error(y.float(), expected) < 2e-2 and len(ran) == 2
+    mask = torch.arange(90).expand(2, -1) >= 10
+    assert attention(x, attention_mask=mask).isfinite().all() and len(ran) == 2  # it knows no padding
 
 
 def test_attention_in_pieces_equals_the_whole_sequence():
@@ -606,7 +759,9 @@ def test_attention_depends_on_distance_not_on_position():
     attention, x = SlidingWindowAttention(32, 4, 8).double(), torch.randn(1, 40, 32).double()
     assert relative_error(attention(x[:, 10:])[:, 8:], attention(x)[:, 18:]) < 1e-5
     empty = stu.start_ring(torch.zeros(1, 4, 1, 8).double(), window=8)
-    state = empty._replace(position=torch.tensor(10**8))  # a stream that begins after so many tokens
+    state = empty._replace(
+        position=torch.tensor(10**8)
+    )  # a stream that begins after so many tokens
     assert relative_error(attention(x, state, use_cache=True)[0], attention(x)) < 1e-5
 
 
@@ -618,7 +773,9 @@ def test_attention_has_the_gradients_of_finite_differences():
 def test_the_state_of_a_long_piece_is_as_small_as_its_window():
     for layer in (SlidingWindowAttention(8, 1, 4), STU(8, 8, 68, use_tensorized=True)):
         _, state = layer(torch.randn(1, 2000, 8), use_cache=True)
-        assert all(t.untyped_storage().nbytes() == t.element_size() * t.numel() for t in state.memory)
+        assert all(
+            t.untyped_storage().nbytes() == t.element_size() * t.numel() for t in state.memory
+        )
 
 
 @pytest.mark.parametrize("window", [-1, 2.5, (4, 1), (-1, -1), (4, 0, 0)])
@@ -632,7 +789,14 @@ def test_attention_refuses_windows_that_see_the_future_or_nothing(window):
 
 
 def small_config(**changes):
-    sizes = {"n_embd": 32, "n_layers": 4, "n_heads": 4, "seq_len": 48, "window_size": 12, "vocab_size": 61}
+    sizes = {
+        "n_embd": 32,
+        "n_layers": 4,
+        "n_heads": 4,
+        "seq_len": 48,
+        "window_size": 12,
+        "vocab_size": 61,
+    }
     return FlashSTUConfig(**(sizes | {"torch_dtype": "float32"} | changes))
 
 
@@ -684,7 +848,9 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     outputs = model(input_ids=input_ids)
     assert outputs.logits.shape == (2, 128, 50257) and outputs[1] is outputs.logits
-    generated = model.generate(input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40)
+    generated = model.generate(
+        input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40
+    )
     assert generated.shape == (2, 14) and torch.equal(generated[:, :10], input_ids[:, :10])
     model.save_pretrained(tmp_path / "my_flash_stu_model")
     loaded = FlashSTU.from_pretrained(tmp_path / "my_flash_stu_model")
@@ -725,7 +891,11 @@ def test_model_in_pieces_and_token_by_token_equals_the_whole(options):
 @models
 def test_cached_generation_equals_recomputation(options):
     model = small_model(**options)
-    for prompt in (torch.randint(61, (1, 1)), torch.randint(61, (3, 30)), torch.randint(61, (1, 110))):
+    for prompt in (
+        torch.randint(61, (1, 1)),
+        torch.randint(61, (3, 30)),
+        torch.randint(61, (1, 110)),
+    ):
         ids = prompt
         for _ in range(25):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -747,10 +917,16 @@ def test_activations_keep_their_scale_whatever_length_and_depth(layers, T):
     config = small_config(n_embd=64, n_layers=layers, seq_len=T, num_eigh=24, window_size=64)
     model, scales = FlashSTU(config), []
     for layer in model.layers:
-        layer.register_forward_hook(lambda _, x, y: scales.extend([x[0].square().mean(), y.square().mean()]))
+        layer.register_forward_hook(
+            lambda _, x, y: scales.extend([x[0].square().mean(), y.square().mean()])
+        )
     with torch.no_grad():
         model.hidden(torch.randint(61, (1, T)))
-    assert len(scales) == 2 * layers and 0.4 < scales[-1].sqrt() and all(s.sqrt() < 0.8 for s in scales)
+    assert (
+        len(scales) == 2 * layers
+        and 0.4 < scales[-1].sqrt()
+        and all(s.sqrt() < 0.8 for s in scales)
+    )
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_next_token():
@@ -873,7 +1049,9 @@ def test_integers_of_any_width_and_a_batch_of_none_are_legal():
         "mlp_scale": np.float32(2),
     }
     config = small_config(**sizes)
-    assert {name: type(getattr(config, name)) for name in sizes} == dict(zip(sizes, (int, int, float)))
+    assert {name: type(getattr(config, name)) for name in sizes} == dict(
+        zip(sizes, (int, int, float))
+    )
 
 
 def test_a_text_goes_on_from_the_state_of_the_last():
@@ -911,12 +1089,16 @@ def test_a_token_has_fixed_shapes_and_places_and_compiles_to_one_graph():
     model, ids = small_model(), torch.randint(61, (2, 20))
     _, state = model.hidden(ids[:, :10], use_cache=True)
     compiled = torch.compile(model.hidden, fullgraph=True, backend="aot_eager")
-    places = [t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)]
+    places = [
+        t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)
+    ]
     for t in range(10, 20):
         with torch._dynamo.config.patch(error_on_recompile=t > 10):
             x, state = compiled(ids[:, t : t + 1], state, use_cache=True)
     assert relative_error(x, model.hidden(ids)[0][:, -1:]) < 1e-5
-    after = [t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)]
+    after = [
+        t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)
+    ]
     assert after == places
 
 
@@ -1019,16 +1201,26 @@ def test_a_setting_assigned_later_is_checked_where_a_model_is_made():
 
 def test_a_folder_that_holds_no_whole_model_is_refused(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(ValueError, match=r"has a model.safetensors; .*" + re.escape(str(folder))):
+        with pytest.raises(
+            ValueError, match=r"has a model.safetensors; .*" + re.escape(str(folder))
+        ):
             FlashSTU.from_pretrained(folder)
     small_model().save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     for file, damage, message in (
         (weights, lambda b: b[: len(b) // 2], "model.safetensors is damaged"),
         (weights, lambda b: b"", "model.safetensors is damaged"),
-        (config, lambda b: b.replace(b'"n_embd": 32', b'"n_embd": 64'), "is not the one that the weights were saved with"),
+        (
+            config,
+            lambda b: b.replace(b'"n_embd": 32', b'"n_embd": 64'),
+            "is not the one that the weights were saved with",
+        ),
         (config, lambda b: b.replace(b'"n_layers": 4', b'"n_layers": 10000000'), "10000000 layers"),
-        (config, lambda b: b.replace(b'"softcap": 50', b'"softcap": 40'), "is not the one that the weights"),
+        (
+            config,
+            lambda b: b.replace(b'"softcap": 50', b'"softcap": 40'),
+            "is not the one that the weights",
+        ),
         (config, lambda b: b.replace(b'"n_embd"', b'"n_embed"'), "config.json lacks n_embd"),
         (config, lambda b: b.replace(b'"bias": false', b'"bias": 3'), "bias must be True or False"),
         (config, lambda b: b[:20], "config.json is damaged"),
@@ -1095,7 +1287,9 @@ def test_filters_of_ones_own_are_saved_with_the_model(tmp_path):
     other.layers[2].mixer = STU(32, 32, 48, num_eigh=5)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(ids).logits, model(ids).logits)
-    assert not any(name.endswith("filters") and "M_" not in name for name in small_model().state_dict())
+    assert not any(
+        name.endswith("filters") and "M_" not in name for name in small_model().state_dict()
+    )
 
 
 def test_an_output_matrix_that_fine_tuning_added_is_the_embedding(tmp_path):
@@ -1104,9 +1298,14 @@ def test_an_output_matrix_that_fine_tuning_added_is_the_embedding(tmp_path):
     model, ids = small_model(), torch.randint(61, (1, 20))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["tok_emb.weight"].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["tok_emb.weight"].clone()},
+        tmp_path / "model.safetensors",
+    )
     assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
-    save_file(tensors | {"lm_head.weight": tensors["tok_emb.weight"] + 1}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["tok_emb.weight"] + 1}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
         FlashSTU.from_pretrained(tmp_path)
 
@@ -1193,12 +1392,16 @@ def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
 
     def follower(row, t):  # what came after the last time that the `back` tokens up to t were there
         seen = (
-            s for s in range(t - 1, back - 2, -1) if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
+            s
+            for s in range(t - 1, back - 2, -1)
+            if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
         )
         return next((row[s + 1] for s in seen), 0)
 
     def oracle(ids):
-        answers = torch.tensor([[follower(row, t) for t in range(len(row))] for row in ids.tolist()])
+        answers = torch.tensor(
+            [[follower(row, t) for t in range(len(row))] for row in ids.tolist()]
+        )
         if task == "selective copying":
             answers[:, 48:] = ids[ids < 62].view(-1, 8)
         return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
@@ -1293,7 +1496,9 @@ def test_white_input_gives_uncorrelated_features_of_unit_variance():
 def test_ministu_equals_the_sum_of_its_filter_outputs(options):
     model = MiniSTU(seq_len=50, num_filters=10, input_dim=3, output_dim=2, **options)
     x = torch.randn(2, 50, 3)
-    expected = convolve(x.double(), torch.einsum("tf,fio->tio", model.bank, model.stu.M.detach().double()))
+    expected = convolve(
+        x.double(), torch.einsum("tf,fio->tio", model.bank, model.stu.M.detach().double())
+    )
     assert model(x).shape == (2, 50, 2) and (model(x) - expected).abs().max() < 1e-4
     assert torch.allclose(model(x[0]), model(x)[0], atol=1e-5)  # unbatched
     assert (model(x[:, :20]) - expected[:, :20]).abs().max() < 1e-4  # shorter than seq_len
@@ -1309,7 +1514,10 @@ def test_precomputed_filters_give_the_same_model():
 
 def ringing(degrees, radius=0.99):
     """A system of one input and one output, with the poles radius · e^(±iθ)."""
-    system, (c, s) = LDS(2, 1, 1, diagonal=False), (f(math.radians(degrees)) for f in (math.cos, math.sin))
+    system, (c, s) = (
+        LDS(2, 1, 1, diagonal=False),
+        (f(math.radians(degrees)) for f in (math.cos, math.sin)),
+    )
     system.A.data = radius * torch.tensor([[c, -s], [s, c]])
     return system
 
@@ -1317,7 +1525,9 @@ def ringing(degrees, radius=0.99):
 def test_decays_of_both_signs_are_learned_and_slow_ringing_is_not():
     def error(degrees, radius=0.99):
         system = ringing(degrees, radius)
-        return unseen_error(MiniSTU(128, 24, 1, 1).fit(*sample(system, 64, 128)), system, 128)[1].item()
+        return unseen_error(MiniSTU(128, 24, 1, 1).fit(*sample(system, 64, 128)), system, 128)[
+            1
+        ].item()
 
     assert error(0) < 1e-11 and error(180) < 1e-11
     assert error(1) < 1e-7 < error(5) < 1e-2 < error(20) and error(90) > 0.3
@@ -1328,7 +1538,9 @@ def test_filters_of_a_sector_learn_what_rings_in_it_and_are_no_recurrence_of_dec
     t = torch.arange(128, dtype=torch.float64)[:, None, None]
     gap = torch.logspace(-3, 0, 60, dtype=torch.float64)[:, None]  # 1 - α, against angles up to 20°
     angles = torch.linspace(0, math.radians(20), 16, dtype=torch.float64)
-    G = torch.cat([gap * (1 - gap) ** t * wave(t * angles) for wave in (torch.cos, torch.sin)], dim=2)
+    G = torch.cat(
+        [gap * (1 - gap) ** t * wave(t * angles) for wave in (torch.cos, torch.sin)], dim=2
+    )
     U, sigma, _ = torch.linalg.svd(G.flatten(1), full_matrices=False)
     options = {"precomputed_filters": U[:, :40] * sigma[:40].sqrt()}
     system, model = ringing(20), MiniSTU(128, 40, 1, 1, **options)
@@ -1360,7 +1572,8 @@ def test_the_mlp_acts_on_the_outputs_of_the_stu(activation):
 ])  # fmt: skip
 def test_the_recurrent_backend_agrees_and_trains(L, K, hankel_L):
     fft, lds = (
-        MiniSTU(L, K, 6, 4, use_hankel_L=hankel_L, backend=backend) for backend in ("spectral", "lds")
+        MiniSTU(L, K, 6, 4, use_hankel_L=hankel_L, backend=backend)
+        for backend in ("spectral", "lds")
     )
     lds.load_state_dict(fft.state_dict())
     x = torch.randn(2, L, 6)
@@ -1404,9 +1617,17 @@ def test_the_calls_of_the_published_package_work_as_they_are(tmp_path, capsys):
     system = random_LDS(state_dim=20, input_dim=10, output_dim=5, lower_bound=0.1, device=device)
     assert (system.dtype, system.device) == (torch.float32, device) and system.A.shape == (20,)
     model, losses = train_stu_on_lds(
-        lds=system, seq_len=32, num_filters=8, num_steps=20, batch_size=8, learning_rate=1e-2, verbose=True
+        lds=system,
+        seq_len=32,
+        num_filters=8,
+        num_steps=20,
+        batch_size=8,
+        learning_rate=1e-2,
+        verbose=True,
     )
-    assert isinstance(losses, list) and losses[-1] < losses[0] and "20/20" in capsys.readouterr().out
+    assert (
+        isinstance(losses, list) and losses[-1] < losses[0] and "20/20" in capsys.readouterr().out
+    )
     assert model.get_num_params() == sum(p.numel() for p in model.parameters())
     inputs = torch.randn(10, 32, 10, device=device, dtype=torch.float32)
     with torch.no_grad():
@@ -1447,7 +1668,9 @@ def test_a_fitted_stu_is_a_linear_dynamical_system(L, K, hankel_L):
     assert system.B.shape == (len(system.A), 4) and system.C.shape == (3, len(system.A))
     scale = model(x).std()
     assert (system(x) - model(x)).abs().max() < 1e-3 * scale
-    assert (simulate(system, x) - model(x)).abs().max() < 1e-3 * scale  # one step after another, too
+    assert (
+        simulate(system, x) - model(x)
+    ).abs().max() < 1e-3 * scale  # one step after another, too
     past = simulate(system, torch.randn(1, 20 * L, 4))[:, -L:]
     assert past.std() < 3 * scale  # and it stays sane past seq_len
 
@@ -1466,7 +1689,9 @@ def test_baselines_are_causal_and_learn(make):
     assert reach[13:].max() < 1e-5 * reach.max() and (reach[:13] > 0).all()
     system = random_LDS(4, 3, 2, spectral_radius=0.8)
     system.C.data *= 4
-    losses = [loss for loss, _ in descend(model, lambda m: unseen_error(m, system, 30, 16), 80, 1e-2)]
+    losses = [
+        loss for loss, _ in descend(model, lambda m: unseen_error(m, system, 30, 16), 80, 1e-2)
+    ]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
@@ -1500,7 +1725,9 @@ def test_the_demo_prints_and_draws(tmp_path, monkeypatch, capsys, flags):
     run_lds(monkeypatch, f"{flags} {sizes} --out {tmp_path}/picture.png")
     printed = capsys.readouterr().out
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert "STU" in printed and "minutes" in printed.partition("step ")[0]  # the cost, before it starts
+    assert (
+        "STU" in printed and "minutes" in printed.partition("step ")[0]
+    )  # the cost, before it starts
     assert ("Mamba-2" in printed) == ("--compare" in flags) and ("left" in printed) == (
         "--steps 0" not in flags
     )
@@ -1523,13 +1750,18 @@ def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, capsys
         with pytest.raises(SystemExit, match="cannot write data/ant"):
             lds_module.ant_trajectories(3, 53, 0)
     states = lds_module.ant_trajectories(3, 53, 0)  # the half file is none
-    assert states.shape == (3, 53, 35) and states.isfinite().all() and states[..., 27:].abs().max() <= 1
+    assert (
+        states.shape == (3, 53, 35)
+        and states.isfinite().all()
+        and states[..., 27:].abs().max() <= 1
+    )
     monkeypatch.setattr(gymnasium, "make", None)
     run_lds(monkeypatch, "--ant --trajectories 3 --seq-len 52 --steps 2 --batch-size 2")
     printed = capsys.readouterr().out
     assert Path("ant.png").read_bytes().startswith(b"\x89PNG")
     assert all(
-        name in printed for name in ("STU-T", "hybrid", "attention", "Mamba-2", "no change", "50 alone")
+        name in printed
+        for name in ("STU-T", "hybrid", "attention", "Mamba-2", "no change", "50 alone")
     )
 
 
@@ -1586,7 +1818,9 @@ def test_lds_says_what_is_wrong_with_its_input(make, message):
 
 def test_training_that_diverges_says_so():
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        train_stu_on_lds(random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=1e30, verbose=False)
+        train_stu_on_lds(
+            random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=1e30, verbose=False
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2242,7 +2476,9 @@ def test_a_library_that_is_missing_is_named(tmp_path):
 TINY = """--n_embd 32 --n_layers 2 --n_heads 2 --seq_len 32 --window_size 16 --num_eigh 8 --batch_size 8
     --eval_sequences 8 --log_interval 1"""
 fork = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-fork.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.pyplot", __name__])
+fork.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.pyplot", __name__]
+)
 
 
 def run_script(
@@ -2277,7 +2513,9 @@ def run_script(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"line {i}: the quick brown fox\n" for i in range(3000)))
+    (folder / "text.txt").write_text(
+        "".join(f"line {i}: the quick brown fox\n" for i in range(3000))
+    )
     prepare_data.prepare([str(folder / "text.txt")], folder / "tokens")
     return folder / "tokens"
 
@@ -2285,7 +2523,14 @@ def data(tmp_path_factory):
 def start(data, out, flags, processes=1, torchrun=0, sizes=TINY, **limits):
     """Start a run, of several processes as torchrun starts them or by it; `finish` waits for it."""
     flags = flags.split() if isinstance(flags, str) else flags
-    where = ["--device", "cpu", "--data", str(data), "--out_dir", str(out)]  # bit for bit: on the CPU
+    where = [
+        "--device",
+        "cpu",
+        "--data",
+        str(data),
+        "--out_dir",
+        str(out),
+    ]  # bit for bit: on the CPU
     argv = ["train.py", *where, *sizes.split(), *flags]
     if torchrun:
         argv = ["torchrun", "--standalone", f"--nproc_per_node={torchrun}", *argv]
@@ -2293,7 +2538,9 @@ def start(data, out, flags, processes=1, torchrun=0, sizes=TINY, **limits):
         network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
     runs, output = [], data.parent / f"output_{time.monotonic_ns()}"
     for rank in map(str, range(processes)):
-        environment = {} if processes == 1 else {"RANK": rank, "WORLD_SIZE": str(processes), **network}
+        environment = (
+            {} if processes == 1 else {"RANK": rank, "WORLD_SIZE": str(processes), **network}
+        )
         args = (argv, f"{output}_{rank}", environment)
         runs.append(fork.Process(target=run_script, args=args, kwargs=limits, daemon=True))
         runs[-1].start()
@@ -2329,8 +2576,12 @@ def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
     several = f"{flags} --micro_batch_size 3"
     runs = {
         "ddp": start(data, tmp_path / "ddp", several, processes=2),
-        "fsdp": start(data, tmp_path / "fsdp", f"{several} --engine fsdp --use_gradient_checkpointing", 2),
-        "accumulated": start(data, tmp_path / "accumulated", f"{several} --use_gradient_checkpointing"),
+        "fsdp": start(
+            data, tmp_path / "fsdp", f"{several} --engine fsdp --use_gradient_checkpointing", 2
+        ),
+        "accumulated": start(
+            data, tmp_path / "accumulated", f"{several} --use_gradient_checkpointing"
+        ),
         "one": start(data, tmp_path / "one", flags),
     }
     for run in runs.values():
@@ -2342,10 +2593,14 @@ def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
     assert curves["one"][-1] < curves["one"][0]
 
 
-def test_muon_gives_the_same_curve_sharded_and_a_checkpoint_of_two_processes_resumes_on_one(data, tmp_path):
+def test_muon_gives_the_same_curve_sharded_and_a_checkpoint_of_two_processes_resumes_on_one(
+    data, tmp_path
+):
     flags = "--eval_interval 50 --checkpoint_interval 4 --decay none"
     one = start(data, tmp_path / "one", flags + " --steps 8")
-    code, output = run_train(data, tmp_path / "two", flags + " --steps 4 --engine fsdp", processes=2)
+    code, output = run_train(
+        data, tmp_path / "two", flags + " --steps 4 --engine fsdp", processes=2
+    )
     assert code == 0 and finish(one)[0] == 0, output
     code, output = run_train(data, tmp_path / "two", flags + " --steps 8")
     assert code == 0 and "after step 4" in output, output
@@ -2369,7 +2624,9 @@ def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path
         assert finish(run)[0] == -signal.SIGKILL
     code, output = run_train(data, out, flags)
     assert code == 0 and "continuing" in output and finish(whole)[0] == 0, output
-    a, b = (torch.load(o / "checkpoint_60.pt", weights_only=True)["model"] for o in (out, whole_out))
+    a, b = (
+        torch.load(o / "checkpoint_60.pt", weights_only=True)["model"] for o in (out, whole_out)
+    )
     assert all(torch.equal(a[name], b[name]) for name in b)
     for key in ("step", "loss", "val_loss"):
         assert logged(out, key) == logged(whole_out, key) and logged(out, key)
@@ -2442,9 +2699,14 @@ DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "zeros inside": zeros_inside,
     "another file": lambda path: torch.save([1], path),
-    "of another step": lambda path: path.write_bytes((path.parent / "checkpoint_2.pt").read_bytes()),
+    "of another step": lambda path: path.write_bytes(
+        (path.parent / "checkpoint_2.pt").read_bytes()
+    ),
     "one weight less": one_weight_less,
-    **{f"no {entry}": without(entry) for entry in ("step", "optimizer", "scaler", "config", "settings")},
+    **{
+        f"no {entry}": without(entry)
+        for entry in ("step", "optimizer", "scaler", "config", "settings")
+    },
 }
 
 
@@ -2480,7 +2742,9 @@ def test_what_cannot_be_read_or_is_not_ours_is_never_replaced(data, trained, tmp
     for name in ("checkpoint_best.pt", "checkpoint_2_keep.pt", "checkpoint_007.pt"):
         (out / name).write_text("mine")
     before = {path.name: path.read_bytes() for path in out.glob("[!.]*.*")}
-    (out / "checkpoint_9.pt").symlink_to("checkpoint_9.pt")  # a loop: the operating system cannot read it
+    (out / "checkpoint_9.pt").symlink_to(
+        "checkpoint_9.pt"
+    )  # a loop: the operating system cannot read it
     code, output = run_train(data, out, "--steps 8")
     assert code == 1 and "checkpoint_9.pt" in output and "Traceback" not in output, output
     (out / "checkpoint_9.pt").unlink()
@@ -2489,11 +2753,16 @@ def test_what_cannot_be_read_or_is_not_ours_is_never_replaced(data, trained, tmp
     code, output = run_train(data, out, "--steps 8")
     assert code == 1 and "no checkpoint in" in output and "--fresh" in output, output
     for name, content in before.items():
-        assert (out / name).read_bytes() == content or name in ("checkpoint_2.pt", "checkpoint_4.pt"), name
+        assert (out / name).read_bytes() == content or name in (
+            "checkpoint_2.pt",
+            "checkpoint_4.pt",
+        ), name
     code, output = run_train(data, out, "--steps 2 --checkpoint_interval 1 --fresh")
-    assert code == 0 and checkpoints(out) == [1, 2] and (out / "checkpoint_best.pt").read_text() == "mine", (
-        output
-    )
+    assert (
+        code == 0
+        and checkpoints(out) == [1, 2]
+        and (out / "checkpoint_best.pt").read_text() == "mine"
+    ), output
 
 
 def test_what_cannot_be_written_is_told_in_a_sentence_and_what_was_stays(data, trained, tmp_path):
@@ -2530,7 +2799,9 @@ def test_nothing_that_is_printed_or_logged_ends_a_run(data, trained, tmp_path):
     """A reader who has gone, letters that the encoding lacks, control characters, lines that are none."""
     ascii_out, nobody = shutil.copytree(trained, tmp_path / "a"), tmp_path / "nobody é"
     with open(ascii_out / "log.jsonl", "a", errors="surrogateescape") as f:
-        f.write('{"step": 3, "loss": 1.0\n[1]\n{"step": "x"}\n{"loss": 1}\n\udcff' + "[" * 100000 + "\n")
+        f.write(
+            '{"step": 3, "loss": 1.0\n[1]\n{"step": "x"}\n{"loss": 1}\n\udcff' + "[" * 100000 + "\n"
+        )
     flags = ["--steps", "6", "--eval_interval", "1", "--prompt", "\x1b[31mé\udcff\u4e2d\u202e"]
     runs = [
         start(data, ascii_out, flags, encoding="ascii"),
@@ -2599,7 +2870,10 @@ def windows_of(folder, T):
 
 
 def test_samples_and_chat_are_what_the_model_generates(data, trained, tmp_path):
-    model, tokenizer = FlashSTU.from_pretrained(trained / "model"), prepare_data.get_tokenizer("bytes")
+    model, tokenizer = (
+        FlashSTU.from_pretrained(trained / "model"),
+        prepare_data.get_tokenizer("bytes"),
+    )
 
     def answer(tokens):
         options = {"max_new_tokens": 7, "temperature": 0, "stop_token": tokenizer.eot}
@@ -2612,17 +2886,32 @@ def test_samples_and_chat_are_what_the_model_generates(data, trained, tmp_path):
     (tmp_path / "typed.txt").write_text("line 1\n\n: the\n")
     flags = "--temperature 0 --max_new_tokens 7"
     runs = [
-        start(data, trained, f"--sample @{tmp_path / 'prompt.txt'} {flags} --num_samples 2", sizes=""),
+        start(
+            data, trained, f"--sample @{tmp_path / 'prompt.txt'} {flags} --num_samples 2", sizes=""
+        ),
         start(data, trained / "model", f"--sample line {flags}", sizes=""),
         start(data, trained, f"--chat {flags}", sizes="", stdin=tmp_path / "typed.txt"),
     ]
-    command = [sys.executable, "train.py", "--out_dir", "../é\udcff", "--sample", "é\udcff", *flags.split()]
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}  # names and prompts are bytes there
+    command = [
+        sys.executable,
+        "train.py",
+        "--out_dir",
+        "../é\udcff",
+        "--sample",
+        "é\udcff",
+        *flags.split(),
+    ]
+    environment = os.environ | {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+    }  # names and prompts are bytes there
     (tmp_path / "code").mkdir()
     for file in ("train.py", "stu.py", "prepare_data.py"):
         (tmp_path / "code" / file).symlink_to(HERE / file)
     shutil.copytree(trained, tmp_path / "é\udcff")
-    said = subprocess.run(command, cwd=tmp_path / "code", env=environment, capture_output=True, check=True)
+    said = subprocess.run(
+        command, cwd=tmp_path / "code", env=environment, capture_output=True, check=True
+    )
     assert said.stdout.startswith(b"\\xe9\\ufffd"), said
     (_, two), (_, one), (_, chat) = map(finish, runs)
     assert two == ("line 1: the é" + answer(list("line 1: the é".encode()))) * 2
@@ -2656,7 +2945,9 @@ def test_eval_only_reads_far_past_seq_len_with_and_without_its_memory(data, trai
     assert "windows of 32" in output2
     assert list(rows) == ["state carried", "all reset", "STU reset"] and output != other
     assert list(rows["STU reset"]) == ["0-64", "64-128", "128-256", "256-512"]
-    assert float(rows["state carried"]["128-256"]) == pytest.approx(whole[128:256].mean().item(), abs=2e-4)
+    assert float(rows["state carried"]["128-256"]) == pytest.approx(
+        whole[128:256].mean().item(), abs=2e-4
+    )
     assert len({row["256-512"] for row in rows.values()}) == 3
 
 
@@ -2708,12 +2999,18 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
             for v, names in OUT_OF_RANGE.items()
             for k in names.split()
         },
-        **{f"--{name}=": f"--{name} must not be empty" for name in ("sample", "out_dir", "data", "draw")},
+        **{
+            f"--{name}=": f"--{name} must not be empty"
+            for name in ("sample", "out_dir", "data", "draw")
+        },
     }
     runs = {flags: start(data, tmp_path / "run", flags) for flags in mistakes}
     for flags, run in runs.items():
         code, output = finish(run)
-        assert code != 0 and mistakes[flags] in output and "Traceback" not in output, (flags, output)
+        assert code != 0 and mistakes[flags] in output and "Traceback" not in output, (
+            flags,
+            output,
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -2728,7 +3025,10 @@ def test_presets_say_their_size_and_run_one_step_on_the_meta_device(data, tmp_pa
 
 
 def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
-    flags, dtypes = "--steps 5 --eval_interval 100 --optimizer adamw", ("float32", "bfloat16", "float16")
+    flags, dtypes = (
+        "--steps 5 --eval_interval 100 --optimizer adamw",
+        ("float32", "bfloat16", "float16"),
+    )
     runs = [start(data, tmp_path / dtype, f"{flags} --dtype {dtype}") for dtype in dtypes]
     for dtype, run in zip(dtypes, runs):
         code, output = finish(run)
@@ -2751,7 +3051,9 @@ def test_the_benchmark_prints_and_draws(tmp_path, capsys):
     )
     draw_costs(tmp_path / "cost.png", [20, 90], seconds, [64, 130], speeds)
     assert (tmp_path / "cost.png").stat().st_size > 5000 and len(speeds) == 4
-    assert capsys.readouterr().out.count("\n") == 11 and stu.windowed_attention is windowed_attention
+    assert (
+        capsys.readouterr().out.count("\n") == 11 and stu.windowed_attention is windowed_attention
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2817,9 +3119,13 @@ def benchmark_filtering(B, T, d, approx, device):
     routes = (lambda: layer.convolve(x, filters, M, x.dtype)), (lambda: usual_stu(x, phi, M))
     notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
     steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
-    notes.append("peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps)))
+    notes.append(
+        "peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps))
+    )
     ours, usual = (timed(step)[0] for step in steps)
-    moved = 4 * x.numel() * x.element_size()  # the least: input and output, and the gradient of each
+    moved = (
+        4 * x.numel() * x.element_size()
+    )  # the least: input and output, and the gradient of each
     notes.append(f"{moved / ours / 1e9:.1f} GB/s of the least traffic")
     row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", ours, usual, *notes)
 
@@ -2859,7 +3165,11 @@ def benchmark_length(lengths, device, dtype):
             )
             speeds[name].append(T / seconds)
         size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{f'{name}, {size:.1f}M parameters':<44}", *(f"{s:>9,.0f}" for s in speeds[name]), flush=True)
+        print(
+            f"{f'{name}, {size:.1f}M parameters':<44}",
+            *(f"{s:>9,.0f}" for s in speeds[name]),
+            flush=True,
+        )
     stu.windowed_attention = windowed
     return speeds
 
@@ -2867,12 +3177,20 @@ def benchmark_length(lengths, device, dtype):
 def benchmark_generation(contexts, device, dtype):
     """One token from the state, against reading the context again -> seconds of both for each context."""
     config = FlashSTUConfig(
-        n_embd=256, n_layers=4, n_heads=4, seq_len=2048, window_size=256, vocab_size=256, torch_dtype=dtype
+        n_embd=256,
+        n_layers=4,
+        n_heads=4,
+        seq_len=2048,
+        window_size=256,
+        vocab_size=256,
+        torch_dtype=dtype,
     )
     model, seconds = FlashSTU(config).to(device), []
     for context in contexts:
         ids, state = torch.randint(256, (1, context), device=device), []
-        reading, _ = timed(lambda ids=ids, state=state: model.generate(ids, max_new_tokens=0, state=state), 1)
+        reading, _ = timed(
+            lambda ids=ids, state=state: model.generate(ids, max_new_tokens=0, state=state), 1
+        )
         tokens = model.stream(ids[:, :0], 33, state=state)
         seconds.append((timed(lambda tokens=tokens: next(tokens), 32)[0], reading))
         row(f"next token at context {context}", *seconds[-1])
@@ -2893,9 +3211,15 @@ def draw_costs(path, contexts, seconds, lengths, speeds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time stu.py against the usual route, two minutes on a CPU.")
-    parser.add_argument("--full", action="store_true", help="with eigh at L = 8192 and lengths to 32,768")
-    parser.add_argument("--draw", metavar="FILE", help="only the costs of context and length, drawn to FILE")
+    parser = argparse.ArgumentParser(
+        description="Time stu.py against the usual route, two minutes on a CPU."
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="with eigh at L = 8192 and lengths to 32,768"
+    )
+    parser.add_argument(
+        "--draw", metavar="FILE", help="only the costs of context and length, drawn to FILE"
+    )
     args = parser.parse_args()
     if args.draw:
         open(args.draw, "ab").close()  # fails before the work, not after it
@@ -2907,13 +3231,19 @@ def main():
     if not args.draw:
         for L in (64, 2048, 8192) if args.full else (64, 2048):
             benchmark_filters(L)
-        small, large = [(2, 4096, 512), (8, 512, 256)], [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)]
+        small, large = (
+            [(2, 4096, 512), (8, 512, 256)],
+            [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)],
+        )
         for shape in large if cuda else small:
             benchmark_filtering(*shape, True, device)
         benchmark_filtering(8, 1024, 128, False, device)
     contexts = [512, 2048, 8192, 32768, 131072]
     lengths = [2**i for i in range(10, 16 if args.full or args.draw or cuda else 14)]
-    seconds, speeds = benchmark_generation(contexts, device, dtype), benchmark_length(lengths, device, dtype)
+    seconds, speeds = (
+        benchmark_generation(contexts, device, dtype),
+        benchmark_length(lengths, device, dtype),
+    )
     if args.draw:
         draw_costs(args.draw, contexts, seconds, lengths, speeds)
 
