@@ -1359,7 +1359,7 @@ def save_own_filters(stu, state_dict, prefix, _):
 def load_own_filters(stu, state_dict, prefix, *_):
     """A hook of STU.load_state_dict."""
     filters = state_dict.pop(prefix + "filters", None)
-    if filters is None:
+    if filters is None or torch.equal(filters.cpu(), stu.bank.filters):
         return
     if len(filters) != stu.seq_len:
         raise ValueError(f"{prefix}filters have length {len(filters)}, not {stu.seq_len}")
