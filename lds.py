@@ -318,11 +318,14 @@ class MiniSTU(nn.Module):
         bank = self.stu.bank
         if len(self.mlp) > 0 or bank.lds is None:
             raise ValueError("to_lds wants no use_mlp=True, and filters that are sums of decays")
+        A = bank.lds.powers[1]
+        if not torch.equal(A, A.tril()):  # a pair of decays that ring is a block of 2 x 2
+            raise ValueError("to_lds wants real decays, max_angle=0")
         L = self.seq_len
         d_in = self.input_dim
         M = self.stu.M.double().cpu()
         response = bank.filters @ M.flatten(1)  # [L, input_dim · output_dim]
-        poles = bank.lds.powers[1].diagonal()
+        poles = A.diagonal()  # A is triangular, so these are its eigenvalues
         # Past L the response is asked to fade, with little weight, at 300 lags between L and 40 L.
         far = (L * 40 ** torch.linspace(0, 1, 300)).round()
         lag = torch.cat([torch.arange(L), far])

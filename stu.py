@@ -155,10 +155,10 @@ class FlashSTUConfig:
 
 # ---- 2. The filters ------------------------------------------------------------------------------
 #
-# Which few signals does one need, so that weighted sums of them come close to every decay α^t? Those
-# that span most of the sum, over all decays, of the decay times its transpose: its top eigenvectors
-# (as in a principal component analysis of all decays). With the paper's weight (1-α)², under which
-# slow decays do not outweigh the others, this sum has a closed form, the Hankel matrix
+# Which few signals does one need, so that weighted sums of them come close to every decay? Write the
+# decay of α as a vector a = (1, α, α², ...). As in a principal component analysis, the best signals
+# are the top eigenvectors of the sum of all a aᵀ. With the paper's weight (1-α)², under which slow
+# decays do not outweigh the others, this sum has a closed form, the Hankel matrix
 #     Z_ij = ∫ (1-α)² α^(i-1) α^(j-1) dα = 2 / ((i+j)^3 - (i+j)),    α from 0 to 1, i, j = 1..L.
 # The second Hankel matrix of the paper, "Hankel-L", has α from -1 to 1 and the weight (1-α²)².
 #
@@ -183,8 +183,9 @@ def get_spectral_filters(
     K = check_integer("num_eigh", K)
     max_angle = check_number("max_angle", max_angle, most=90.0)
     check_floating(dtype)
-    # The decays are α = exp(-rate), and log(rate) is evenly spaced: for a smooth function that goes
-    # to zero at both ends, as ours then does, such a sum is exact to 1e-16. The fastest decay has
+    # The decays are α = exp(-rate), and log(rate) is evenly spaced. For a smooth function that goes
+    # to zero at both ends, as ours then does, such a sum is as good as the integral: with half the
+    # spacing no filter that is used changes by more than 1e-12. The fastest decay has
     # forgotten everything after one step. The slowest is constant over L lags, or so slow that the
     # weight (1-α)² dα is less than 1e-26.
     spacing = 0.1
@@ -332,7 +333,7 @@ def full_stu_conv(x, filters, M, most_entries):
     x [B, T, d_in], filters [at most T, 2K], M [2K, d_in, d_out] -> y [B, T, d_out].
     In the frequency domain a convolution is a product. So at each frequency ω the whole layer is
     one matrix Σ_k Φ_k(ω) M_k, and the outputs of all filters, [B, T, 2K, d_in], are never formed.
-    most_entries bounds the size of these matrices: it is that of 64 of them, unless tiles are set.
+    At most `most_entries` entries of these matrices exist at a time.
     """
     T = x.shape[1]
     _, d_in, d_out = M.shape
@@ -390,8 +391,8 @@ class STU(nn.Module):
     the published code, φ_k(t) + (-1)^t φ_k(t) is zero at every odd lag.
 
     precomputed_filters: other filters than the eigenvectors, phi [seq_len, K] or a FilterBank.
-    backend: "fft" convolves if the whole input is given and no longer than seq_len, "lds" never.
-    For the other options see FlashSTUConfig.
+    backend: "fft" convolves if the whole input is given and is no longer than seq_len, "lds" runs
+    the recurrence of section 7 also then. For the other options see FlashSTUConfig.
     """
 
     def __init__(
@@ -465,7 +466,7 @@ class STU(nn.Module):
 
         An input may come in pieces of any size: begin with state None, then give the state that
         the last call returned. Do not use a state again that was given to a call: its tensors may
-        have been overwritten. Past seq_len the filters fade out smoothly.
+        have been overwritten. Past seq_len the recurrence lets the filters fade out.
         attention_mask [B, T] is 0 at padding, which then counts as an input of zeros.
         """
         check_input(x, self.d_in)
@@ -531,7 +532,7 @@ class STU(nn.Module):
         if state is None:
             state = start_state(x[:, :0])
         (past,) = state.memory
-        check_state(past[:, :0], [B, 0, self.d_in])
+        check_state(past, [B, past.shape[1], self.d_in])
         inputs = torch.cat([past.to(x.dtype), x], dim=1)
         y = self.convolve(inputs)[:, -T:]
         past = inputs[:, -self.seq_len :].clone()  # a slice alone would keep all of it in memory
@@ -647,13 +648,14 @@ class SlidingWindowAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, head_size]
         q = rotate(self.q_norm(q), rotation).to(v.dtype)  # (angles are float32)
         k = rotate(self.k_norm(k), rotation).to(v.dtype)
-        if state is not None:
+        begins = state is None
+        if not begins:
             y, state = self.go_on(q, k, v, position, state)
         elif flash_attn_func is not None and attention_mask is None and on_cuda_16_bit(q):
             y = flash_attention(q, k, v, self.window, self.softcap)  # section 9
         else:
             y = windowed_attention(q, k, v, self.window, self.softcap, position)
-        if use_cache and state is None:
+        if use_cache and begins:
             state = write_to_ring(start_ring(k, self.window), k, v, position)  # section 7
         y = self.c_proj(y.transpose(1, 2).flatten(2))
         return (y, state) if use_cache else y
@@ -812,9 +814,9 @@ class LanguageModel(nn.Module):
             self.layers.append(FlashSTUBlock(config=c, use_attention=use_attention))
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. Each is
-        # scaled down by its last matrix, so that the sum has the same size at any depth.
-        last_matrices = (
+        # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix of
+        # each is scaled down, so that the sum has the same size at any depth.
+        scaled_down = (
             "mixer.M",
             "mixer.M_filters",
             "mixer.c_proj.weight",
@@ -822,7 +824,7 @@ class LanguageModel(nn.Module):
         )
         with torch.no_grad():
             for name, p in self.layers.named_parameters():
-                if name.endswith(last_matrices):
+                if name.endswith(scaled_down):
                     p *= (2 * c.n_layers) ** -0.5
         self.to(getattr(torch, c.torch_dtype))
 
@@ -913,10 +915,11 @@ class LanguageModel(nn.Module):
 #     S_i     = p S_i + g v_i
 #     v_{i+1} = g S_i - p v_i.
 # The matrix [p g; g -p] is orthogonal, therefore so is one step of the whole chain, from (S, u) to
-# (S, v_{n+1}). Its first n rows are [A b], hence A Aᵀ + b bᵀ = I. Insert this equation into itself
-# for the I on the left of Aᵀ, again and again: Σ_t A^t b (A^t b)ᵀ = I. So the answers of the n
-# sections to an impulse, ψ(t) = A^t b, are orthonormal signals. Their weights C are no larger than
-# the filters, and float32 is right to 1e-6. (This is the Takenaka-Malmquist basis.)
+# (S, v_{n+1}). Its first n rows are [A b], hence I = b bᵀ + A I Aᵀ. Put the right side in for the I
+# between A and Aᵀ, again and again: I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., since A^t goes to 0.
+# This says that ψ(t) = A^t b, the answers of the n sections to an impulse, are orthonormal signals.
+# Then their weights C are about as large as the filters, not larger, and float32 is right to 1e-6.
+# (This is the Takenaka-Malmquist basis.)
 #
 # What rings is a pair of decays r e^(±iθ), and its section holds two numbers (Kautz' basis). A step
 # is two rotations (x, y) -> (c x - s y, s x + c y), which are orthogonal too. The first, c = r², turns
@@ -946,16 +949,18 @@ def choose_decays(L, n_pairs, max_angle):
     return with_mirror_images
 
 
-def fit_recurrence(filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6, max_angle=0.0):
+def fit_recurrence(
+    filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6, most_ringing=0.5, max_angle=0.0
+):
     """The system that answers an impulse with the filters [L, 2K], a SpectralLDS of n = 2 n_pairs
     states, and more for a sector, or None.
 
-    It is None if the error is more than `tolerance` of the largest value of a filter, or if the
-    system goes on ringing after lag L, as for filters that are no sums of decays. It is also None
-    from 512 states on, where the last L inputs are the cheaper memory.
+    It is None if the error is more than `tolerance` of the largest value of a filter, or if what
+    comes after lag L is more than `most_ringing` of a filter, as it is for filters that are no sums
+    of decays. It is also None if it took more than 512 states.
     """
-    phi = filters.numpy()
-    L = len(phi)
+    bank = filters.numpy()
+    L = len(bank)
     if n_pairs is None:
         n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
     decays = choose_decays(L, n_pairs, math.radians(max_angle))
@@ -964,9 +969,8 @@ def fit_recurrence(filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6, m
         return None
 
     # What enters a section is a weighted sum of S_1, ..., S_n and u, written as a row of weights.
-    held = np.eye(n + 1)  # the rows of S_1, ..., S_n
-    enters = held[n]  # u enters the first section
-    new = []
+    *held, enters = np.eye(n + 1)  # S_1, ..., S_n, and u, which enters the first section
+    new = []  # what S_1, S_2, ... become
     for p in decays:
         S_i = held[len(new)]
         if p.imag == 0:
@@ -997,11 +1001,11 @@ def fit_recurrence(filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6, m
     A_L = np.linalg.matrix_power(A, L)
     P = A_L @ A_L.T
     gram = np.eye(n) - P + fade**2 * P
-    C = np.linalg.solve(gram, psi.T @ phi).T  # the normal equations
-    error = np.abs(psi @ C.T - phi).max() / np.abs(phi).max()
-    norm = np.linalg.norm(phi, axis=0).max()
+    C = np.linalg.solve(gram, psi.T @ bank).T  # the normal equations
+    error = np.abs(psi @ C.T - bank).max() / np.abs(bank).max()
+    norm = np.linalg.norm(bank, axis=0).max()
     norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()
-    if error > tolerance or norm_after_L > 5e5 * tolerance * norm:
+    if error > tolerance or norm_after_L > most_ringing * norm:
         return None
     powers = [np.eye(n)]
     for _ in range(chunk):
@@ -1058,13 +1062,13 @@ def recur(u, S, lds, M):
         y = y + torch.einsum("tnd,cbnd->cbtd", to_state, states)
     else:
 
-        def full_stu(u, S):
-            filtered = torch.einsum("tik,bid->btkd", to_inputs, u)
-            filtered = filtered + torch.einsum("tkn,bnd->btkd", to_state, S)
+        def full_stu(chunk, S_before):
+            filtered = torch.einsum("tik,bid->btkd", to_inputs, chunk)
+            filtered = filtered + torch.einsum("tkn,bnd->btkd", to_state, S_before)
             return filtered.flatten(2) @ M.flatten(0, 1)
 
         # One chunk at a time, because the outputs of all filters are large.
-        y = [recompute(full_stu, chunk, S) for chunk, S in zip(u, states)]
+        y = [recompute(full_stu, chunk, S_before) for chunk, S_before in zip(u, states)]
         y = torch.stack(y)
     y = y.transpose(0, 1).flatten(1, 2)  # [B, chunks · size, d_out]
     return y[:, :T], S
@@ -1234,7 +1238,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         raise ValueError("the logits must be finite; do the weights hold NaN?")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = (logits - best) / max(temperature, 1e-30)  # at most 0, so nothing overflows
+    logits = (logits - best) / max(temperature, 1e-30)  # 0 or less, so nothing overflows to inf
     if top_k == 0 and top_p == 1:
         choice = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
         return choice[:, 0]
@@ -1353,7 +1357,7 @@ HF_CONFIG = {  # what transformers looks for in a config.json, to find the class
 def save_own_filters(stu, state_dict, prefix, _):
     """A hook of STU.state_dict: filters that the layer was given are saved, the standard ones not."""
     if stu.has_own_filters:
-        state_dict[prefix + "filters"] = stu.bank.filters
+        state_dict[prefix + "filters"] = stu.bank.filters.clone()  # layers may share a bank
 
 
 def load_own_filters(stu, state_dict, prefix, *_):
@@ -1568,7 +1572,9 @@ if (int(major), int(minor)) >= (4, 57):
                 mask = check_mask(attention_mask, *input_ids.shape)
                 # Padding matters to tokens that come after it: here, or in a later call.
                 before_token = ~mask[:, :-1] & mask[:, 1:]
-                matters = not mask.all() if use_cache else before_token.any()
+                matters = before_token.any()
+                if use_cache:  # more tokens may follow
+                    matters = not mask.all()
                 attention_mask = mask if matters else None
             x, cache.state = self.hidden(input_ids, cache.state, use_cache, attention_mask)
             cache.length += input_ids.shape[1]
