@@ -24,7 +24,8 @@ The letters, everywhere in this file:
     L  length of the filters, `seq_len`
     K  number of eigenvectors, `num_eigh`
     φ  the eigenvectors, signals of length L: phi [L, K]
-    Φ  the filter bank [L, 2K]: each φ_k(t), and its alternating twin (-1)^t φ_k(t)
+    Φ  the filter bank [L, 2K]: each φ_k(t), and its alternating twin (-1)^t φ_k(t). (The filters
+       of "Hankel-L", section 2, have both signs in themselves. There Φ is φ.)
     M  the weights of an STU
 
 Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.10489), "SpectraLDS"
@@ -111,7 +112,7 @@ class FlashSTUConfig:
     bias: bool = False  # in the linear layers
     dropout: float = 0.0
     use_hankel_L: bool = False  # the other Hankel matrix of the paper, see section 2
-    use_approx: bool = True  # STU-T, which has fewer weights; False: the full STU, see section 4
+    use_approx: bool = True  # the smaller of two kinds of STU, STU-T; see section 4
     use_tensorized: bool = False  # filters made of short ones, see section 9
     use_flash_fft: bool = True  # FlashFFTConv, where it is installed
     use_stu: bool = True  # False: attention in every layer
@@ -123,7 +124,7 @@ class FlashSTUConfig:
     d_out_tile: int | None = None  # the smaller the less; the results are the same
     use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
     torch_dtype: str = "bfloat16"  # of the weights; to train, choose "float32" and autocast
-    max_angle: float = 0.0  # in degrees: filters also for systems that ring, see section 2
+    max_angle: float = 0.0  # in degrees; > 0: filters also for systems that oscillate, section 2
 
     def __post_init__(self):
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
@@ -269,7 +270,9 @@ class FilterBank:
         """Copies of the filters and the recurrence for inputs of this dtype, float32 or better."""
         dtype = torch.promote_types(dtype, torch.float32)
         if (device, dtype) not in self.copies:
-            with torch.inference_mode(False):  # a later call may want to train
+            # Under inference_mode the copies could never be used to train. And each is a copy, also
+            # where there is nothing to convert, so that nobody can change the original.
+            with torch.inference_mode(False):
                 filters = self.filters.to(device, dtype, copy=True)
                 lds = None
                 if self.lds is not None:
@@ -453,7 +456,11 @@ class STU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """White input of unit variance gives output of about unit variance."""
+        """White input of unit variance gives output of about unit variance.
+
+        For u = x M_inputs this is so with weights of variance 1 / d_in. The filter of a channel,
+        Σ_k Φ_k(t) M_filters[k], then has to have Σ_t of its squares 1, on average.
+        """
         gain = self.bank.filters.norm().item()  # √(Σ_k |Φ_k|²)
         if self.use_approx:
             nn.init.normal_(self.M_inputs, std=self.d_in**-0.5)
@@ -483,10 +490,10 @@ class STU(nn.Module):
     def convolve(self, x):
         """The layer as one convolution over the whole sequence."""
         B, T, _ = x.shape
-        if B == 0:
+        if B == 0:  # FFTs refuse that
             return x.new_zeros(0, T, self.d_out)
         filters, _ = self.bank.on(x.device, x.dtype)
-        filters = filters[:T]
+        filters = filters[:T]  # lags that the input does not reach are left out
         if not self.use_approx:
             most_entries = 64 * self.d_in_tile * self.d_out_tile
             return full_stu_conv(x, filters, self.M, most_entries).to(x.dtype)
@@ -717,7 +724,7 @@ class FlashSTUBlock(nn.Module):
             raise ValueError("give a block either a config, or sizes and options")
         c = config
         if c is None:
-            options["use_attn"] = use_attention
+            options["use_attn"] = use_attention  # without attention n_heads does not matter
             options["num_eigh"] = num_filters or 24
             c = FlashSTUConfig(d_model, seq_len=sequence_length, **options)
         d = c.n_embd
@@ -803,7 +810,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         c = replace(config)  # a copy, which is checked again
         self.config = c
-        self.gradient_checkpointing = c.use_gradient_checkpointing
+        self.gradient_checkpointing = c.use_gradient_checkpointing  # transformers sets it, too
         self.tok_emb = nn.Embedding(c.vocab_size, c.n_embd)
         self.dropout = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList()
