@@ -7,7 +7,7 @@ Who predicts a robot? MuJoCo's Ant, a body with four legs, under random torques.
 Models of four layers predict the next state of the robot from its states and torques so far: 27
 numbers, or in a second task the 13 positions alone, so that they have to remember. They have about
 equally many parameters, and train for the same CPU time (--seconds) at the best of three learning
-rates, each tried for a quarter of that time. The robot is simulated once, into the folder data.
+rates, each tried for a quarter of that time. It is simulated once, into the folder data.
 """
 
 import argparse
@@ -29,7 +29,7 @@ N_TORQUES = 8
 N_ALONE = 50  # steps that a model predicts on its own predictions
 SHOWN = (1, 5, 10, 25, 50)  # of these, in the table
 WIDTH = 64
-SEED = 0
+L = 128  # length of the trajectories and of the filters
 RATES = (1e-2, 2e-2, 4e-2)
 TASKS = {"The whole state": N_STATE, "Positions only": 13}
 KINDS = {  # the layers, filters of an STU, width of the MLP for about equal numbers of parameters
@@ -41,29 +41,30 @@ KINDS = {  # the layers, filters of an STU, width of the MLP for about equal num
 }
 
 
-def simulate(number, length):
-    """States and torques [number, length, N_STATE + N_TORQUES]."""
+def simulate(number):
+    """States and torques [number, L + 1, N_STATE + N_TORQUES]."""
     try:
         import gymnasium
         import mujoco  # noqa: F401
     except ImportError:
         sys.exit('the robot needs pip install "gymnasium[mujoco]"')
     env = gymnasium.make("Ant-v5", terminate_when_unhealthy=False).unwrapped
-    torch.manual_seed(SEED)
-    torques = torch.randn(number, length, N_TORQUES)
-    for t in range(1, length):  # smooth, with a memory of ten steps
-        torques[:, t] = 0.9 * torques[:, t - 1] + math.sqrt(1 - 0.9**2) * torques[:, t]
+    torch.manual_seed(0)
+    torques = torch.randn(number, L + 1, N_TORQUES)
+    for t in range(1, L + 1):  # smooth, with a memory of ten steps
+        new = math.sqrt(1 - 0.9**2) * torques[:, t]
+        torques[:, t] = 0.9 * torques[:, t - 1] + new
     torques = torques.tanh()
-    states = torch.empty(number, length, N_STATE)
+    states = torch.empty(number, L + 1, N_STATE)
     start = time.perf_counter()
     for i in range(number):
         env.reset(seed=i)
-        for t in range(length):
-            # without qpos[:2], where it stands on the plane
-            states[i, t] = torch.tensor([*env.data.qpos[2:], *env.data.qvel])
+        for t in range(L + 1):
+            position = env.data.qpos[2:]  # without where it stands on the plane
+            states[i, t] = torch.tensor([*position, *env.data.qvel])
             env.step(torques[i, t].numpy())
         if (i + 1) % 100 == 0:
-            left = (time.perf_counter() - start) / (i + 1) * (number - i - 1)
+            left = (time.perf_counter() - start) * (number / (i + 1) - 1)
             print(f"simulated {i + 1}/{number} trajectories, {left:.0f} s left", flush=True)
     return torch.cat([states, torques], dim=2)
 
@@ -90,7 +91,8 @@ class Mamba2(nn.Module):
         v = self.conv(v.transpose(1, 2))[:, :, :T].transpose(1, 2)
         u, B, C = F.silu(v).split(self.convolved, dim=-1)
         dt = F.softplus(dt + self.log_dt).transpose(1, 2)  # [batch, heads, T]
-        log_a = -(dt * self.log_A.exp()[:, None]).cumsum(dim=-1)
+        rate = dt * self.log_A.exp()[:, None]
+        log_a = -rate.cumsum(dim=-1)
         log_decay = log_a.unsqueeze(3) - log_a.unsqueeze(2)  # [batch, heads, t, s]
         future = torch.ones(T, T, dtype=torch.bool).triu(1)
         decay = log_decay.masked_fill(future, -math.inf).exp()
@@ -100,7 +102,7 @@ class Mamba2(nn.Module):
         return self.decode((y + self.D * u) * F.silu(gate))
 
 
-def make_model(kind, d, L):
+def make_model(kind, d):
     layers, num_filters, mlp_scale = KINDS[kind]
     options = {"n_heads": 4, "window_size": L, "softcap": 0.0, "mlp_scale": mlp_scale}
     modules = [nn.Linear(d + N_TORQUES, WIDTH)]
@@ -114,11 +116,10 @@ def make_model(kind, d, L):
 
 
 def make_optimizers(model):
-    """Muon for the matrices of the blocks, Adam for the rest, scaled so that one rate suits both."""
-    named = model[1:-2].named_parameters()
+    """Muon for the matrices of the blocks, Adam for the rest; scaled so that one rate suits."""
+    named = model[1:-2].named_parameters()  # of the blocks
     matrices = [p for name, p in named if p.ndim == 2 and "M_filters" not in name]
-    chosen = set(matrices)
-    rest = [p for p in model.parameters() if p not in chosen]
+    rest = set(model.parameters()) - set(matrices)
     muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.Adam(rest)]
 
@@ -137,16 +138,17 @@ class Task:
         self.unit = self.change[: self.n_train].std()  # in which models predict
 
     def train(self, kind, seconds, rate, batch_size=8):
-        """The rate falls to zero in the second half of the time -> model, mean of the last losses."""
-        torch.manual_seed(SEED)  # the same weights and data at every rate
-        model = make_model(kind, self.d, self.inputs.shape[1])
+        """The rate falls to zero in the second half of the time -> model, mean of last losses."""
+        torch.manual_seed(0)  # the same weights and data at every rate
+        model = make_model(kind, self.d)
         optimizers = make_optimizers(model)
         losses = []
         start = time.process_time()
         share = 0.0  # of the time
         while share < 1:
             rows = torch.randint(self.n_train, (batch_size,))
-            loss = F.mse_loss(self.unit * model(self.inputs[rows]), self.change[rows])
+            prediction = self.unit * model(self.inputs[rows])
+            loss = F.mse_loss(prediction, self.change[rows])
             loss.backward()
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = rate * min(1, 2 - 2 * share)
@@ -154,19 +156,20 @@ class Task:
             model.zero_grad()
             losses.append(loss.item())
             share = (time.process_time() - start) / seconds
-        return model, sum(losses[-10:]) / len(losses[-10:])
+        last = losses[-10:]
+        return model, sum(last) / len(last)
 
     @torch.no_grad()
     def judge(self, model):
         """The error of one step, and those of N_ALONE steps on its own predictions."""
         x = self.inputs[self.n_train :].clone()
         change = self.change[self.n_train :]
-        true = x[:, :, : self.d] + change
         one_step = F.mse_loss(self.unit * model(x), change).item()
-        L = x.shape[1]
+        true = x[:, :, : self.d] + change
         alone = []
         for t in range(L - N_ALONE, L):
-            state = x[:, t, : self.d] + self.unit * model(x[:, : t + 1])[:, -1]
+            change = self.unit * model(x[:, : t + 1])[:, -1]
+            state = x[:, t, : self.d] + change
             alone.append(F.mse_loss(state, true[:, t]).item())
             if t + 1 < L:
                 x[:, t + 1, : self.d] = state
@@ -175,16 +178,13 @@ class Task:
 
 def main():
     parser = argparse.ArgumentParser(description="Who predicts a robot?")
-    parser.add_argument("--trajectories", type=int, default=1000)
-    parser.add_argument("--seq_len", type=int, default=128)
+    parser.add_argument("--trajectories", type=int, default=1000, help="at least 10")
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--out", default="ant.png")
     args = parser.parse_args()
-    if args.seq_len <= N_ALONE or args.trajectories < 10:
-        parser.error(f"need --seq_len above {N_ALONE} and at least 10 --trajectories")
-    path = Path(f"data/ant-{args.trajectories}x{args.seq_len}.pt")
+    path = Path(f"data/ant-{args.trajectories}.pt")
     if not path.exists():
-        data = simulate(args.trajectories, args.seq_len + 1)
+        data = simulate(args.trajectories)
         path.parent.mkdir(exist_ok=True)
         torch.save(data, path)
     data = torch.load(path)

@@ -91,7 +91,7 @@ def ask(model, questions, n):
 
 
 def make_optimizers(model):
-    """Muon for the matrices of the layers, Adam for the rest; scaled so that one rate suits both."""
+    """Muon for the matrices of the layers, Adam for the rest; scaled so that one rate suits."""
     matrices = []
     rest = []
     for name, p in model.named_parameters():
