@@ -31,6 +31,7 @@ from stu import (
     STU,
     FilterBank,
     both_signs,
+    check_flag,
     check_integer,
     check_number,
     fft_conv,
@@ -38,11 +39,6 @@ from stu import (
 )
 
 # ---- 1. The system -------------------------------------------------------------------------------
-
-
-def check_flag(name, value):
-    if value is not True and value is not False:
-        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_signal(name, x, channels):
@@ -211,6 +207,7 @@ class MiniSTU(nn.Module):
     It is y = Σ_f (Φ_f * x) M_f, and M [F, input_dim, output_dim] is learned, by descent or by fit.
 
     num_filters: the number K of spectral filters, each of which is used with both signs.
+    max_angle, in degrees: with filters also for what rings, see get_spectral_filters in stu.py.
     precomputed_filters [seq_len, num_filters] are used instead of them.
     use_mlp: mlp_num_layers linear layers act on the outputs, with an activation between them.
     backend: "spectral" computes convolutions, "lds" a recurrence, with the same results.
@@ -224,6 +221,7 @@ class MiniSTU(nn.Module):
         output_dim,
         *,
         use_hankel_L=False,
+        max_angle=0.0,
         use_mlp=False,
         mlp_hidden_dim=None,
         mlp_num_layers=2,
@@ -245,12 +243,15 @@ class MiniSTU(nn.Module):
             raise ValueError(f'backend must be "spectral" or "lds", got {backend!r}')
         phi = precomputed_filters
         if phi is None:
-            phi = get_spectral_filters(seq_len, num_filters, use_hankel_L, dtype=torch.float64)
+            phi = get_spectral_filters(
+                seq_len, num_filters, use_hankel_L, dtype=torch.float64, max_angle=max_angle
+            )
         if phi.shape != (seq_len, num_filters):
             raise ValueError(f"filters must be [{seq_len}, {num_filters}], got {list(phi.shape)}")
         # White coordinates magnify the weak filters, and with them the error of the recurrence
         # (stu.py, section 7), to about 1e-4. So we tolerate more than a bank does by default.
-        bank = FilterBank(white_filters(phi, use_hankel_L), True, fade=1e-6, tolerance=1e-2)
+        white = white_filters(phi, use_hankel_L)
+        bank = FilterBank(white, fade=1e-6, tolerance=1e-2, max_angle=max_angle)
         self.stu = STU(
             input_dim,
             output_dim,
@@ -317,11 +318,14 @@ class MiniSTU(nn.Module):
         bank = self.stu.bank
         if len(self.mlp) > 0 or bank.lds is None:
             raise ValueError("to_lds wants no use_mlp=True, and filters that are sums of decays")
+        A = bank.lds.powers[1]
+        if not torch.equal(A, A.tril()):  # a pair of decays that ring is a block of 2 x 2
+            raise ValueError("to_lds wants real decays, max_angle=0")
         L = self.seq_len
         d_in = self.input_dim
         M = self.stu.M.double().cpu()
         response = bank.filters @ M.flatten(1)  # [L, input_dim · output_dim]
-        poles = bank.lds.powers[1].diagonal()
+        poles = A.diagonal()  # A is triangular, so these are its eigenvalues
         # Past L the response is asked to fade, with little weight, at 300 lags between L and 40 L.
         far = (L * 40 ** torch.linspace(0, 1, 300)).round()
         lag = torch.cat([torch.arange(L), far])

@@ -1,15 +1,17 @@
 """
 Flash STU in one file: a language model of spectral transform units and sliding-window attention.
 
-    from stu import STU, FlashSTU, FlashSTUConfig  # needs PyTorch and NumPy, nothing else
+    from stu import STU, FlashSTU, FlashSTUConfig
+
+It needs PyTorch and NumPy (to save and load a model also safetensors).
 
 The idea. A linear dynamical system turns inputs x into outputs y through a hidden state h,
     h_t = A h_{t-1} + B x_t,    y_t = C h_t.
-To an impulse, each eigenvalue α of A answers with the decay 1, α, α², α³, ... A recurrent layer
-has to learn these α, which is hard when the memory is long. A spectral transform unit (STU) does
-not learn them. It filters its input with a few fixed signals, chosen so that their sums come close
-to every decay at once, and it learns only linear maps around them. The best such signals are the
-top eigenvectors of one fixed matrix: the sum, over all α, of the decay of α times its transpose.
+After an impulse the state is B, A B, A² B, ..., so along an eigenvector of A with eigenvalue α it
+decays as 1, α, α², α³, ... A recurrent layer has to learn these α, which is hard when the memory is
+long. A spectral transform unit (STU) does not learn them. It filters its input with a few fixed
+signals, of which every decay is very nearly a weighted sum, and it learns only linear maps around
+them. Section 2 finds the best such signals: they are the top eigenvectors of one fixed matrix.
 
 How to read this file. Sections 1 to 6 are a complete language model that trains: settings, filters,
 convolution, the STU layer, attention, block and model. Sections 7 to 11 are what a user wants
@@ -22,16 +24,19 @@ The letters, everywhere in this file:
     L  length of the filters, `seq_len`
     K  number of eigenvectors, `num_eigh`
     φ  the eigenvectors, signals of length L: phi [L, K]
-    Φ  the filter bank [L, 2K]: each φ_k(t), and its alternating twin (-1)^t φ_k(t)
+    Φ  the filter bank [L, 2K]: each φ_k(t), and its alternating twin (-1)^t φ_k(t). (The filters
+       of "Hankel-L", section 2, have both signs in themselves. There Φ is φ.)
     M  the weights of an STU
 
 Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.10489), "SpectraLDS"
 (2505.17868).
 """
 
+import cmath
 import json
 import math
 import shutil
+import sys
 import tempfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,6 +47,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.polynomial import legendre
 from torch import nn
 from torch.fft import irfft, rfft
 from torch.utils.checkpoint import checkpoint
@@ -61,32 +67,36 @@ except ImportError:
 
 def check_integer(name, value, least=1):
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        wanted = "a positive integer" if least == 1 else f"an integer >= {least}"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     return int(value)
 
 
-def check_number(name, value, most=1e6):
+def check_number(name, value, most):
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
         raise ValueError(f"{name} must be a number from 0 to {most:g}, got {value!r}")
     return float(value)
 
 
-def check_floating(dtype):
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating-point, got {dtype}")
+def check_flag(name, value):
+    if value is not True and value is not False:
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_window(value):
+    """A window w, which may also be written as flash-attn does, (w, 0) -> w."""
+    if isinstance(value, tuple | list) and len(value) == 2 and value[1] == 0:
+        value = value[0]
+    return check_integer("window_size", value, least=0)
 
 
 def check_heads(d_model, n_heads):
     if d_model % (2 * n_heads) != 0:
-        raise ValueError(f"{n_heads = } does not divide {d_model} into heads of even size")
+        raise ValueError(f"{d_model} channels are not {n_heads} heads of the same even size")
 
 
-def check_window(value):
-    """A window w, or flash-attn's way to write it, (w, 0) -> w."""
-    if isinstance(value, tuple | list) and len(value) == 2 and value[1] == 0:
-        value = value[0]
-    return check_integer("window_size, w or (w, 0),", value, least=0)
+def check_floating(dtype):
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating-point, got {dtype}")
 
 
 @dataclass
@@ -95,25 +105,26 @@ class FlashSTUConfig:
     n_layers: int = 26  # layers 0, 2, 4, ... are STU, layers 1, 3, 5, ... attention
     n_heads: int = 8  # of an attention layer
     seq_len: int = 8192  # length of the filters; inputs may be longer
-    window_size: int = 1024  # a token attends to itself and to so many tokens before it
+    window_size: int = 1024  # how many tokens before itself a token attends to
     num_eigh: int = 24  # number of eigenvectors
     vocab_size: int = 200064
     mlp_scale: float = 4.0  # hidden width of the MLP, as a multiple of n_embd
     bias: bool = False  # in the linear layers
     dropout: float = 0.0
-    use_hankel_L: bool = False  # filters of the Hankel matrix that holds decays of both signs
-    use_approx: bool = True  # STU-T, the factored layer; False: the full STU
-    use_tensorized: bool = False  # filters that are Kronecker products of short ones
+    use_hankel_L: bool = False  # the other Hankel matrix of the paper, see section 2
+    use_approx: bool = True  # the smaller of two kinds of STU, STU-T; see section 4
+    use_tensorized: bool = False  # filters made of short ones, see section 9
     use_flash_fft: bool = True  # FlashFFTConv, where it is installed
     use_stu: bool = True  # False: attention in every layer
     use_attn: bool = True  # False: STU in every layer
     softcap: float = 50.0  # bound on attention logits; 0 turns it off
-    stu_enable_mlp_sandwich: bool = False  # put each STU between two linear layers, see the block
+    stu_enable_mlp_sandwich: bool = False  # an STU between two linear layers, see FlashSTUBlock
     stu_mlp_hidden_size: int | None = None  # its width there; None: that of the MLP
-    d_in_tile: int | None = None  # the full STU computes so many input channels at a time
-    d_out_tile: int | None = None  # and so many output channels: less memory, same results
+    d_in_tile: int | None = None  # these two bound the memory of the convolution,
+    d_out_tile: int | None = None  # the smaller the less; the results are the same
     use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
     torch_dtype: str = "bfloat16"  # of the weights; to train, choose "float32" and autocast
+    max_angle: float = 0.0  # in degrees; > 0: filters also for systems that oscillate, section 2
 
     def __post_init__(self):
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
@@ -121,14 +132,15 @@ class FlashSTUConfig:
         for name in ("stu_mlp_hidden_size", "d_in_tile", "d_out_tile"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_integer(name, getattr(self, name)))
-        for name in ("mlp_scale", "dropout", "softcap"):
-            setattr(self, name, check_number(name, getattr(self, name)))
-        flags = ["bias", "use_hankel_L", "use_approx", "use_tensorized", "use_flash_fft", "use_stu"]
-        flags += ["use_attn", "stu_enable_mlp_sandwich", "use_gradient_checkpointing"]
-        for name in flags:
-            if not isinstance(getattr(self, name), bool | np.bool_):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-            setattr(self, name, bool(getattr(self, name)))
+        self.mlp_scale = check_number("mlp_scale", self.mlp_scale, most=1e6)
+        self.dropout = check_number("dropout", self.dropout, most=1.0)
+        self.softcap = check_number("softcap", self.softcap, most=1e6)
+        self.max_angle = check_number("max_angle", self.max_angle, most=90.0)
+        for name in ("use_stu", "use_attn", "use_approx", "use_hankel_L", "use_tensorized"):
+            check_flag(name, getattr(self, name))
+        for name in ("use_flash_fft", "use_gradient_checkpointing", "stu_enable_mlp_sandwich"):
+            check_flag(name, getattr(self, name))
+        check_flag("bias", self.bias)
         self.window_size = check_window(self.window_size)
         self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")  # text, as JSON wants it
         if self.torch_dtype not in ("float64", "float32", "bfloat16", "float16"):
@@ -141,62 +153,70 @@ class FlashSTUConfig:
     def to_dict(self):
         return asdict(self)
 
-    def stu_options(self):
-        return {
-            "use_approx": self.use_approx,
-            "use_hankel_L": self.use_hankel_L,
-            "use_tensorized": self.use_tensorized,
-            "use_flash_fft": self.use_flash_fft,
-            "d_in_tile": self.d_in_tile,
-            "d_out_tile": self.d_out_tile,
-        }
-
 
 # ---- 2. The filters ------------------------------------------------------------------------------
 #
-# The Hankel matrix of the paper is an integral over all decays α between 0 and 1,
-#     Z_ij = 2 / ((i+j)^3 - (i+j)) = ∫ (1-α)² α^(i-1) α^(j-1) dα,    i, j = 1..L.
-# (A matrix is called Hankel if an entry depends on i + j alone.) The second Hankel matrix of the
-# paper, "Hankel-L", holds decays of both signs: its integral of (1-α²)² α^(i+j-2) is over -1..1.
+# Which few signals does one need, so that weighted sums of them come close to every decay? Write the
+# decay of α as a vector a = (1, α, α², ...). As in a principal component analysis, the best signals
+# are the top eigenvectors of the sum of all a aᵀ. With the paper's weight (1-α)², under which slow
+# decays do not outweigh the others, this sum has a closed form, the Hankel matrix
+#     Z_ij = ∫ (1-α)² α^(i-1) α^(j-1) dα = 2 / ((i+j)^3 - (i+j)),    α from 0 to 1, i, j = 1..L.
+# The second Hankel matrix of the paper, "Hankel-L", has α from -1 to 1 and the weight (1-α²)².
 #
-# The integral is a sum over many values of α, so Z = G Gᵀ, where G has one column for each α:
-#     G[t, α] = √dα (1-α) α^t.
-# The left singular vectors of G are the eigenvectors of Z, and we never build Z. This is not only
-# cheaper, it is what makes the filters right. The eigenvalues of Z fall so fast that from about the
-# 16th on, at short lengths, an eigenvector of Z in float64 is nothing but rounding noise. The
-# singular values of G are their square roots, which fall half as fast.
+# We never build Z. An integral is nearly a sum over many values of α, so Z = G Gᵀ, where G has a
+# column for each of these α, with the entries √dα (1-α) α^t, t = 0..L-1. The left singular vectors
+# of G are the eigenvectors of Z, and the eigenvalues of Z are the squares of its singular values.
+# This is not only cheaper, it is also what makes the filters right. In float64 one cannot see an
+# eigenvalue of Z that is 1e-16 of the largest, and at L = 64 all but the first 18 are smaller. For
+# singular values, the square roots, that limit is reached only after twice as many.
 
 
-def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
+def get_spectral_filters(
+    seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32, max_angle=0.0
+):
     """The top K eigenvectors of the Hankel matrix, leading one first: phi [seq_len, K].
 
-    As in the papers each is multiplied by the fourth root of its eigenvalue.
+    As in the papers each is multiplied by the fourth root of its eigenvalue. With max_angle, in
+    degrees, the integral is over decays r e^(iθ), |θ| <= max_angle, and systems that ring can be
+    learned too. They take about K = 20 + seq_len · max_angle / 180 filters.
     """
     L = check_integer("seq_len", seq_len)
     K = check_integer("num_eigh", K)
+    max_angle = check_number("max_angle", max_angle, most=90.0)
     check_floating(dtype)
-    # We place the decays as α = exp(-rate), with log(rate) evenly spaced: in this variable the
-    # plain sum converges exponentially fast. The fastest decay forgets in one step. The slowest is
-    # constant over L lags, or so slow that its weight (1-α)² dα is nothing in float64.
+    # The decays are α = exp(-rate), and log(rate) is evenly spaced. For a smooth function that goes
+    # to zero at both ends, as ours then does, such a sum is as good as the integral: with half the
+    # spacing no filter that is used changes by more than 1e-12. The fastest decay has
+    # forgotten everything after one step. The slowest is constant over L lags, or so slow that the
+    # weight (1-α)² dα is less than 1e-26.
     spacing = 0.1
-    slowest = max(-12 - math.log(L), -21)
-    rate = np.exp(np.arange(3.8, slowest, -spacing))
-    d_alpha = spacing * rate * np.exp(-rate)
+    lowest_log_rate = max(-12 - math.log(L), -21)
+    rate = np.exp(np.arange(3.8, lowest_log_rate, -spacing))
+    d_alpha = spacing * rate * np.exp(-rate)  # since dα = -α rate d(log rate)
     exponent = 2 if use_hankel_L else 1
-    weight = np.sqrt(d_alpha) * -np.expm1(-exponent * rate)  # √dα (1-α) or √dα (1-α²)
+    one_minus = -np.expm1(-exponent * rate)  # 1-α, or 1-α² for Hankel-L
+    weight = np.sqrt(d_alpha) * one_minus
     t = np.arange(L)
     G = torch.from_numpy(np.exp(-np.outer(t, rate)) * weight)  # [L, number of decays]
     if use_hankel_L:
         G = both_signs(G)
-    # The SVD of the tall G, by way of the small R: G = Q R = Q (U diag(σ) Vᵀ).
+    # The SVD of a tall matrix by way of a small one: G = Q R = Q (U diag(σ) Vᵀ).
     Q, R = torch.linalg.qr(G)
     U, sigma, _ = torch.linalg.svd(R)
+    phi = Q @ U
+    if max_angle > 0:
+        seen = sigma > 1e-16 * sigma[0]
+        G = (phi * sigma)[:, seen]  # Z = G Gᵀ, with fewer columns than before
+        phi, sigma = filters_of_a_sector(G, K, math.radians(max_angle))  # section 9
     if K > len(sigma):
-        raise ValueError(f"length {L} has {len(sigma)} filters, got num_eigh = {K}")
-    phi = Q @ U[:, :K] * sigma[:K].sqrt()  # the eigenvalue is σ², its fourth root √σ
+        raise ValueError(f"num_eigh must be at most {len(sigma)} at length {L}, got {K}")
+    phi = phi[:, :K]
+    phi = phi * sigma[:K].sqrt()  # the eigenvalue is σ², its fourth root √σ
     # An eigenvector has no sign of its own. We make each positive at its first lag. (Those of
     # Hankel-L are zero at every second lag, so there we look at the first two.)
-    first = phi[:2].sum(dim=0) if use_hankel_L else phi[0]
+    first = phi[0]
+    if use_hankel_L:
+        first = phi[:2].sum(dim=0)
     phi = phi * first.sign()
     return phi.to(device=device, dtype=dtype)
 
@@ -213,56 +233,65 @@ def stu_formula(x, bank, M):
         y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk
         U⁺_tk = Σ_i φ_k(i) x_{t-i},    U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
 
-    x [B, T, d_in], bank [L, 2K], M [2K, d_in, d_out] (all M⁺, then all M⁻) -> y [B, T, d_out].
+    x [B, T <= L, d_in], bank [L, 2K], M [2K, d_in, d_out] (all M⁺, then all M⁻) -> y [B, T, d_out].
     This function is here to be read, and for the tests. The layer below computes it faster.
     """
     outputs = []
     for t in range(x.shape[1]):
         past = x[:, : t + 1].flip(1)  # x_t, x_{t-1}, ..., x_0
-        U = torch.einsum("ik,bid->bkd", bank[: t + 1], past)
+        U = torch.einsum("ik,bid->bkd", bank[: t + 1], past)  # k over all 2K filters
         outputs.append(torch.einsum("bkd,kdo->bo", U, M))
     return torch.stack(outputs, dim=1)
 
 
 class FilterBank:
-    """The filters Φ [L, 2K] of a layer in float64, and the same as a recurrence (section 7).
+    """The filters Φ [L, 2K] of a layer, in float64, and the same as a recurrence (section 7).
 
-    phi [L, K] are base filters or, with use_hankel_L=True, the whole bank. It is no part of a
-    module, because a module that is cast to 16 bits must keep its filters.
+    A bank is no part of a module, because a module that is cast to 16 bits must keep its filters.
     """
 
-    def __init__(self, phi, use_hankel_L=False, **fit):
-        if not phi.is_floating_point() or not phi.isfinite().all() or not phi.any():
-            raise ValueError(f"filters must be finite floating-point numbers, got {phi}")
-        phi = phi.detach().double().cpu()
-        self.filters = phi if use_hankel_L else both_signs(phi)
-        self.lds = fit_recurrence(self.filters, **fit)
-        self.made_by = partial(FilterBank, **fit), (phi, use_hankel_L)
+    def __init__(self, filters, **fit_options):
+        if not isinstance(filters, torch.Tensor) or filters.ndim != 2:
+            raise ValueError("filters must be a tensor [seq_len, number of filters]")
+        check_floating(filters.dtype)
+        if not filters.isfinite().all() or not filters.any():
+            raise ValueError("filters must be finite, and not all zero")
+        self.filters = filters.detach().double().cpu()
+        self.lds = fit_recurrence(self.filters, **fit_options)  # None if no recurrence fits
         self.copies = {}
+        self.recipe = (partial(FilterBank, **fit_options), (self.filters,))
 
-    def __reduce__(self):  # a pickle, or a copy, holds only what the bank was made from
-        return self.made_by
+    def __reduce__(self):  # a pickled bank is the recipe to make it
+        return self.recipe
 
+    # A compiler takes the result, which is the same at every call, for a constant.
     @torch.compiler.assume_constant_result
     def on(self, device, dtype):
-        """Filters and recurrence there, for an input of this dtype, at least in float32."""
+        """Copies of the filters and the recurrence for inputs of this dtype, float32 or better."""
         dtype = torch.promote_types(dtype, torch.float32)
         if (device, dtype) not in self.copies:
-            with torch.inference_mode(False):  # a later call may train with them
+            # Under inference_mode the copies could never be used to train. And each is a copy, also
+            # where there is nothing to convert, so that nobody can change the original.
+            with torch.inference_mode(False):
                 filters = self.filters.to(device, dtype, copy=True)
-                lds = self.lds and SpectralLDS(*(t.to(device, dtype, copy=True) for t in self.lds))
-            self.copies[device, dtype] = filters, lds
+                lds = None
+                if self.lds is not None:
+                    lds = SpectralLDS(*(t.to(device, dtype, copy=True) for t in self.lds))
+            self.copies[device, dtype] = (filters, lds)
         return self.copies[device, dtype]
 
 
 @lru_cache(maxsize=32)
-def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False):
+def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False, max_angle=0.0):
+    """The bank of eigenvectors; all layers with the same filters share it."""
+    if use_tensorized and max_angle > 0:
+        raise ValueError(f"with use_tensorized=True max_angle must be 0, got {max_angle}")
     if use_tensorized:
-        make = get_tensorized_spectral_filters
+        phi = get_tensorized_spectral_filters(seq_len, K, use_hankel_L, dtype=torch.float64)
     else:
-        make = get_spectral_filters
-    bank = FilterBank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
-    bank.made_by = standard_bank, (seq_len, K, use_hankel_L, use_tensorized)
+        phi = get_spectral_filters(seq_len, K, use_hankel_L, None, torch.float64, max_angle)
+    bank = FilterBank(phi if use_hankel_L else both_signs(phi), max_angle=max_angle)
+    bank.recipe = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
     return bank
 
 
@@ -272,48 +301,26 @@ def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False):
 def fft_size(n):
     """A length of at least n for which FFTs are fast: a power of two, or three quarters of one."""
     power = 2 ** math.ceil(math.log2(n))
-    return power * 3 // 4 if power * 3 // 4 >= n else power
+    shorter = power * 3 // 4
+    return shorter if shorter >= n else power
 
 
-def fft_conv(u, h, channels=None):
+def fft_conv(u, h, most_channels=None):
     """Causal convolution of each channel with a filter of its own: y_t = Σ_i h_i u_{t-i}.
 
-    u [B, d, T], h [d, at most T] -> y [B, d, T]. At most so many `channels` are computed at a time.
+    u [B, d, T], h [d, at most T] -> y [B, d, T]. most_channels: so many are computed at a time.
     """
     B, d, T = u.shape
     n = fft_size(T + h.shape[1] - 1)  # on fewer points the end would wrap around to the beginning
-    points = 2**24 if u.is_cuda else 2**19  # measured: with more, the cache does not hold them
-    channels = max(1, min(channels or d, points // (B * n)))
+    # A few channels at a time: measured, this is fastest while their spectra fit into the cache.
+    points = 2**24 if u.is_cuda else 2**19
+    tile = min(most_channels or d, points // (B * n))
+    tile = max(tile, 1)
     outputs = []
-    for u_tile, h_tile in zip(u.split(channels, dim=1), h.split(channels, dim=0)):
+    for u_tile, h_tile in zip(u.split(tile, dim=1), h.split(tile, dim=0)):
         y_f = rfft(u_tile.to(h.dtype), n=n) * rfft(h_tile, n=n)
         outputs.append(irfft(y_f, n=n)[..., :T])
     return torch.cat(outputs, dim=1)
-
-
-def full_stu_conv(x, filters, M, channels):
-    """Σ_k (Φ_k * x) M_k: x [B, T, d_in], filters [at most T, 2K], M [2K, d_in, d_out] -> [B, T, d_out].
-
-    In the frequency domain a convolution is a product. So at each frequency ω the whole layer is
-    one matrix Σ_k Φ_k(ω) M_k, and the filters' outputs [B, T, 2K, d_in] are never formed.
-    """
-    T = x.shape[1]
-    _, d_in, d_out = M.shape
-    n = fft_size(T + len(filters) - 1)
-    x_f = rfft(x.to(filters.dtype), n=n, dim=1).transpose(0, 1)  # [frequencies, B, d_in]
-    filters_f = rfft(filters, n=n, dim=0)  # [frequencies, 2K]
-
-    def mix(x_f, filters_f):
-        matrices = filters_f @ M.flatten(1).to(filters_f.dtype)
-        return x_f @ matrices.view(-1, d_in, d_out)
-
-    # A band of frequencies at a time, so that only 64 matrices exist, also in the backward pass.
-    band = max(1, 64 * channels // (d_in * d_out))
-    outputs = []
-    for x_band, filters_band in zip(x_f.split(band), filters_f.split(band)):
-        outputs.append(recompute(mix, x_band, filters_band))
-    y_f = torch.cat(outputs).transpose(0, 1)  # [B, frequencies, d_out]
-    return irfft(y_f, n=n, dim=1)[:, :T]
 
 
 def recompute(function, *inputs):
@@ -323,22 +330,51 @@ def recompute(function, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
+def full_stu_conv(x, filters, M, most_entries):
+    """The full STU, y = Σ_k (Φ_k convolved with x) M_k.
+
+    x [B, T, d_in], filters [at most T, 2K], M [2K, d_in, d_out] -> y [B, T, d_out].
+    In the frequency domain a convolution is a product. So at each frequency ω the whole layer is
+    one matrix Σ_k Φ_k(ω) M_k, and the outputs of all filters, [B, T, 2K, d_in], are never formed.
+    At most `most_entries` entries of these matrices exist at a time.
+    """
+    T = x.shape[1]
+    _, d_in, d_out = M.shape
+    n = fft_size(T + len(filters) - 1)
+    x_f = rfft(x.to(filters.dtype), n=n, dim=1).transpose(0, 1)  # [frequencies, B, d_in]
+    filters_f = rfft(filters, n=n, dim=0)  # [frequencies, 2K]
+
+    def multiply(x_band, filters_band):
+        matrices = filters_band @ M.flatten(1).to(filters_band.dtype)  # [band, d_in · d_out]
+        return x_band @ matrices.view(-1, d_in, d_out)  # [band, B, d_out]
+
+    band = max(1, most_entries // (d_in * d_out))  # so many frequencies at a time
+    outputs = []
+    for x_band, filters_band in zip(x_f.split(band), filters_f.split(band)):
+        outputs.append(recompute(multiply, x_band, filters_band))
+    y_f = torch.cat(outputs).transpose(0, 1)  # [B, frequencies, d_out]
+    return irfft(y_f, n=n, dim=1)[:, :T]
+
+
 # ---- 4. The STU layer ----------------------------------------------------------------------------
 
+# What a layer remembers of the tokens before (section 7): tensors [B, ...], and how many tokens it
+# has read, a tensor without dimensions.
+LayerState = namedtuple("LayerState", "memory position")
 
-def check_input(x, channels, attention_mask=None):
-    """Input [B, T, channels] and mask [B, T or more] -> x, 0 at padding; the last T of the mask."""
+
+def check_input(x, channels):
     if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != channels or not x.is_floating_point():
         wanted = f"floating-point [batch, length >= 1, {channels} channels]"
         raise ValueError(f"input must be {wanted}, got {x.dtype} {list(x.shape)}")
-    if attention_mask is None:
-        return x, None
-    mask = check_mask(attention_mask, *x.shape[:2])
-    return x.masked_fill(~mask[:, :, None], 0), mask
 
 
 def check_mask(mask, B, T):
-    """attention_mask [B, T or more], 1 at tokens, 0 at padding -> its last T columns as booleans."""
+    """attention_mask, 1 at tokens and 0 at padding, as booleans [B, T].
+
+    In generation transformers gives a mask of all tokens so far, so it may be longer than the
+    input at hand: only its last T columns count.
+    """
     right = mask.ndim == 2 and len(mask) == B and mask.shape[1] >= T
     if right and mask.dtype != torch.bool and not torch.compiler.is_compiling():
         right = ((mask == 0) | (mask == 1)).all()
@@ -352,13 +388,14 @@ class STU(nn.Module):
     """Spectral transform unit: [B, T, d_in] -> [B, T, d_out] for any T >= 1, causal.
 
     The full STU (use_approx=False) has a matrix M [2K, d_in, d_out], a linear map for each filter.
-    STU-T factors it, M_k = M_inputs · diag(M_filters[k]). Then y = (x M_inputs) * (Φ M_filters): a
-    projection, and a convolution of each channel with one filter that is learned in the span of Φ.
-    Each branch, φ and its alternating twin, has its own rows of M_filters. Were they shared, as in
-    the published code, every odd lag would cancel.
+    STU-T has fewer weights, M_k = M_inputs · diag(M_filters[k]). Then the layer is a projection
+    x M_inputs, and a convolution of each channel with a filter of its own, a column of Φ M_filters.
+    In M and M_filters φ_k and its alternating twin have separate rows. With one row for both, as in
+    the published code, φ_k(t) + (-1)^t φ_k(t) is zero at every odd lag.
 
-    options: use_approx and others of FlashSTUConfig. precomputed_filters: a FilterBank, or base
-    filters [seq_len, K]. backend: "fft" convolves an input that fits into seq_len, "lds" recurs.
+    precomputed_filters: other filters than the eigenvectors, phi [seq_len, K] or a FilterBank.
+    backend: "fft" convolves if the whole input is given and is no longer than seq_len, "lds" runs
+    the recurrence of section 7 also then. For the other options see FlashSTUConfig.
     """
 
     def __init__(
@@ -368,41 +405,64 @@ class STU(nn.Module):
         seq_len,
         num_eigh=24,
         *,
+        use_approx=True,
+        use_hankel_L=False,
+        use_tensorized=False,
+        max_angle=0.0,
+        use_flash_fft=True,
+        d_in_tile=None,
+        d_out_tile=None,
         precomputed_filters=None,
         backend="fft",
-        **options,
     ):
         super().__init__()
-        c = FlashSTUConfig(seq_len=seq_len, num_eigh=num_eigh, **options)
-        self.config = c
         self.d_in = check_integer("d_in", d_in)
         self.d_out = check_integer("d_out", d_out)
+        self.seq_len = check_integer("seq_len", seq_len)
+        self.d_in_tile = check_integer("d_in_tile", d_in if d_in_tile is None else d_in_tile)
+        self.d_out_tile = check_integer("d_out_tile", d_out if d_out_tile is None else d_out_tile)
+        check_flag("use_approx", use_approx)
+        check_flag("use_hankel_L", use_hankel_L)
+        check_flag("use_tensorized", use_tensorized)
+        self.use_approx = use_approx
+        self.use_flash_fft = use_flash_fft
+        self.backend = backend
         if backend not in ("fft", "lds"):
             raise ValueError(f'backend must be "fft" or "lds", got {backend!r}')
-        self.backend = backend
-        self.bank = precomputed_filters
-        self.has_own_filters = self.bank is not None
-        if self.bank is None:
-            self.bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_tensorized)
-        elif not isinstance(self.bank, FilterBank):
-            self.bank = FilterBank(self.bank, c.use_hankel_L)
+
+        self.has_own_filters = precomputed_filters is not None
+        if precomputed_filters is None:
+            self.bank = standard_bank(
+                self.seq_len, num_eigh, use_hankel_L, use_tensorized, max_angle
+            )
+        elif isinstance(precomputed_filters, FilterBank):
+            self.bank = precomputed_filters
+        elif use_hankel_L:
+            self.bank = FilterBank(precomputed_filters)
+        else:
+            self.bank = FilterBank(both_signs(precomputed_filters))
         L, n_filters = self.bank.filters.shape
-        if L != c.seq_len:
-            raise ValueError(f"filters must have length seq_len = {c.seq_len}, got {L}")
-        if c.use_approx:
+        if L != seq_len:
+            raise ValueError(f"filters must have the length {seq_len = }, got {L}")
+        # Filters that were given are saved and loaded with the weights (section 10).
+        self.register_state_dict_post_hook(save_own_filters)
+        self.register_load_state_dict_pre_hook(load_own_filters)
+
+        if use_approx:
             self.M_inputs = nn.Parameter(torch.empty(d_in, d_out))
             self.M_filters = nn.Parameter(torch.empty(n_filters, d_out))
         else:
             self.M = nn.Parameter(torch.empty(n_filters, d_in, d_out))
         self.reset_parameters()
-        # Filters that were given are saved and loaded with the weights (section 10).
-        self.register_state_dict_post_hook(save_own_filters)
-        self.register_load_state_dict_pre_hook(load_own_filters)
 
     def reset_parameters(self):
-        """White input of unit variance gives output of about unit variance."""
+        """White input of unit variance gives output of about unit variance.
+
+        For u = x M_inputs this is so with weights of variance 1 / d_in. The filter of a channel,
+        Σ_k Φ_k(t) M_filters[k], then has to have Σ_t of its squares 1, on average.
+        """
         gain = self.bank.filters.norm().item()  # √(Σ_k |Φ_k|²)
-        if self.config.use_approx:
+        if self.use_approx:
             nn.init.normal_(self.M_inputs, std=self.d_in**-0.5)
             nn.init.normal_(self.M_filters, std=1 / gain)
         else:
@@ -412,13 +472,17 @@ class STU(nn.Module):
         """x [B, T, d_in] -> y [B, T, d_out], or with use_cache (y, state).
 
         An input may come in pieces of any size: begin with state None, then give the state that
-        the last call returned. A call uses the state up that it is given.
-        attention_mask [B, T] is 0 at padding, which leaves no trace.
+        the last call returned. Do not use a state again that was given to a call: its tensors may
+        have been overwritten. Past seq_len the recurrence lets the filters fade out.
+        attention_mask [B, T] is 0 at padding, which then counts as an input of zeros.
         """
-        x, _ = check_input(x, self.d_in, attention_mask)
-        in_pieces = use_cache or state is not None or x.shape[1] > self.config.seq_len
-        if in_pieces or self.backend == "lds":
-            y, state = self.go_on(x, state)  # section 7
+        check_input(x, self.d_in)
+        B, T, _ = x.shape
+        if attention_mask is not None:
+            mask = check_mask(attention_mask, B, T)
+            x = x.masked_fill(~mask[:, :, None], 0)
+        if use_cache or state is not None or T > self.seq_len or self.backend == "lds":
+            y, state = self.go_on(x, state)
         else:
             y = self.convolve(x)
         return (y, state) if use_cache else y
@@ -426,31 +490,31 @@ class STU(nn.Module):
     def convolve(self, x):
         """The layer as one convolution over the whole sequence."""
         B, T, _ = x.shape
-        c = self.config
-        if B == 0:  # which FFTs refuse
+        if B == 0:  # FFTs refuse that
             return x.new_zeros(0, T, self.d_out)
         filters, _ = self.bank.on(x.device, x.dtype)
-        filters = filters[:T]
-        if not c.use_approx:
-            channels = (c.d_in_tile or self.d_in) * (c.d_out_tile or self.d_out)
-            return full_stu_conv(x, filters, self.M, channels).to(x.dtype)
+        filters = filters[:T]  # lags that the input does not reach are left out
+        if not self.use_approx:
+            most_entries = 64 * self.d_in_tile * self.d_out_tile
+            return full_stu_conv(x, filters, self.M, most_entries).to(x.dtype)
         # One matrix product for the whole batch, channels first, as the FFT wants them.
         u = self.M_inputs.T @ x.flatten(0, 1).T  # [d_out, B T]
         u = u.view(self.d_out, B, T).transpose(0, 1)  # [B, d_out, T]
+        # What follows is in the precision of the filters, float32 or more, also under autocast.
         with torch.autocast(x.device.type, enabled=False):
             h = self.M_filters.T.to(filters.dtype) @ filters.T  # [d_out, T], one filter a channel
-            if c.use_flash_fft and FlashFFTConv is not None and on_cuda_16_bit(u):
+            if self.use_flash_fft and FlashFFTConv is not None and on_cuda_16_bit(u):
                 y = flash_fft_conv(u, h)  # section 9
             else:
-                y = fft_conv(u, h, c.d_out_tile)
+                y = fft_conv(u, h, self.d_out_tile)
         return y.transpose(1, 2).to(u.dtype)
 
     def go_on(self, x, state):
-        """The layer as a recurrence that begins at a state -> y, the state after x."""
+        """The layer as a recurrence (section 7) that begins at a state -> y, the state after x."""
         _, lds = self.bank.on(x.device, x.dtype)
         if lds is None:
             return self.go_on_from_inputs(x, state)
-        if self.config.use_approx:
+        if self.use_approx:
             u = x @ self.M_inputs
             M = self.M_filters
         else:
@@ -465,19 +529,21 @@ class STU(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             recurrence = recur_one if T == 1 else recur
             y, S_after = recurrence(u.to(S.dtype), S, lds, M.to(S.dtype))
-        position = keep(state.position, state.position + T)
-        return y.to(u.dtype), LayerState((keep(S, S_after),), position)
+        S = overwrite(S, S_after)
+        position = overwrite(state.position, state.position + T)
+        return y.to(u.dtype), LayerState((S,), position)
 
     def go_on_from_inputs(self, x, state):
-        """Where no recurrence fits the filters, what is remembered is the last seq_len inputs."""
+        """If no recurrence fits the filters: convolve again with the last seq_len inputs."""
+        B, T, _ = x.shape
         if state is None:
             state = start_state(x[:, :0])
         (past,) = state.memory
-        check_state(past, [len(x), past.shape[1], self.d_in])
+        check_state(past, [B, past.shape[1], self.d_in])
         inputs = torch.cat([past.to(x.dtype), x], dim=1)
-        y = self.convolve(inputs)[:, -x.shape[1] :]
-        past = inputs[:, -self.config.seq_len :].clone()  # a slice would hold on to all of it
-        return y, LayerState((past,), state.position + x.shape[1])
+        y = self.convolve(inputs)[:, -T:]
+        past = inputs[:, -self.seq_len :].clone()  # a slice alone would keep all of it in memory
+        return y, LayerState((past,), state.position + T)
 
 
 # ---- 5. Sliding-window attention -----------------------------------------------------------------
@@ -494,7 +560,7 @@ def rotary_angles(position, head_size):
 
 
 def rotate(x, rotation):
-    """Turn each pair of channels (i, i + half) of x [B, H, T, head_size] by the angle of its token."""
+    """Turn the pairs of channels (i, i + half) of x [B, H, T, head_size] by angles of rotary_angles."""
     cos, sin = rotation
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
@@ -511,7 +577,8 @@ def attend(q, k, v, q_position, k_position, window, softcap):
     visible = visible[:, None]  # the same for every head
     if softcap == 0:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    q = q * (q.shape[-1] ** -0.5 / softcap)  # q is smaller than the logits
+    # All scaling is done on q, which has fewer numbers than the logits.
+    q = q * (q.shape[-1] ** -0.5 / softcap)
     logits = softcap * torch.tanh(q @ k.transpose(-2, -1))
     logits = logits.masked_fill(~visible, -math.inf)
     return logits.softmax(dim=-1) @ v
@@ -525,16 +592,17 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
     """
     if position is None:
         position = torch.arange(k.shape[2], device=k.device)[None]
-    tile = 512 if q.is_cuda else 128
+    tile = 512 if q.is_cuda else 128  # measured
     q_tiles = q.split(tile, dim=2)
-    # Keys are cut as the queries are, behind a tile 0 that holds the past. They are cut once, by
-    # `split`, because the gradient of each slice would be as long as the whole.
+    # Keys are cut into the same tiles, and tile 0 of the keys is the past. They are all cut at once:
+    # had each tile of queries its own slice of the keys, then the gradient of each of these slices
+    # would be a tensor as long as all keys.
     sizes = [k.shape[2] - q.shape[2]]
     sizes += [q_tile.shape[2] for q_tile in q_tiles]
     k_tiles = k.split(sizes, dim=2)
     v_tiles = v.split(sizes, dim=2)
     position_tiles = position.split(sizes, dim=1)
-    reach = math.ceil(window / tile)  # in tiles
+    reach = math.ceil(window / tile)  # so many tiles back a window reaches
     outputs = []
     for i, q_tile in enumerate(q_tiles, start=1):
         near = slice(max(0, i - reach), i + 1)
@@ -546,20 +614,23 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
     return torch.cat(outputs, dim=2)
 
 
-FAR_AWAY = 2**40  # further than any window reaches
+# A key that nobody may see has a position far before all others: padding by FAR_AWAY, the empty
+# slots of a state by twice as much. So the window alone decides who sees whom. (Padding sees
+# padding. It must see something, because a softmax over nothing is NaN.)
+FAR_AWAY = 2**40
 
 
 class SlidingWindowAttention(nn.Module):
-    """Causal multi-head attention to oneself and the window before, called as an STU is."""
+    """Causal multi-head attention to oneself and the window before. See STU for states and masks."""
 
     def __init__(self, d_model, n_heads, window_size=1024, softcap=50.0, bias=False):
         super().__init__()
+        self.d_model = check_integer("d_model", d_model)
+        self.n_heads = check_integer("n_heads", n_heads)
         check_heads(d_model, n_heads)
-        self.d_model = d_model
-        self.n_heads = n_heads
         self.head_size = d_model // n_heads
         self.window = check_window(window_size)
-        self.softcap = check_number("softcap", softcap)
+        self.softcap = check_number("softcap", softcap, most=1e6)
         self.c_attn = nn.Linear(d_model, 3 * d_model, bias)
         self.c_proj = nn.Linear(d_model, d_model, bias)
         self.q_norm = nn.RMSNorm(self.head_size, eps=1e-6)
@@ -567,45 +638,50 @@ class SlidingWindowAttention(nn.Module):
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None, rotation=None):
         """x [B, T, d_model] -> y, or with use_cache (y, state). rotation: from rotary_angles."""
-        x, mask = check_input(x, self.d_model, attention_mask)
+        check_input(x, self.d_model)
         B, T, _ = x.shape
-        start = 0 if state is None else state.position
-        position = start + torch.arange(T, device=x.device)
+        position = torch.arange(T, device=x.device)
+        if state is not None:
+            position = state.position + position
         if rotation is None:
             rotation = rotary_angles(position, self.head_size)
+        position = position[None]  # [1, T], the same in every row
+        if attention_mask is not None:
+            mask = check_mask(attention_mask, B, T)
+            x = x.masked_fill(~mask[:, :, None], 0)
+            position = torch.where(mask, position, position - FAR_AWAY)  # [B, T]
+
         qkv = self.c_attn(x).view(B, T, 3, self.n_heads, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, head_size]
-        q = rotate(self.q_norm(q), rotation).to(v.dtype)
+        q = rotate(self.q_norm(q), rotation).to(v.dtype)  # (angles are float32)
         k = rotate(self.k_norm(k), rotation).to(v.dtype)
-        position = position[None]  # [1, T], or with a mask [B, T]
-        if mask is not None:
-            # Padding is where no token looks. (Among itself it may look: a softmax over nothing
-            # would be NaN.)
-            position = torch.where(mask, position, position - FAR_AWAY)
-        if state is not None:
+        begins = state is None
+        if not begins:
             y, state = self.go_on(q, k, v, position, state)
+        elif flash_attn_func is not None and attention_mask is None and on_cuda_16_bit(q):
+            y = flash_attention(q, k, v, self.window, self.softcap)  # section 9
         else:
-            if flash_attn_func is not None and mask is None and on_cuda_16_bit(q):
-                y = flash_attention(q, k, v, self.window, self.softcap)  # section 9
-            else:
-                y = windowed_attention(q, k, v, self.window, self.softcap, position)
-            if use_cache:
-                state = write_to_ring(start_ring(k, self.window), k, v, position)  # section 7
+            y = windowed_attention(q, k, v, self.window, self.softcap, position)
+        if use_cache and begins:
+            state = write_to_ring(start_ring(k, self.window), k, v, position)  # section 7
         y = self.c_proj(y.transpose(1, 2).flatten(2))
         return (y, state) if use_cache else y
 
     def go_on(self, q, k, v, position, state):
         """Attention to what the state holds and to the new tokens -> y, the state after them."""
+        B, _, T, _ = q.shape
         keys, values, positions = state.memory
-        check_state(keys, [len(k), k.shape[1], self.window + 1, self.head_size])
-        if q.shape[2] == 1:
+        check_state(keys, [B, self.n_heads, self.window + 1, self.head_size])
+        if T == 1:
+            # The new key takes the slot of the one that leaves the window, and the token attends
+            # to the ring as it is: shapes and addresses are the same for every token.
             state = write_to_ring(state, k, v, position)
             keys, values, positions = state.memory
             y = attend(q, keys, values, position, positions, self.window, self.softcap)
             return y, state
         keys = torch.cat([keys, k], dim=2)
         values = torch.cat([values, v], dim=2)
-        positions = torch.cat([positions, position.expand(len(k), -1)], dim=1)
+        positions = torch.cat([positions, position.expand(B, T)], dim=1)
         y = windowed_attention(q, keys, values, self.window, self.softcap, positions)
         return y, write_to_ring(state, k, v, position)
 
@@ -629,29 +705,32 @@ class MLP(nn.Module):
 class FlashSTUBlock(nn.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is an STU, or attention.
 
-    Give a config, or the sizes and any other field of FlashSTUConfig by name.
+    The model gives a config. By hand one gives sizes, and other fields of FlashSTUConfig by name.
+    In the sandwich the mixer is down(STU(silu(up(x)))), with an STU of another width.
     """
 
     def __init__(
         self,
         d_model=None,
         sequence_length=None,
-        num_filters=24,
+        num_filters=None,
         use_attention=False,
         *,
         config=None,
         **options,
     ):
         super().__init__()
-        if config is not None and (d_model or sequence_length or options):
+        if config is not None and (d_model or sequence_length or num_filters or options):
             raise ValueError("give a block either a config, or sizes and options")
         c = config
         if c is None:
-            options["use_attn"] = use_attention
-            c = FlashSTUConfig(d_model, seq_len=sequence_length, num_eigh=num_filters, **options)
+            options["use_attn"] = use_attention  # without attention n_heads does not matter
+            options["num_eigh"] = num_filters or 24
+            c = FlashSTUConfig(d_model, seq_len=sequence_length, **options)
         d = c.n_embd
         mlp_width = int(d * c.mlp_scale)
         stu_width = d
+        self.use_attention = use_attention
         self.sandwich = None
         if c.stu_enable_mlp_sandwich and not use_attention:
             stu_width = c.stu_mlp_hidden_size or mlp_width
@@ -661,7 +740,19 @@ class FlashSTUBlock(nn.Module):
         if use_attention:
             self.mixer = SlidingWindowAttention(d, c.n_heads, c.window_size, c.softcap, c.bias)
         else:
-            self.mixer = STU(stu_width, stu_width, c.seq_len, c.num_eigh, **c.stu_options())
+            self.mixer = STU(
+                stu_width,
+                stu_width,
+                c.seq_len,
+                c.num_eigh,
+                use_approx=c.use_approx,
+                use_hankel_L=c.use_hankel_L,
+                use_tensorized=c.use_tensorized,
+                max_angle=c.max_angle,
+                use_flash_fft=c.use_flash_fft,
+                d_in_tile=c.d_in_tile,
+                d_out_tile=c.d_out_tile,
+            )
         self.mixer_norm = nn.RMSNorm(d, eps=1e-6)
         self.mlp_norm = nn.RMSNorm(d, eps=1e-6)
         self.mlp = MLP(d, mlp_width, c.bias)
@@ -672,10 +763,10 @@ class FlashSTUBlock(nn.Module):
         h = self.mixer_norm(x)
         if self.sandwich is not None:
             h = F.silu(self.sandwich[0](h))
-        if isinstance(self.mixer, STU):
-            h = self.mixer(h, state, use_cache, attention_mask)
-        else:
+        if self.use_attention:
             h = self.mixer(h, state, use_cache, attention_mask, rotation)
+        else:
+            h = self.mixer(h, state, use_cache, attention_mask)
         if use_cache:
             h, state = h
         if self.sandwich is not None:
@@ -692,39 +783,47 @@ class Output(namedtuple("Output", "loss logits state")):
         return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
 
 
-def check_ids(ids, vocab_size, least=0):
+def check_ids(ids, vocab_size, ignored=None):
     """Token ids or labels [B, T] of any integer type -> int64."""
-    right = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.shape[1] >= 1
-    if not right or "int" not in str(ids.dtype):
-        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else ids
-        raise ValueError(f"input_ids and labels must be integers [batch, length >= 1], got {got}")
-    # On a GPU, which stops at a wrong id by itself, looking at the values would make it wait.
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] < 1:
+        got = list(ids.shape) if isinstance(ids, torch.Tensor) else ids
+        raise ValueError(f"token ids must be a tensor [batch, length >= 1], got {got}")
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise ValueError(f"token ids must be integers, got {ids.dtype}")
+    # (On a GPU looking at the values would be slow. There a wrong id ends in an error of CUDA.)
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ids[(ids < least) | (ids >= vocab_size)]
-        if len(wrong) > 0:
-            raise ValueError(f"token id {wrong[0]} is not in [0, {vocab_size})")
+        wrong = (ids < 0) | (ids >= vocab_size)
+        if ignored is not None:
+            wrong = wrong & (ids != ignored)
+        if wrong.any():
+            raise ValueError(f"token id {ids[wrong][0]} is not in [0, {vocab_size})")
     return ids.long()
 
 
 class LanguageModel(nn.Module):
-    """Embedding, n_layers blocks, norm, and the embedding again as output matrix: the part of
-    FlashSTU (section 8) that trains."""
+    """Embedding, n_layers blocks, norm, and the embedding again as output matrix.
+
+    This is all of the model that training needs. FlashSTU, in section 8, adds what comes after.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = replace(config)  # a copy, of which every setting is checked again
-        self.gradient_checkpointing = c.use_gradient_checkpointing
+        c = replace(config)  # a copy, which is checked again
+        self.config = c
+        self.gradient_checkpointing = c.use_gradient_checkpointing  # transformers sets it, too
         self.tok_emb = nn.Embedding(c.vocab_size, c.n_embd)
         self.dropout = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList()
         for i in range(c.n_layers):
-            use_attention = not c.use_stu or (c.use_attn and i % 2 == 1)
+            use_attention = c.use_attn and i % 2 == 1
+            if not c.use_stu:
+                use_attention = True
             self.layers.append(FlashSTUBlock(config=c, use_attention=use_attention))
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        # 2 n_layers branches add up in the residual stream. The last matrix of each is scaled
-        # down, so that the sum has the same size at any depth.
-        last_matrices = (
+        # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix of
+        # each is scaled down, so that the sum has the same size at any depth.
+        scaled_down = (
             "mixer.M",
             "mixer.M_filters",
             "mixer.c_proj.weight",
@@ -732,7 +831,7 @@ class LanguageModel(nn.Module):
         )
         with torch.no_grad():
             for name, p in self.layers.named_parameters():
-                if name.endswith(last_matrices):
+                if name.endswith(scaled_down):
                     p *= (2 * c.n_layers) ** -0.5
         self.to(getattr(torch, c.torch_dtype))
 
@@ -746,24 +845,30 @@ class LanguageModel(nn.Module):
         B, T = ids.shape
         if attention_mask is not None:
             attention_mask = check_mask(attention_mask, B, T)
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"a state of {len(state)} layers, but there are {len(self.layers)}")
         position = torch.arange(T, device=ids.device)
         if state is None:
             state = [None] * len(self.layers)
-        elif len(state) != len(self.layers):
-            raise ValueError(f"a state of {len(state)} layers, but there are {len(self.layers)}")
         else:
-            position = position + state[0].position
+            position = state[0].position + position
         # The angles are computed once, and handed to all layers.
         rotation = rotary_angles(position, self.config.n_embd // self.config.n_heads)
         x = self.dropout(self.tok_emb(ids))
         state_after = []
         for layer, layer_state in zip(self.layers, state):
-            inputs = x, layer_state, use_cache, attention_mask, rotation
-            x = recompute(layer, *inputs) if self.gradient_checkpointing else layer(*inputs)
+            inputs = (x, layer_state, use_cache, attention_mask, rotation)
+            if self.gradient_checkpointing:
+                output = recompute(layer, *inputs)
+            else:
+                output = layer(*inputs)
             if use_cache:
-                x, layer_state = x
+                x, layer_state = output
                 state_after.append(layer_state)
-        return self.norm(x), state_after if use_cache else None
+            else:
+                x = output
+        x = self.norm(x)
+        return (x, state_after) if use_cache else (x, None)
 
     def logits(self, x):
         """Output of the last layer [..., d] -> logits [..., vocab_size]."""
@@ -774,12 +879,13 @@ class LanguageModel(nn.Module):
 
         With labels, usually the input_ids themselves, there is a loss and no logits: the mean
         cross-entropy, in nats, of predicting labels[:, t + 1] at position t. Labels of -100 do not
-        count. The last token predicts nothing, so it is not read: begin the next call with it.
+        count. The last token predicts nothing that one could check, so it is not read. To go on from
+        the state, begin the next call with that token.
         """
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
             return Output(None, self.logits(x), state)
-        labels = check_ids(labels, self.config.vocab_size, least=-100)
+        labels = check_ids(labels, self.config.vocab_size, ignored=-100)
         if labels.shape != input_ids.shape or labels.shape[1] < 2:
             got = f"{list(labels.shape)} for input_ids {list(input_ids.shape)}"
             raise ValueError(f"labels must have the shape of input_ids, length > 1, got {got}")
@@ -802,80 +908,127 @@ class LanguageModel(nn.Module):
 
 # ---- 7. Going on from a state --------------------------------------------------------------------
 #
-# Here the second half of the file begins. A layer reads an input in pieces if it remembers what it
-# needs of the pieces before: attention its last keys and values, an STU the state of a linear
-# dynamical system that has the filters as its answer to an impulse.
+# Here the second half of the file begins. To read an input in pieces a layer has to remember
+# something of the pieces before: attention its last keys and values, an STU the state S of
+#     S_t = A S_{t-1} + b u_t,    y_t = C S_t,
+# a linear dynamical system whose answer to an impulse, C A^t b, is the filters Φ[t].
 #
-# Such a system exists because the filters are mixtures of decays, Φ(t) = Σ_α c_α α^t. One could use
-# these decays themselves as a diagonal A. But slow decays resemble each other, their coefficients
-# are huge and cancel, and in float32 the weakest filters would be lost. So we use a chain of
-# sections, one for each pole p. Section i holds one number S_i. What enters it is v_i, what leaves
-# it enters the next section, and the input u enters the first:
-#     S_i  ←  p S_i + g v_i,      v_{i+1} = g S_i - p v_i,      g = √(1-p²)    (S_i as it was before)
-# The matrix [p g; g -p] is a reflection, so S_i² + v_{i+1}² after the step is S_i² + v_i² before
-# it: no section adds or loses energy. Hence the answers of the n sections to an impulse,
-# ψ(t) = A^t b, are orthonormal signals. All states have a like size, the coefficients C of a filter
-# are no larger than its norm, and float32 is right to 1e-6. (This is the Takenaka-Malmquist basis.)
+# Such a system exists because each filter is a weighted sum of decays. One could take these decays
+# for a diagonal A. But slow decays are nearly the same signal. To tell them apart, the weights C
+# become large, with both signs, and in float32 the weakest filters are lost. So we use a chain of
+# sections instead, one for each decay p. Section i holds one number S_i. What enters the section is
+# v_i, and what leaves it, v_{i+1}, enters the next one. The input u enters the first section. In
+# each step, with g = √(1-p²) and the old S_i on the right,
+#     S_i     = p S_i + g v_i
+#     v_{i+1} = g S_i - p v_i.
+# The matrix [p g; g -p] is orthogonal, therefore so is one step of the whole chain, from (S, u) to
+# (S, v_{n+1}). Its first n rows are [A b], hence I = b bᵀ + A I Aᵀ. Put the right side in for the I
+# between A and Aᵀ, again and again: I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., since A^t goes to 0.
+# This says that ψ(t) = A^t b, the answers of the n sections to an impulse, are orthonormal signals.
+# Then their weights C are about as large as the filters, not larger, and float32 is right to 1e-6.
+# (This is the Takenaka-Malmquist basis.)
+#
+# What rings is a pair of decays r e^(±iθ), and its section holds two numbers (Kautz' basis). A step
+# is two rotations (x, y) -> (c x - s y, s x + c y), which are orthogonal too. The first, c = r², turns
+# (S_j, v_i) into an inner number and what leaves. The second, c = 2r cos θ / (1 + r²), turns S_i and
+# the inner number into the new S_i and S_j. The characteristic polynomial is z² - 2r cos θ z + r².
 
-# A^0, A^1, ..., A^chunk [chunk + 1, n, n], b [n], C [2K, n]
+# powers: A^0, A^1, ..., A^chunk [chunk + 1, n, n]; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
-# What a layer remembers, tensors [B, ...], and how many tokens it has read, a tensor [].
-LayerState = namedtuple("LayerState", "memory position")
 
 
-def fit_recurrence(filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6):
-    """The system S_t = A S_{t-1} + b u_t, y_t = C S_t that answers an impulse with the filters [L, 2K].
+def choose_decays(L, n_pairs, max_angle):
+    """Decays of both signs, ±α, and for a sector r e^(iθ) too, each with its mirror image."""
+    # The real ones forget within 1/8 of a step up to L steps.
+    memory = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_pairs))
+    decays = list(np.exp(-1 / memory))
+    # Those of a sector lie on arcs, that is, have a common memory, of L/3 steps or less. The angles
+    # it can tell apart differ by 1/memory or so. (The factors 3 and 1.65 were found by trial.)
+    arc = L / 3
+    while arc * max_angle > 1.5:
+        n_angles = round(arc * max_angle / 3)
+        for angle in np.linspace(0, max_angle, n_angles + 1)[1:]:
+            decays.append(cmath.rect(math.exp(-1 / arc), angle))
+        arc = arc / 1.65
+    with_mirror_images = []
+    for p in decays:
+        with_mirror_images += [p, -p.conjugate()]
+    return with_mirror_images
 
-    It has 2 n_pairs poles, by default as many as any K needs. The result is None if its error is
-    more than `tolerance` of the largest filter value: Kronecker products are no such mixture.
+
+def fit_recurrence(
+    filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6, most_ringing=0.5, max_angle=0.0
+):
+    """The system that answers an impulse with the filters [L, 2K], a SpectralLDS of n = 2 n_pairs
+    states, and more for a sector, or None.
+
+    It is None if the error is more than `tolerance` of the largest value of a filter, or if what
+    comes after lag L is more than `most_ringing` of a filter, as it is for filters that are no sums
+    of decays. It is also None if it took more than 512 states.
     """
-    phi = filters.numpy()
-    L = len(phi)
+    bank = filters.numpy()
+    L = len(bank)
     if n_pairs is None:
-        n_pairs = max(56, round(5 * math.log(8 * L)))
-    # Poles ±α, with memories from 1/8 of a step to L steps.
-    alpha = np.exp(-np.exp(np.linspace(-math.log(L), math.log(8), n_pairs)))
-    poles = np.stack([alpha, -alpha], axis=1).flatten()
-    n = len(poles)
-    # Every signal is written as a row of numbers: how much of S_1, ..., S_n and of u it holds.
-    A = np.zeros((n, n))
-    b = np.zeros(n)
-    enters = np.zeros(n + 1)
-    enters[n] = 1.0  # u enters the first section
-    for i, p in enumerate(poles):
-        g = math.sqrt((1 - p) * (1 + p))
-        S_i = np.zeros(n + 1)
-        S_i[i] = 1.0
-        becomes = p * S_i + g * enters
-        A[i] = becomes[:n]
-        b[i] = becomes[n]
-        enters = g * S_i - p * enters
+        n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
+    decays = choose_decays(L, n_pairs, math.radians(max_angle))
+    n = len(decays) + sum(p.imag != 0 for p in decays)
+    if n > 512:
+        return None
+
+    # What enters a section is a weighted sum of S_1, ..., S_n and u, written as a row of weights.
+    *held, enters = np.eye(n + 1)  # S_1, ..., S_n, and u, which enters the first section
+    new = []  # what S_1, S_2, ... become
+    for p in decays:
+        S_i = held[len(new)]
+        if p.imag == 0:
+            p = p.real
+            g = math.sqrt((1 - p) * (1 + p))
+            new.append(p * S_i + g * enters)
+            enters = g * S_i - p * enters
+        else:
+            S_j = held[len(new) + 1]
+            r2 = abs(p) ** 2
+            g = math.sqrt((1 - r2) * (1 + r2))
+            inner = r2 * S_j - g * enters
+            enters = g * S_j + r2 * enters
+            c = 2 * p.real / (1 + r2)
+            s = abs(1 - p**2) / (1 + r2)
+            new.append(c * S_i - s * inner)
+            new.append(s * S_i + c * inner)
+    A = np.stack(new)[:, :n]
+    b = np.stack(new)[:, n]
+
     psi = [b]
     for _ in range(L - 1):
         psi.append(A @ psi[-1])
     psi = np.stack(psi)  # [L, n], ψ(t) = A^t b
-    # Least squares for the lags t < L. The filters are undefined past L, where the fit may grow, so
-    # fade² times its energy there is added. Since ψ is orthonormal over all t, and the energy past
-    # L is that of C A^L, the matrix of the normal equations is I - (1 - fade²) A^L (A^L)ᵀ.
+    # The best C minimises Σ_{t<L} |C ψ(t) - Φ(t)|². It may make the answer grow after lag L, where
+    # the filters say nothing, so we add fade² Σ_{t>=L} |C ψ(t)|². With ψ orthonormal over all t, and
+    # ψ(t + L) = A^L ψ(t), the sum of ψψᵀ over t >= L is P = A^L (A^L)ᵀ, and over t < L it is I - P.
     A_L = np.linalg.matrix_power(A, L)
-    gram = np.eye(n) - (1 - fade**2) * A_L @ A_L.T
-    C = np.linalg.solve(gram, psi.T @ phi).T
-    error = np.abs(psi @ C.T - phi).max() / np.abs(phi).max()
-    norm_past_L = np.linalg.norm(C @ A_L, axis=1).max() / np.linalg.norm(phi, axis=0).max()
-    if error > tolerance or norm_past_L > 5e4 * tolerance:
+    P = A_L @ A_L.T
+    gram = np.eye(n) - P + fade**2 * P
+    C = np.linalg.solve(gram, psi.T @ bank).T  # the normal equations
+    error = np.abs(psi @ C.T - bank).max() / np.abs(bank).max()
+    norm = np.linalg.norm(bank, axis=0).max()
+    norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()
+    if error > tolerance or norm_after_L > most_ringing * norm:
         return None
-    powers = np.stack([np.linalg.matrix_power(A, i) for i in range(chunk + 1)])
+    powers = [np.eye(n)]
+    for _ in range(chunk):
+        powers.append(A @ powers[-1])
+    powers = np.stack(powers)
     return SpectralLDS(torch.from_numpy(powers), torch.from_numpy(b), torch.from_numpy(C))
 
 
 def recur_one(u, S, lds, M):
-    """One token by the definition: u [B, 1, d], S [B, n, d] -> y [B, 1, d_out], S after it.
+    """One token, by the definition: u [B, 1, d], S [B, n, d] -> y [B, 1, d_out], S after it.
 
     M is [2K, d] for STU-T, where d_out = d, or [2K, d, d_out] for the full STU.
     """
     A = lds.powers[1]
     S = A @ S + lds.b[:, None] * u
-    filtered = lds.C @ S  # [B, 2K, d], what the filters give
+    filtered = lds.C @ S  # [B, 2K, d], the outputs of the filters
     if M.ndim == 2:
         y = (filtered * M).sum(dim=1)
     else:
@@ -884,42 +1037,47 @@ def recur_one(u, S, lds, M):
 
 
 def recur(u, S, lds, M):
-    """The same for u [B, T, d] -> y [B, T, d_out], S after the last token: chunk by chunk.
+    """Many tokens, u [B, T, d] -> y [B, T, d_out], S after the last: a chunk of tokens at a time.
 
-    Within a chunk, y is the answer to the inputs of the chunk, y_t = Σ_i C A^(t-i) b u_i, and the
-    answer to the state before the chunk, y_t = C A^(t+1) S.
+    For a token t of a chunk that begins with the state S, y_t is the answer to the inputs of the
+    chunk, Σ_{i<=t} C A^(t-i) b u_i, and the answer to the state, C A^(t+1) S.
     """
     powers, b, C = lds
     B, T, d = u.shape
-    size = min(T, len(powers) - 1)  # of a chunk
+    size = min(T, len(powers) - 1)  # tokens in a chunk
     psi = powers[:size] @ b  # [size, n]
-    states = []  # before each chunk
-    for chunk in u.split(size, dim=1):
+    states = []  # at the beginning of each chunk
+    for piece in u.split(size, dim=1):
         states.append(S)
-        r = chunk.shape[1]
-        S = powers[r] @ S + psi[:r].flip(0).T @ chunk  # A^r S + Σ_i A^(r-1-i) b u_i
+        r = piece.shape[1]
+        last_first = psi[:r].flip(0)  # ψ(r-1), ..., ψ(0)
+        S = powers[r] @ S + last_first.T @ piece  # A^r S + Σ_i ψ(r-1-i) u_i
     states = torch.stack(states)  # [chunks, B, n, d]
-    chunks = F.pad(u, (0, 0, 0, len(states) * size - T))  # zeros after the end
-    chunks = chunks.view(B, len(states), size, d).transpose(0, 1)  # [chunks, B, size, d]
+    u = F.pad(u, (0, 0, 0, len(states) * size - T))  # zeros, to fill the last chunk
+    u = u.view(B, len(states), size, d).transpose(0, 1)  # [chunks, B, size, d]
 
     t = torch.arange(size, device=u.device)
     lag = t[:, None] - t
-    to_inputs = (psi @ C.T)[lag.clamp(min=0)] * (lag >= 0)[:, :, None]  # [t, i, 2K], filter values
-    to_states = C @ powers[1 : size + 1]  # [t, 2K, n]
-    if M.ndim == 2:  # STU-T: one filter a channel, for all chunks at once
+    answer = (psi @ C.T)[lag.clamp(min=0)]  # the filters at lag t - i: [t, i, 2K]
+    to_inputs = answer.masked_fill((lag < 0)[:, :, None], 0)
+    to_state = C @ powers[1 : size + 1]  # [t, 2K, n]
+    if M.ndim == 2:
+        # STU-T: first the filter of each channel d, then all chunks c at once
         to_inputs = torch.einsum("tik,kd->tid", to_inputs, M)
-        to_states = torch.einsum("tkn,kd->tnd", to_states, M)
-        y = torch.einsum("tid,cbid->cbtd", to_inputs, chunks)
-        y = y + torch.einsum("tnd,cbnd->cbtd", to_states, states)
-    else:  # chunk by chunk, because the filters' outputs are large
+        to_state = torch.einsum("tkn,kd->tnd", to_state, M)
+        y = torch.einsum("tid,cbid->cbtd", to_inputs, u)
+        y = y + torch.einsum("tnd,cbnd->cbtd", to_state, states)
+    else:
 
-        def mix(chunk, S):
+        def full_stu(chunk, S_before):
             filtered = torch.einsum("tik,bid->btkd", to_inputs, chunk)
-            filtered = filtered + torch.einsum("tkn,bnd->btkd", to_states, S)
+            filtered = filtered + torch.einsum("tkn,bnd->btkd", to_state, S_before)
             return filtered.flatten(2) @ M.flatten(0, 1)
 
-        y = torch.stack([recompute(mix, chunk, S) for chunk, S in zip(chunks, states)])
-    y = y.transpose(0, 1).flatten(1, 2)  # [B, chunks * size, d_out]
+        # One chunk at a time, because the outputs of all filters are large.
+        y = [recompute(full_stu, chunk, S_before) for chunk, S_before in zip(u, states)]
+        y = torch.stack(y)
+    y = y.transpose(0, 1).flatten(1, 2)  # [B, chunks · size, d_out]
     return y[:, :T], S
 
 
@@ -934,12 +1092,14 @@ def check_state(memory, shape):
         raise ValueError(f"this layer, with this batch, wants a state {shape}, got {got}")
 
 
-def keep(old, new):
-    """`new`; in the memory of `old`, unless gradients are asked for.
+def overwrite(old, new):
+    """Write `new` into the memory of `old`, unless gradients are asked for, which need the old.
 
     So a stream of tokens allocates nothing, and a CUDA graph finds each state where it was.
     """
-    return new if torch.is_grad_enabled() else old.copy_(new)
+    if torch.is_grad_enabled():
+        return new
+    return old.copy_(new)
 
 
 def start_ring(k, window):
@@ -958,29 +1118,32 @@ def write_to_ring(state, k, v, position):
     """The state after tokens with keys and values [B, H, T, head_size] at positions [B or 1, T]."""
     keys, values, positions = state.memory
     if torch.is_grad_enabled():
-        keys, values, positions = keys.clone(), values.clone(), positions.clone()
-    T = k.shape[2]
+        keys = keys.clone()
+        values = values.clone()
+        positions = positions.clone()
+    B, _, T, _ = k.shape
     n_slots = keys.shape[2]
-    n_new = min(T, n_slots)  # of a longer piece only the end stays
-    slot = (state.position + torch.arange(T - n_new, T, device=k.device)) % n_slots
+    n_new = min(T, n_slots)  # of a piece that is longer than the ring only the end is kept
+    token = state.position + torch.arange(T - n_new, T, device=k.device)
+    slot = token % n_slots
     keys.index_copy_(2, slot, k[:, :, -n_new:])
     values.index_copy_(2, slot, v[:, :, -n_new:])
-    positions.index_copy_(1, slot, position[:, -n_new:].expand(len(k), -1))
-    return LayerState((keys, values, positions), keep(state.position, state.position + T))
+    positions.index_copy_(1, slot, position[:, -n_new:].expand(B, n_new))
+    position_after = overwrite(state.position, state.position + T)
+    return LayerState((keys, values, positions), position_after)
 
 
 def select_rows(state, rows):
-    """A new state of a model, whose row i goes on from row rows[i] of `state`, which stays as it is.
+    """A copy of a model's state in which row i is row rows[i] of `state`.
 
-    So one repeats a prompt for several answers, rows = [0, 0, 0], or shares a prefix by a copy.
+    Copy the state of a prompt with rows [0, 0, 0] to write three answers to it.
     """
-    selected = []
+    copies = []
     for layer_state in state:
-        memory = []
-        for t in layer_state.memory:
-            memory.append(t[torch.as_tensor(rows, device=t.device)])
-        selected.append(LayerState(tuple(memory), layer_state.position.clone()))
-    return selected
+        index = torch.as_tensor(rows, device=layer_state.position.device)
+        memory = tuple(t.index_select(0, index) for t in layer_state.memory)
+        copies.append(LayerState(memory, layer_state.position.clone()))
+    return copies
 
 
 # ---- 8. Writing text -----------------------------------------------------------------------------
@@ -1004,54 +1167,52 @@ class FlashSTU(LanguageModel):
         input_ids,
         max_new_tokens,
         temperature=1.0,
-        top_k=None,
-        top_p=None,
+        top_k=0,
+        top_p=1.0,
         stop_token=None,
         generator=None,
         state=None,
     ):
         """Yield the next token of every row, [B], one after another, each at the same cost.
 
-        temperature 0 takes the likeliest token. top_k, top_p: see sample. Ends early when every
-        row has produced stop_token; rows that have, repeat it.
+        temperature 0 takes the likeliest token. For top_k and top_p see sample. The stream ends
+        early when every row has produced stop_token; a row that has it repeats it.
         state: a list, empty or as an earlier call left it, which is kept up to date. It has read
-        all but the last token that was yielded, so the next call's input_ids begin with that one.
-        A model with dropout wants eval() before.
+        all tokens but the last that was yielded, so begin the next input_ids with that one.
+        A model with dropout must be in eval mode.
         """
         ids = check_ids(input_ids, self.config.vocab_size)
         check_integer("max_new_tokens", max_new_tokens, least=0)
-        check_number("temperature", temperature)
-        if top_k is not None:
-            check_integer("top_k", top_k, least=0)
-        if top_p is not None and check_number("top_p", top_p, most=1.0) == 0:
-            raise ValueError("top_p must be > 0, got 0")
+        check_number("temperature", temperature, most=1e6)
+        check_integer("top_k", top_k, least=0)
+        if check_number("top_p", top_p, most=1.0) == 0:
+            raise ValueError("top_p must be more than 0")
         if stop_token is not None:
             check_integer("stop_token", stop_token, least=0)
             if stop_token >= self.config.vocab_size:
                 raise ValueError(f"stop_token must be in the vocabulary, got {stop_token}")
         if state is None:
             state = []
-        choose = partial(
-            sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
-        return self.tokens(ids, max_new_tokens, choose, stop_token, state)
 
-    @torch.no_grad()
-    def tokens(self, ids, max_new_tokens, choose, stop_token, state):
-        """The generator behind `stream`."""
-        stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        for _ in range(max_new_tokens):
-            # The prompt in pieces, so that memory is bounded; then one token at a time.
-            for piece in ids.split(self.config.seq_len, dim=1):
-                x, state[:] = self.hidden(piece, state or None, use_cache=True)
-            token = choose(self.logits(x[:, -1]).float())
-            if stop_token is not None:
-                token = token.masked_fill(stopped, stop_token)
-                stopped = stopped | (token == stop_token)
-            yield token
-            if len(ids) > 0 and stopped.all():
-                return
-            ids = token[:, None]
+        @torch.no_grad()
+        def tokens(ids):
+            stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            for _ in range(max_new_tokens):
+                # The prompt in pieces, so that memory is bounded; later one token.
+                for piece in ids.split(self.config.seq_len, dim=1):
+                    x, after = self.hidden(piece, state or None, use_cache=True)
+                    state[:] = after
+                logits = self.logits(x[:, -1]).float()
+                token = sample(logits, temperature, top_k, top_p, generator)
+                if stop_token is not None:
+                    token = token.masked_fill(stopped, stop_token)
+                    stopped = stopped | (token == stop_token)
+                yield token
+                if stop_token is not None and len(ids) > 0 and stopped.all():
+                    return
+                ids = token[:, None]
+
+        return tokens(ids)  # a function apart, so that the checks do not wait for the first token
 
     def save_pretrained(self, folder):
         """Write model.safetensors, config.json and a copy of this file into the folder."""
@@ -1073,38 +1234,77 @@ class FlashSTU(LanguageModel):
         return model.to(device).eval()
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Logits [B, vocab_size] -> a token for each row, [B].
 
-    Only the top_k likeliest tokens are considered (None or 0: all), and of these only the likeliest
-    that together have the probability top_p.
+    Only the top_k likeliest tokens are considered (0: all), and of these only the likeliest that
+    together have the probability top_p.
     """
     best = logits.max(dim=-1, keepdim=True).values
     if not best.isfinite().all():
         raise ValueError("the logits must be finite; do the weights hold NaN?")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    tokens = None
-    if top_k or top_p:
-        count = min(top_k or logits.shape[1], logits.shape[1])
-        logits, tokens = logits.topk(count)  # likeliest first
-    probs = ((logits - best).double() / temperature).softmax(dim=-1)
-    if top_p:
-        reached_before = probs.cumsum(dim=-1) - probs
-        probs = probs * (reached_before < top_p)
+    logits = (logits - best) / max(temperature, 1e-30)  # 0 or less, so nothing overflows to inf
+    if top_k == 0 and top_p == 1:
+        choice = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        return choice[:, 0]
+    count = min(top_k or logits.shape[1], logits.shape[1])
+    logits, tokens = logits.topk(count)  # likeliest first
+    probs = logits.softmax(dim=-1)
+    reached_before = probs.cumsum(dim=-1) - probs
+    probs = probs.masked_fill(reached_before >= top_p, 0)
     choice = torch.multinomial(probs, 1, generator=generator)
-    if tokens is not None:
-        choice = tokens.gather(1, choice)
-    return choice[:, 0]
+    return tokens.gather(1, choice)[:, 0]
 
 
 # ---- 9. Variants ---------------------------------------------------------------------------------
 
 
-def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
-    """Kronecker products φ_i ⊗ φ_j of short filters, as published: [n, k'²] from 2 k' short ones.
+def filters_of_a_sector(G, K, max_angle):
+    """Z = G Gᵀ holds the decays r^t; the top K eigenvectors for r^t cos θt and r^t sin θt together.
 
-    The short ones have length side = ⌈√(n-2)⌉, and there are k' = min(k, side) of them.
+    Since cos θt cos θs + sin θt sin θs = cos θ(t-s), each entry Z_ts is multiplied by the average of
+    cos θ(t-s) over |θ| <= max_angle. The weight stays (1-r)²: with |1-α|² or none, poles of radius
+    0.999 would take 2 to 8% fewer filters, and poles of radius 0.9 up to 45% more.
+    """
+    # The average over θ is a sum over Gauss-Legendre's angles from 0 to max_angle, which is exact
+    # from a few more than L · max_angle / 4 of them on. Written as E Eᵀ, E has a column for each
+    # cosine and each sine. (The weights that `leggauss` gives are right to 1e-14, which is not
+    # enough for the weak filters. These are right to 1e-16.)
+    L = len(G)
+    n_angles = math.ceil(L * max_angle / 4 + math.sqrt(L * max_angle)) + 40
+    nodes, _ = legendre.leggauss(n_angles)  # from -1 to 1
+    polynomials = legendre.legvander(nodes, n_angles - 1)  # [n_angles, n_angles]
+    weights = 1 / (polynomials**2 @ np.arange(1, 2 * n_angles, 2))  # they add up to 1
+    angles = np.outer(np.arange(L), max_angle * (1 + nodes) / 2)
+    E = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    E = torch.from_numpy(E * np.sqrt(np.tile(weights, 2)))  # [L, 2 n_angles]
+    # The entrywise product of G Gᵀ and E Eᵀ is H Hᵀ, where H has a column for each column of G times
+    # each of E. These are too many to write down, but H times a vector is cheap. A vector that is
+    # multiplied by H Hᵀ again and again turns towards the top eigenvectors. The span of all vectors
+    # on its way holds them to 1e-12 (Lanczos: each is made orthogonal to those before it).
+    steps = min(L, 2 * K + 32)
+    basis = G.new_zeros(L, steps)
+    images = []  # Hᵀ times each vector of the basis
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal(L))
+    for i in range(steps):
+        for _ in range(3):  # once is not enough where little is left of v
+            v = v - basis @ (basis.T @ v)
+            v = v / v.norm()
+        basis[:, i] = v
+        image = E.T @ (v[:, None] * G)  # [2 n_angles, columns of G]
+        images.append(image.flatten())
+        v = ((E @ image) * G).sum(dim=1)
+    R = torch.linalg.qr(torch.stack(images, dim=1)).R
+    _, sigma, Vh = torch.linalg.svd(R)
+    return basis @ Vh.T, sigma
+
+
+def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
+    """Kronecker products φ_i ⊗ φ_j of short filters, [n, k'²].
+
+    There are k' = min(k, side) short ones, of length side = ⌈√(n-2)⌉ (as published).
     """
     check_floating(dtype)
     side = math.ceil(max(n - 2, 1) ** 0.5)
@@ -1135,16 +1335,15 @@ def flash_fft_conv(u, h):
     """
     _, d, T = u.shape
     n = 2 ** max(8, (2 * T - 1).bit_length())
-    more_time = n // 2 - T
-    more_channels = -d % 16
-    u = F.pad(u, (0, more_time, 0, more_channels)).contiguous()
-    h = F.pad(h, (0, n // 2 - h.shape[1], 0, more_channels)).contiguous()
+    new_channels = -d % 16
+    u = F.pad(u, (0, n // 2 - T, 0, new_channels)).contiguous()
+    h = F.pad(h, (0, n // 2 - h.shape[1], 0, new_channels)).contiguous()
     return flash_fft(n, u.dtype, u.device)(u, h)[:, :d, :T]
 
 
 @lru_cache(maxsize=16)
 def flash_fft(n, dtype, device):
-    # Not kept in a layer, where its tables would become part of the state_dict.
+    """Not kept in a layer, where its tables would become part of the state_dict."""
     return FlashFFTConv(n, dtype=dtype).to(device)
 
 
@@ -1165,19 +1364,22 @@ HF_CONFIG = {  # what transformers looks for in a config.json, to find the class
 def save_own_filters(stu, state_dict, prefix, _):
     """A hook of STU.state_dict: filters that the layer was given are saved, the standard ones not."""
     if stu.has_own_filters:
-        state_dict[prefix + "filters"] = stu.bank.filters
+        state_dict[prefix + "filters"] = stu.bank.filters.clone()  # layers may share a bank
 
 
 def load_own_filters(stu, state_dict, prefix, *_):
     """A hook of STU.load_state_dict."""
     filters = state_dict.pop(prefix + "filters", None)
-    if filters is None:
+    if filters is None or torch.equal(filters.cpu(), stu.bank.filters):
         return
-    stu.bank = FilterBank(filters, use_hankel_L=True)  # the whole bank
+    if len(filters) != stu.seq_len:
+        raise ValueError(f"{prefix}filters have length {len(filters)}, not {stu.seq_len}")
+    stu.bank = FilterBank(filters)
     stu.has_own_filters = True
-    name = "M_filters" if stu.config.use_approx else "M"
+    # Their number may be another, and then so is the number of weights.
+    name = "M_filters" if stu.use_approx else "M"
     M = getattr(stu, name)
-    if len(M) != filters.shape[1]:  # there may be more or fewer of them
+    if len(M) != filters.shape[1]:
         setattr(stu, name, nn.Parameter(M.new_empty(filters.shape[1], *M.shape[1:])))
 
 
@@ -1198,12 +1400,11 @@ def write_folder(model, folder):
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt", "config": text})
         (part / CONFIG).write_text(text)
         shutil.copyfile(__file__, part / "stu.py")
-        # Wherever this is killed, one whole model is there: without config.json, the config that
-        # the weights carry counts. So new weights never meet an old config.
-        (folder / CONFIG).unlink(missing_ok=True)
-        (folder / SHARDS).unlink(missing_ok=True)
+        # The weights carry their config. So if this is killed between two files, no old config is
+        # taken for that of the new weights: read_folder compares the two.
         for name in (WEIGHTS, "stu.py", CONFIG):
             (part / name).replace(folder / name)
+        (folder / SHARDS).unlink(missing_ok=True)  # of the model that was here before
 
 
 def read_folder(folder):
@@ -1226,25 +1427,43 @@ def read_folder(folder):
                     tensors[name.removeprefix("model.")] = part.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{folder / file} is damaged: {error}") from error
-    # Fine-tuning may add an output matrix, which for us is the embedding.
-    embedding = tensors.get("tok_emb.weight")
-    output = tensors.pop("lm_head.weight", embedding)
-    if embedding is None or not torch.equal(output, embedding):
-        raise ValueError(f"{folder}: no tok_emb.weight, or an lm_head.weight that is not the same")
-    if "config" in metadata and not (folder / CONFIG).exists():
-        values = json.loads(metadata["config"])
-    else:
-        values = read_json(folder / CONFIG)
-    values["torch_dtype"] = embedding.dtype  # transformers calls it dtype
+    if "tok_emb.weight" not in tensors:
+        raise ValueError(f"{folder} holds another kind of model: it has no tok_emb.weight")
+    # Fine-tuning may have saved an output matrix too. Ours is always the embedding.
+    embedding = tensors["tok_emb.weight"]
+    output_matrix = tensors.pop("lm_head.weight", embedding)
+    if not torch.equal(output_matrix, embedding):
+        raise ValueError(f"{folder}: lm_head.weight is not the embedding, as it must be")
+
+    config = None
+    if (folder / CONFIG).exists() or "config" not in metadata:
+        config = read_config(folder, read_json(folder / CONFIG), tensors)
+    if "config" in metadata:
+        own_config = read_config(folder, json.loads(metadata["config"]), tensors)
+        if config is not None and config != own_config:
+            raise ValueError(
+                f"{folder / CONFIG} is not the one that the weights were saved with. They hold a "
+                f"copy of theirs: delete {CONFIG}, and it is used."
+            )
+        config = own_config
+    return config, tensors
+
+
+def read_config(folder, values, tensors):
+    values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # transformers calls it dtype
+    values.setdefault("max_angle", 0.0)  # in folders from before there was this option
     names = [field.name for field in fields(FlashSTUConfig)]
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}")
     config = FlashSTUConfig(**{name: values[name] for name in names})
-    n_layers = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
-    if n_layers != config.n_layers:  # before so many are made
-        raise ValueError(f"{folder}: {CONFIG} has {config.n_layers} layers, the weights {n_layers}")
-    return config, tensors
+    # Their number is compared here, before millions of layers are made.
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    if len(numbers) != config.n_layers:
+        raise ValueError(
+            f"{folder}: {config.n_layers} layers in {CONFIG}, weights of {len(numbers)}"
+        )
+    return config
 
 
 def read_json(path):
@@ -1252,3 +1471,207 @@ def read_json(path):
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+# ---- 11. Hugging Face ----------------------------------------------------------------------------
+#
+# The same model as transformers wants it. A saved folder holds a copy of this file, and its
+# config.json names the classes below. They exist if transformers was imported before this file,
+# as it is when transformers itself loads a folder; by hand, write `import transformers, stu`.
+
+
+release = getattr(sys.modules.get("transformers"), "__version__", "0.0")  # 0.0: not imported
+major, minor = release.split(".")[:2]
+
+
+def __getattr__(name):  # asked by Python for what this file does not define
+    if f"stu.{name}" in HF_CONFIG["auto_map"].values():
+        raise ImportError(f"stu.{name} needs transformers 4.57 or later, imported before stu")
+    raise AttributeError(f"stu.py has no {name}")
+
+
+if (int(major), int(minor)) >= (4, 57):
+    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils import can_return_tuple
+
+    try:
+        from transformers.utils.output_capturing import capture_outputs
+    except ImportError:  # as it was called before
+        from transformers.utils.generic import check_model_inputs as capture_outputs
+
+    # Trainer, for one, shifts the labels that it smooths only for models in this table.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HF_CONFIG["model_type"]] = "FlashSTUForCausalLM"
+
+    # Arguments that say where texts begin are taken and not used: positions are relative, and
+    # texts packed into one row see each other, as in train.py.
+    NOT_USED = ["position_ids", "cache_position", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"]
+    NOT_USED += ["max_length_q", "max_length_k"]
+
+    class FlashSTUPretrainedConfig(PretrainedConfig):
+        model_type = HF_CONFIG["model_type"]
+        _auto_class = "AutoConfig"
+        attribute_map = {  # noqa: RUF012
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "max_position_embeddings": "seq_len",
+        }
+
+        def __init__(self, **options):
+            defaults = FlashSTUConfig().to_dict()
+            del defaults["torch_dtype"]  # transformers keeps it itself
+            super().__init__(**defaults | HF_CONFIG | options)
+
+        def to_flash_stu(self):
+            names = [field.name for field in fields(FlashSTUConfig) if field.name != "torch_dtype"]
+            options = {name: getattr(self, name) for name in names}
+            # Where transformers makes a model, the dtype it wants is the default of torch.
+            return FlashSTUConfig(**options, torch_dtype=torch.get_default_dtype())
+
+    class FlashSTUCache:
+        """The state after `length` tokens. A call that is given it brings it up to date."""
+
+        is_compileable = False
+        is_croppable = False
+        is_linear = (False,)  # `generate`, given all ids again, leaves out those it has read
+
+        def __init__(self):
+            self.state = None
+            self.length = 0
+
+        def get_seq_length(self, layer_idx=0):
+            return self.length
+
+        def batch_select_indices(self, indices):
+            self.state = select_rows(self.state, indices)
+
+        reorder_cache = batch_select_indices  # as beam search calls it
+
+        def batch_repeat_interleave(self, repeats):
+            batch_size = len(self.state[0].memory[0])
+            self.batch_select_indices(torch.arange(batch_size).repeat_interleave(repeats))
+
+    class FlashSTUDecoder(FlashSTU):
+        """FlashSTU, called and answering as transformers wants it of a model without a head."""
+
+        def forward(
+            self,
+            input_ids,
+            attention_mask=None,
+            past_key_values=None,
+            cache=None,  # the new name of past_key_values
+            use_cache=False,
+            **others,
+        ):
+            for name, value in others.items():
+                if name not in NOT_USED and value is not None and value is not False:
+                    raise ValueError(f"FlashSTU takes no {name}")
+            if cache is None:
+                cache = past_key_values
+            use_cache = use_cache or cache is not None
+            if cache is None:
+                cache = FlashSTUCache()
+            if not isinstance(cache, FlashSTUCache):
+                raise ValueError(f"FlashSTU takes a cache of its own, got {type(cache).__name__}")  # noqa: TRY004
+            if attention_mask is not None:
+                mask = check_mask(attention_mask, *input_ids.shape)
+                # Padding matters to tokens that come after it: here, or in a later call.
+                before_token = ~mask[:, :-1] & mask[:, 1:]
+                matters = before_token.any()
+                if use_cache:  # more tokens may follow
+                    matters = not mask.all()
+                attention_mask = mask if matters else None
+            x, cache.state = self.hidden(input_ids, cache.state, use_cache, attention_mask)
+            cache.length += input_ids.shape[1]
+            return BaseModelOutputWithPast(x, cache if use_cache else None)
+
+    class FlashSTUModel(PreTrainedModel):
+        """Ids [B, T] -> normalised output of the last layer [B, T, d]."""
+
+        config_class = FlashSTUPretrainedConfig
+        base_model_prefix = "model"
+        supports_gradient_checkpointing = True
+        _no_split_modules = ("FlashSTUBlock",)
+        _can_record_outputs = {"hidden_states": FlashSTUBlock}  # noqa: RUF012
+        _is_stateful = True  # it cannot take back a token
+        _supports_sdpa = True  # one may ask for "sdpa" or "eager": it is the same
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = FlashSTUDecoder(config.to_flash_stu())
+            self.add_head()
+            self.post_init()
+
+        def add_head(self):
+            pass
+
+        def get_input_embeddings(self):
+            return self.model.tok_emb
+
+        def set_input_embeddings(self, embedding):
+            self.model.tok_emb = embedding
+            self.model.config.vocab_size = len(embedding.weight)
+
+        def init_weights(self):
+            self.tie_weights()  # FlashSTU has drawn them
+
+        def _init_weights(self, module):  # weights that a folder lacks
+            if isinstance(module, STU):
+                module.reset_parameters()
+            else:
+                super()._init_weights(module)
+
+        @capture_outputs
+        def forward(self, input_ids, output_hidden_states=None, **options):
+            return self.model(input_ids, **options)  # the decorator adds the hidden states
+
+    class FlashSTUForCausalLM(FlashSTUModel, GenerationMixin):
+        """Ids [B, T] -> logits [B, T, vocab_size], and with labels their loss."""
+
+        _tied_weights_keys = {"lm_head.weight": "model.tok_emb.weight"}  # noqa: RUF012
+
+        def add_head(self):
+            self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
+
+        @can_return_tuple
+        def forward(
+            self,
+            input_ids,
+            attention_mask=None,
+            past_key_values=None,
+            cache=None,
+            labels=None,
+            logits_to_keep=0,  # so many at the end, 0: all; or a tensor of positions
+            num_items_in_batch=None,
+            **options,
+        ):
+            # As a parameter it would be one that Trainer expects in every data set.
+            shift_labels = options.pop("shift_labels", None)
+            options |= {"past_key_values": past_key_values, "cache": cache, "return_dict": True}
+            output = dict(super().forward(input_ids, attention_mask=attention_mask, **options))
+            x = output.pop("last_hidden_state")
+            if isinstance(logits_to_keep, int):
+                logits_to_keep = slice(-logits_to_keep, None)  # x[:, -0:] is all of x
+            logits = self.lm_head(x[:, logits_to_keep])
+            loss = None
+            if labels is not None or shift_labels is not None:
+                vocab_size = logits.shape[-1]
+                options = {"shift_labels": shift_labels}
+                loss = self.loss_function(logits, labels, vocab_size, num_items_in_batch, **options)
+            return CausalLMOutputWithPast(loss, logits, **output)
+
+        def prepare_inputs_for_generation(
+            self, input_ids, next_sequence_length=None, tokenizer=None, **kwargs
+        ):
+            n_new = next_sequence_length  # of the ids; None: all of them are new
+            if n_new is not None and n_new < 1:  # transformers would read all of them once more
+                raise ValueError("give all ids: those that the cache has read, and more")
+            return super().prepare_inputs_for_generation(
+                input_ids, next_sequence_length=n_new, **kwargs
+            )
+
+        @classmethod
+        def _supports_default_dynamic_cache(cls):
+            return False  # the first call makes a FlashSTUCache

@@ -17,6 +17,7 @@ import runpy
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 hf_home = tempfile.TemporaryDirectory()
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": hf_home.name}
-with contextlib.suppress(ImportError):  # before stu, which then has the classes for it
-    import transformers  # noqa: F401
 
 import lds as lds_module
 import prepare_data
@@ -162,7 +161,9 @@ def test_filters_are_eigenvectors_of_the_hankel_matrix(L, hankel_L):
     assert (values[:-1] >= values[1:]).all()
     unit = phi / phi.norm(dim=0)
     assert (unit.T @ unit - torch.eye(K, dtype=torch.float64)).abs().max() < 1e-12
-    first = torch.stack([column[column.abs() > 1e-9][0] for column in phi.T])  # of Hankel-L: lag 0 or 1
+    first = torch.stack(
+        [column[column.abs() > 1e-9][0] for column in phi.T]
+    )  # of Hankel-L: lag 0 or 1
     assert (first > 0).all()
 
 
@@ -184,7 +185,7 @@ def test_tensorized_filters_are_kronecker_products():
 def test_lds_impulse_response_equals_the_filters(L, K, hankel_L):
     phi = get_spectral_filters(L, K, hankel_L, dtype=torch.float64)
     bank = phi if hankel_L else both_signs(phi)
-    lds = FilterBank(phi, hankel_L).lds
+    lds = FilterBank(bank).lds
     A = lds.powers[1]
     n = len(lds.b)
     # orthonormal coordinates: what float32 states rely on
@@ -202,9 +203,136 @@ def test_lds_impulse_response_equals_the_filters(L, K, hankel_L):
 def test_without_the_penalty_the_filters_grow_past_their_length():
     phi, tails = get_spectral_filters(128, 24, dtype=torch.float64), []
     for fade in (1e-5, 1e-8):
-        lds = FilterBank(phi, fade=fade, tolerance=math.inf).lds
+        lds = FilterBank(both_signs(phi), fade=fade, tolerance=math.inf).lds
         tails.append((lds.C @ torch.linalg.matrix_power(lds.powers[1], 128)).norm(dim=1).max())
     assert tails[1] > 5 * tails[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# stu.py: filters of a sector, for what rings
+
+
+def sector_matrix(L, degrees):
+    """Z_ts times the average of cos θ(t-s) over |θ| <= the angle, in closed form."""
+    i = torch.arange(1, L + 1, dtype=torch.float64)
+    total = i[:, None] + i
+    lag = i[:, None] - i
+    average = torch.sinc(degrees / 180 * lag)  # sin(aτ) / (aτ) at angle a and lag τ
+    return 2 / (total**3 - total) * average
+
+
+@pytest.mark.parametrize(
+    "L, K, degrees", [(128, 12, 5), (128, 20, 20), (128, 64, 90), (600, 24, 20)]
+)
+def test_filters_of_a_sector_are_eigenvectors_of_the_integral_over_it(L, K, degrees):
+    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
+    sigma = phi.square().sum(dim=0)  # |φ|² = σ, and the eigenvalue is σ²
+    unit = phi / sigma.sqrt()
+    error = sector_matrix(L, degrees) @ unit - unit * sigma**2
+    assert error.norm(dim=0).max() < 1e-14
+    assert (unit.T @ unit - torch.eye(K, dtype=torch.float64)).abs().max() < 1e-12
+    assert (phi[0] > 0).all()
+
+
+def test_weak_filters_of_a_sector_are_right_too():
+    # Their eigenvalues are far below 1e-16 of the first, so the closed form does not show them. The
+    # reference has a column for every decay and angle, 4 times as dense in each, and no shortcut.
+    L, K, degrees = 64, 20, 5
+    log_rate = torch.arange(3.8, -16.2, -0.05, dtype=torch.float64)
+    rate = log_rate.exp()
+    weight = (0.05 * rate * (-rate).exp()).sqrt() * -torch.expm1(-rate)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    angle = math.radians(degrees) * torch.from_numpy(nodes)
+    t = torch.arange(L, dtype=torch.float64)[:, None, None]
+    decay = weight[:, None] * (-rate[:, None] * t).exp() * torch.from_numpy(weights / 2).sqrt()
+    G = torch.cat([decay * (angle * t).cos(), decay * (angle * t).sin()], dim=2).flatten(1)
+    R = torch.linalg.qr(G.T).R
+    U = torch.linalg.svd(R.T).U[:, :K]
+    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
+    unit = phi / phi.norm(dim=0)
+    assert phi[:, -1].norm() < 1e-3 * phi[:, 0].norm()
+    assert (unit - U @ (U.T @ unit)).norm(dim=0).max() < 1e-6
+    assert ((U * unit).sum(dim=0).abs() - 1).abs().max() < 1e-9
+
+
+def test_a_sector_of_no_angle_is_the_real_axis():
+    real = get_spectral_filters(64, 12, dtype=torch.float64)
+    assert torch.equal(get_spectral_filters(64, 12, dtype=torch.float64, max_angle=0), real)
+    narrow = get_spectral_filters(64, 12, dtype=torch.float64, max_angle=1e-6)
+    assert (narrow - real).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "L, K, degrees", [(1, 1, 20), (128, 24, 5), (128, 28, 20), (128, 45, 45), (512, 24, 10)]
+)
+def test_filters_of_a_sector_have_a_recurrence_in_orthonormal_coordinates(L, K, degrees):
+    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
+    bank = FilterBank(both_signs(phi), max_angle=degrees)
+    A = bank.lds.powers[1]
+    n = len(A)
+    assert (A @ A.T + torch.outer(bank.lds.b, bank.lds.b) - torch.eye(n)).abs().max() < 1e-13
+    assert torch.allclose(bank.lds.powers[3], A @ A @ A)
+    psi = [bank.lds.b]
+    for _ in range(L - 1):
+        psi.append(A @ psi[-1])
+    answer = torch.stack(psi) @ bank.lds.C.T
+    assert (answer - bank.filters).abs().max() < 1e-6 * bank.filters.abs().max()
+    assert bank.lds.C.abs().max() < 1.5
+
+
+def test_the_sections_have_the_poles_that_were_picked():
+    poles = np.array(stu.choose_decays(100, 6, math.radians(30)))
+    assert (poles.imag > 1e-3).any() and np.isclose(np.sort(poles.real), np.sort(-poles.real)).all()
+    lds = stu.fit_recurrence(torch.ones(100, 1).double(), 6, tolerance=math.inf, max_angle=30)
+    both = np.concatenate([poles, poles.conj()[poles.imag != 0]])
+    found = np.linalg.eigvals(lds.powers[1].numpy())
+    for p in both:
+        assert abs(found - p).min() < 1e-6
+    assert len(found) == len(both)
+
+
+def test_a_sector_that_takes_too_many_states_has_no_recurrence_and_streams_all_the_same():
+    layer = STU(4, 4, 1024, 8, max_angle=45.0)
+    assert layer.bank.lds is None
+    x = torch.randn(1, 40, 4)
+    first, state = layer(x[:, :25], use_cache=True)
+    second, _ = layer(x[:, 25:], state, use_cache=True)
+    assert (torch.cat([first, second], dim=1) - layer(x)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("approx", [True, False])
+def test_a_layer_with_a_sector_equals_its_recurrence(approx):
+    fft = STU(6, 6, 128, 24, max_angle=20.0, use_approx=approx)
+    lds = STU(6, 6, 128, 24, max_angle=20.0, use_approx=approx, backend="lds")
+    lds.load_state_dict(fft.state_dict())
+    x = torch.randn(2, 128, 6)
+    assert (fft(x) - lds(x)).norm() < 1e-4 * fft(x).norm()
+
+
+def test_the_model_takes_a_sector_and_generates_with_it(tmp_path):
+    c = FlashSTUConfig(
+        n_embd=32, n_layers=2, n_heads=2, seq_len=64, window_size=16, vocab_size=50,
+        torch_dtype="float32", max_angle=15.0,
+    )  # fmt: skip
+    model = FlashSTU(c)
+    banks = [m.bank for m in model.modules() if isinstance(m, STU)]
+    phi = get_spectral_filters(64, 24, dtype=torch.float64, max_angle=15.0)
+    assert all(torch.equal(bank.filters, both_signs(phi)) for bank in banks)
+    ids = torch.randint(50, (1, 30))
+    whole = model(ids).logits
+    state = model(ids[:, :20], use_cache=True).state
+    piece = model(ids[:, 20:], state=state, use_cache=True).logits
+    assert (piece - whole[:, 20:]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("angle", [-1, 91, math.nan, "20", True])
+def test_an_angle_is_a_number_of_degrees_from_0_to_90(angle):
+    with pytest.raises(ValueError, match="max_angle"):
+        get_spectral_filters(16, 4, max_angle=angle)
+    with pytest.raises(ValueError, match="max_angle"):
+        FlashSTUConfig(max_angle=angle)
+    with pytest.raises(ValueError, match="max_angle"):
+        STU(4, 4, 16, use_tensorized=True, max_angle=5.0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,7 +346,7 @@ def make_stu(L, d_in=6, d_out=6, **options):
 
 def formula(layer, x):
     """stu_formula with this layer's filters and weights, float64."""
-    if layer.config.use_approx:
+    if layer.use_approx:
         M = torch.einsum("io,fo->fio", layer.M_inputs, layer.M_filters)
     else:
         M = layer.M
@@ -232,12 +360,18 @@ def usual_stu(x, phi, M):
     sign = (-1.0) ** torch.arange(T, device=x.device)[:, None]
     x_f = torch.fft.rfft(torch.stack([x, x * sign], dim=-1), n=n, dim=1)  # [B, n/2 + 1, d, 2]
     if M.ndim == 2:
-        h_f = torch.fft.rfft(torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1), n=n, dim=0)  # [n/2 + 1, d, 2]
+        h_f = torch.fft.rfft(
+            torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1), n=n, dim=0
+        )  # [n/2 + 1, d, 2]
         plus, minus = torch.fft.irfft(x_f * h_f, n=n, dim=1)[:, :T].unbind(-1)
         return plus + sign * minus
     phi_f = torch.fft.rfft(phi, n=n, dim=0)  # [n/2 + 1, K]
-    u = torch.fft.irfft(x_f[:, :, None] * phi_f[None, :, :, None, None], n=n, dim=1)[:, :T]  # [B, T, K, d, 2]
-    plus, minus = (torch.tensordot(u[..., i], M[i * K : (i + 1) * K], dims=([2, 3], [0, 1])) for i in (0, 1))
+    u = torch.fft.irfft(x_f[:, :, None] * phi_f[None, :, :, None, None], n=n, dim=1)[
+        :, :T
+    ]  # [B, T, K, d, 2]
+    plus, minus = (
+        torch.tensordot(u[..., i], M[i * K : (i + 1) * K], dims=([2, 3], [0, 1])) for i in (0, 1)
+    )
     return plus + sign * minus
 
 
@@ -258,8 +392,10 @@ def test_stu_equals_its_formula(options):
         layer, x = make_stu(L, 5, 7, **options), torch.randn(B, T, 5)
         expected = formula(layer, x)
         assert relative_error(layer(x).double(), expected) < 2e-6
-        if T > 1 and not options.keys() - {"use_approx"}:  # and so does the usual route of the benchmark
-            u, M = (x @ layer.M_inputs, layer.M_filters) if layer.config.use_approx else (x, layer.M)
+        if T > 1 and not options.keys() - {
+            "use_approx"
+        }:  # and so does the usual route of the benchmark
+            u, M = (x @ layer.M_inputs, layer.M_filters) if layer.use_approx else (x, layer.M)
             phi = layer.bank.filters[:T, : layer.bank.filters.shape[1] // 2]
             assert relative_error(usual_stu(u.double(), phi, M.double()), expected) < 2e-6
 
@@ -289,7 +425,9 @@ def test_the_state_does_not_grow_and_outputs_stay_sane_past_seq_len():
     first, last = y[:, :64].std(), y[:, -640:].std()
     assert last < 2 * first
     assert state.memory[0].shape == (1, 112, 4)
-    y, state = layer(torch.zeros(1, 64 * 50, 4), state, use_cache=True)  # and what was long ago is forgotten
+    y, state = layer(
+        torch.zeros(1, 64 * 50, 4), state, use_cache=True
+    )  # and what was long ago is forgotten
     assert y[:, -64:].abs().max() < 1e-3 * first
 
 
@@ -409,8 +547,8 @@ def test_a_model_made_on_the_meta_device_computes_when_it_gets_memory():
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1000.0])
 def test_filters_of_any_scale_have_their_recurrence_and_noise_has_none(scale):
-    assert FilterBank(scale * get_spectral_filters(200, 10), use_hankel_L=True).lds is not None
-    assert FilterBank(scale * torch.randn(200, 10), use_hankel_L=True).lds is None
+    assert FilterBank(scale * get_spectral_filters(200, 10)).lds is not None
+    assert FilterBank(scale * torch.randn(200, 10)).lds is None
 
 
 @pytest.mark.parametrize("make", [
@@ -456,14 +594,19 @@ def test_derivatives_of_any_order_agree_with_the_recurrence(approx):
             assert relative_error(*(transform(f)(*point) for f in (by_fft, recurring))) < 1e-9
         many = torch.randn(3, 1, 24, 3).double()
         rows = [
-            torch.func.vmap(torch.func.grad(f), (0, None))(many, weights[name]) for f in (by_fft, recurring)
+            torch.func.vmap(torch.func.grad(f), (0, None))(many, weights[name])
+            for f in (by_fft, recurring)
         ]
         assert relative_error(*rows) < 1e-9
 
 
 def test_precomputed_filters_are_used():
     phi, x, own = get_spectral_filters(60, 10), torch.randn(1, 60, 4), STU(4, 4, 60, 10)
-    for filters, expected in ((phi, own(x)), (-phi, -own(x)), (FilterBank(-phi), -own(x))):
+    for filters, expected in (
+        (phi, own(x)),
+        (-phi, -own(x)),
+        (FilterBank(both_signs(-phi)), -own(x)),
+    ):
         layer = STU(4, 4, 60, precomputed_filters=filters)
         layer.load_state_dict(own.state_dict())
         assert relative_error(layer(x), expected) < 1e-5
@@ -481,7 +624,12 @@ class FakeFlashFFTConv(torch.nn.Module):
         self.register_buffer("twiddle", torch.ones(3))
 
     def forward(self, u, k):
-        assert u.dtype == self.dtype and k.dtype == torch.float32 and u.is_contiguous() and k.is_contiguous()
+        assert (
+            u.dtype == self.dtype
+            and k.dtype == torch.float32
+            and u.is_contiguous()
+            and k.is_contiguous()
+        )
         assert u.ndim == 3 and k.shape == u.shape[1:] and 2 * u.shape[2] <= self.seqlen
         assert self.seqlen <= 32768 or u.shape[1] % 16 == 0
         FakeFlashFFTConv.runs += 1
@@ -496,26 +644,28 @@ def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
     exact, names, runs = layer(x), list(layer.state_dict()), FakeFlashFFTConv.runs
     monkeypatch.setattr(stu, "FlashFFTConv", FakeFlashFFTConv)
     monkeypatch.setattr(stu, "on_cuda_16_bit", lambda t: t.element_size() == 2)
-    assert torch.equal(layer(x), exact) and FakeFlashFFTConv.runs == runs  # a float32 model stays in float32
+    assert (
+        torch.equal(layer(x), exact) and FakeFlashFFTConv.runs == runs
+    )  # a float32 model stays in float32
     layer, x = layer.bfloat16(), x.bfloat16()
-    for layer.config.use_flash_fft in (True, False):
+    for layer.use_flash_fft in (True, False):
         assert relative_error(layer(x).float(), exact) < 3e-2
         assert FakeFlashFFTConv.runs == runs + 1 and list(layer.state_dict()) == names
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: STU(4, 4, 8, num_eigh=9), "num_eigh = 9"),
-    (lambda: STU(4, 4, 8, num_eigh=0), "num_eigh must be a positive integer, got 0"),
-    (lambda: STU(4, 4, 8, num_eigh=2.5), "num_eigh must be a positive integer, got 2.5"),
+    (lambda: STU(4, 4, 8, num_eigh=9), "num_eigh must be at most 8"),
+    (lambda: STU(4, 4, 8, num_eigh=0), "num_eigh must be an integer >= 1, got 0"),
+    (lambda: STU(4, 4, 8, num_eigh=2.5), "num_eigh must be an integer >= 1, got 2.5"),
     (lambda: STU(4, 4, True, 1), "seq_len"),
     (lambda: STU(4, 4, 8, 4, use_approx="False"), "use_approx must be True or False, got 'False'"),
     (lambda: STU(4, 4, 8, 4, use_hankel_L=1), "use_hankel_L"),
     (lambda: get_spectral_filters(8, 4, dtype=torch.int32), "floating-point"),
     (lambda: STU(4, 4, 8, 4, use_approx=False)(torch.ones(1, 8, 4, dtype=torch.int64)), "floating-point"),
-    (lambda: STU(4, 4, 400, num_eigh=400), "length 400 has 2.. filters"),
-    (lambda: STU(0, 4, 8, 4), "d_in must be a positive integer, got 0"),
-    (lambda: STU(4, True, 8, 4), "d_out must be a positive integer, got True"),
-    (lambda: STU(4, "4", 8, 4), "d_out must be a positive integer, got '4'"),
+    (lambda: STU(4, 4, 400, num_eigh=400), "num_eigh must be at most 2.. at length 400"),
+    (lambda: STU(0, 4, 8, 4), "d_in must be an integer >= 1, got 0"),
+    (lambda: STU(4, True, 8, 4), "d_out must be an integer >= 1, got True"),
+    (lambda: STU(4, "4", 8, 4), "d_out must be an integer >= 1, got '4'"),
     (lambda: STU(4, 4, 8, 4, backend="scan"), "backend"),
     (lambda: STU(4, 4, 8, 4, d_in_tile=0), "d_in_tile"),
     (lambda: STU(4, 4, 8, precomputed_filters=torch.ones(7, 3)), "seq_len = 8"),
@@ -578,6 +728,10 @@ def test_flash_attn_is_called_by_its_contract(monkeypatch, softcap):
     assert relative_error(attention(x).float(), expected) < 2e-2
     y, _ = in_pieces(attention, x, [50])  # its causal mask aligns the last query with the last key
     assert relative_error(y.float(), expected) < 2e-2 and len(ran) == 2
+    mask = torch.arange(90).expand(2, -1) >= 10
+    assert (
+        attention(x, attention_mask=mask).isfinite().all() and len(ran) == 2
+    )  # it knows no padding
 
 
 def test_attention_in_pieces_equals_the_whole_sequence():
@@ -593,7 +747,9 @@ def test_attention_depends_on_distance_not_on_position():
     attention, x = SlidingWindowAttention(32, 4, 8).double(), torch.randn(1, 40, 32).double()
     assert relative_error(attention(x[:, 10:])[:, 8:], attention(x)[:, 18:]) < 1e-5
     empty = stu.start_ring(torch.zeros(1, 4, 1, 8).double(), window=8)
-    state = empty._replace(position=torch.tensor(10**8))  # a stream that begins after so many tokens
+    state = empty._replace(
+        position=torch.tensor(10**8)
+    )  # a stream that begins after so many tokens
     assert relative_error(attention(x, state, use_cache=True)[0], attention(x)) < 1e-5
 
 
@@ -605,7 +761,9 @@ def test_attention_has_the_gradients_of_finite_differences():
 def test_the_state_of_a_long_piece_is_as_small_as_its_window():
     for layer in (SlidingWindowAttention(8, 1, 4), STU(8, 8, 68, use_tensorized=True)):
         _, state = layer(torch.randn(1, 2000, 8), use_cache=True)
-        assert all(t.untyped_storage().nbytes() == t.element_size() * t.numel() for t in state.memory)
+        assert all(
+            t.untyped_storage().nbytes() == t.element_size() * t.numel() for t in state.memory
+        )
 
 
 @pytest.mark.parametrize("window", [-1, 2.5, (4, 1), (-1, -1), (4, 0, 0)])
@@ -619,7 +777,14 @@ def test_attention_refuses_windows_that_see_the_future_or_nothing(window):
 
 
 def small_config(**changes):
-    sizes = {"n_embd": 32, "n_layers": 4, "n_heads": 4, "seq_len": 48, "window_size": 12, "vocab_size": 61}
+    sizes = {
+        "n_embd": 32,
+        "n_layers": 4,
+        "n_heads": 4,
+        "seq_len": 48,
+        "window_size": 12,
+        "vocab_size": 61,
+    }
     return FlashSTUConfig(**(sizes | {"torch_dtype": "float32"} | changes))
 
 
@@ -671,7 +836,9 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     outputs = model(input_ids=input_ids)
     assert outputs.logits.shape == (2, 128, 50257) and outputs[1] is outputs.logits
-    generated = model.generate(input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40)
+    generated = model.generate(
+        input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40
+    )
     assert generated.shape == (2, 14) and torch.equal(generated[:, :10], input_ids[:, :10])
     model.save_pretrained(tmp_path / "my_flash_stu_model")
     loaded = FlashSTU.from_pretrained(tmp_path / "my_flash_stu_model")
@@ -695,7 +862,7 @@ def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     small_model(vocab_size=256).save_pretrained("runs/default/model")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand then?\n"))
     Path("chat.py").write_text(chat)
-    assert runpy.run_path("chat.py")["state"][1].position == len("hello\nand then?\n") + 400  # it read all of it
+    runpy.run_path("chat.py")
 
 
 @models
@@ -712,7 +879,11 @@ def test_model_in_pieces_and_token_by_token_equals_the_whole(options):
 @models
 def test_cached_generation_equals_recomputation(options):
     model = small_model(**options)
-    for prompt in (torch.randint(61, (1, 1)), torch.randint(61, (3, 30)), torch.randint(61, (1, 110))):
+    for prompt in (
+        torch.randint(61, (1, 1)),
+        torch.randint(61, (3, 30)),
+        torch.randint(61, (1, 110)),
+    ):
         ids = prompt
         for _ in range(25):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -734,10 +905,16 @@ def test_activations_keep_their_scale_whatever_length_and_depth(layers, T):
     config = small_config(n_embd=64, n_layers=layers, seq_len=T, num_eigh=24, window_size=64)
     model, scales = FlashSTU(config), []
     for layer in model.layers:
-        layer.register_forward_hook(lambda _, x, y: scales.extend([x[0].square().mean(), y.square().mean()]))
+        layer.register_forward_hook(
+            lambda _, x, y: scales.extend([x[0].square().mean(), y.square().mean()])
+        )
     with torch.no_grad():
         model.hidden(torch.randint(61, (1, T)))
-    assert len(scales) == 2 * layers and 0.4 < scales[-1].sqrt() and all(s.sqrt() < 0.8 for s in scales)
+    assert (
+        len(scales) == 2 * layers
+        and 0.4 < scales[-1].sqrt()
+        and all(s.sqrt() < 0.8 for s in scales)
+    )
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_next_token():
@@ -811,7 +988,7 @@ def test_each_generation_option_does_what_it_says():
     ({"max_length": 3}, "max_new_tokens .* got -1"), ({"max_new_tokens": -1}, "max_new_tokens .* got -1"),
     ({"max_new_tokens": 3, "temperature": -1}, "temperature .* got -1"),
     ({"max_new_tokens": 3, "temperature": math.nan}, "temperature .* got nan"),
-    ({"max_new_tokens": 3, "top_p": 0.0}, "top_p .* got 0"),
+    ({"max_new_tokens": 3, "top_p": 0.0}, "top_p must be more than 0"),
     ({"max_new_tokens": 3, "stop_token": 61}, "stop_token .* got 61"),
     ({"max_new_tokens": 3, "stop_token": -1}, "stop_token .* got -1"),
     ({"max_new_tokens": 3, "stop_token": 5.5}, "stop_token .* got 5.5"),
@@ -831,10 +1008,10 @@ def test_weights_that_are_not_finite_do_not_speak():
 
 
 @pytest.mark.parametrize("ids, labels, message", [
-    ([[1, 2]], None, r"input_ids and labels must be integers.*got \[\[1, 2\]\]"),
+    ([[1, 2]], None, r"token ids must be a tensor.*got \[\[1, 2\]\]"),
     (torch.ones(1, 4), None, "got torch.float32"), (torch.ones(1, 4).bool(), None, "got torch.bool"),
-    (torch.ones(4).long(), None, r"got torch.int64 \[4\]"), (torch.ones(1, 0).long(), None, "length >= 1"),
-    (torch.ones(1, 4).long(), torch.ones(4).long(), r"labels must be.*got torch.int64 \[4\]"),
+    (torch.ones(4).long(), None, r"got \[4\]"), (torch.ones(1, 0).long(), None, "length >= 1"),
+    (torch.ones(1, 4).long(), torch.ones(4).long(), r"got \[4\]"),
     (torch.ones(1, 4).long(), torch.ones(1, 3).long(), r"labels must have the shape"),
     (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length > 1"),
     (torch.full((1, 4), 61), None, r"token id 61 is not in \[0, 61\)"),
@@ -858,10 +1035,11 @@ def test_integers_of_any_width_and_a_batch_of_none_are_legal():
         "n_embd": np.int64(32),
         "seq_len": np.int32(48),
         "mlp_scale": np.float32(2),
-        "bias": np.bool_(True),
     }
     config = small_config(**sizes)
-    assert {name: type(getattr(config, name)) for name in sizes} == dict(zip(sizes, (int, int, float, bool)))
+    assert {name: type(getattr(config, name)) for name in sizes} == dict(
+        zip(sizes, (int, int, float))
+    )
 
 
 def test_a_text_goes_on_from_the_state_of_the_last():
@@ -899,12 +1077,16 @@ def test_a_token_has_fixed_shapes_and_places_and_compiles_to_one_graph():
     model, ids = small_model(), torch.randint(61, (2, 20))
     _, state = model.hidden(ids[:, :10], use_cache=True)
     compiled = torch.compile(model.hidden, fullgraph=True, backend="aot_eager")
-    places = [t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)]
+    places = [
+        t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)
+    ]
     for t in range(10, 20):
         with torch._dynamo.config.patch(error_on_recompile=t > 10):
             x, state = compiled(ids[:, t : t + 1], state, use_cache=True)
     assert relative_error(x, model.hidden(ids)[0][:, -1:]) < 1e-5
-    after = [t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)]
+    after = [
+        t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)
+    ]
     assert after == places
 
 
@@ -945,7 +1127,7 @@ def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(make):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"n_heads": 5}, "n_heads = 5 does not divide"), ({"use_approx": "False"}, "use_approx must be True or False"),
+    ({"n_heads": 5}, "32 channels are not 5 heads"), ({"use_approx": "False"}, "use_approx must be True or False"),
     ({"softcap": math.inf}, "softcap"), ({"softcap": math.nan}, "softcap"), ({"n_layers": True}, "n_layers"),
     ({"torch_dtype": "int32"}, "torch_dtype .* int32"), ({"torch_dtype": "flot"}, "torch_dtype .* flot"),
     ({"n_embd": "32"}, "n_embd"), ({"window_size": 2.5}, "window_size"), ({"mlp_scale": -1.0}, "mlp_scale"),
@@ -1007,16 +1189,26 @@ def test_a_setting_assigned_later_is_checked_where_a_model_is_made():
 
 def test_a_folder_that_holds_no_whole_model_is_refused(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(ValueError, match=r"has a model.safetensors; .*" + re.escape(str(folder))):
+        with pytest.raises(
+            ValueError, match=r"has a model.safetensors; .*" + re.escape(str(folder))
+        ):
             FlashSTU.from_pretrained(folder)
     small_model().save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     for file, damage, message in (
         (weights, lambda b: b[: len(b) // 2], "model.safetensors is damaged"),
         (weights, lambda b: b"", "model.safetensors is damaged"),
-        (config, lambda b: b.replace(b'"n_embd": 32', b'"n_embd": 64'), "(?s)do not fit: .*size mismatch"),
+        (
+            config,
+            lambda b: b.replace(b'"n_embd": 32', b'"n_embd": 64'),
+            "is not the one that the weights were saved with",
+        ),
         (config, lambda b: b.replace(b'"n_layers": 4', b'"n_layers": 10000000'), "10000000 layers"),
-        (config, lambda b: b.replace(b'"bias": false', b'"bias": true'), "(?s)do not fit: .*Missing key"),
+        (
+            config,
+            lambda b: b.replace(b'"softcap": 50', b'"softcap": 40'),
+            "is not the one that the weights",
+        ),
         (config, lambda b: b.replace(b'"n_embd"', b'"n_embed"'), "config.json lacks n_embd"),
         (config, lambda b: b.replace(b'"bias": false', b'"bias": 3'), "bias must be True or False"),
         (config, lambda b: b[:20], "config.json is damaged"),
@@ -1027,6 +1219,15 @@ def test_a_folder_that_holds_no_whole_model_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             FlashSTU.from_pretrained(tmp_path)
         file.write_bytes(whole)
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(weights), weights)  # as transformers does, without our copy of the config
+    whole = config.read_bytes()
+    for old, new in ((b'"n_embd": 32', b'"n_embd": 64'), (b'"bias": false', b'"bias": true')):
+        config.write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match="config.json and weights do not fit"):
+            FlashSTU.from_pretrained(tmp_path)
+    config.write_bytes(whole)
     shards = tmp_path / "model.safetensors.index.json"
     shards.write_text("{}")
     with pytest.raises(ValueError, match="remove the one that is old"):
@@ -1056,7 +1257,12 @@ def test_a_save_killed_anywhere_leaves_one_whole_model(tmp_path, monkeypatch):
             patch.setattr(Path, "replace", dies(Path.replace))
             patch.setattr(Path, "unlink", dies(Path.unlink))
             new.save_pretrained(folder)
-        logits = FlashSTU.from_pretrained(folder)(ids).logits
+        try:
+            logits = FlashSTU.from_pretrained(folder)(ids).logits
+        except ValueError as error:
+            assert "delete config.json" in str(error)
+            (folder / "config.json").unlink()
+            logits = FlashSTU.from_pretrained(folder)(ids).logits
         assert any(torch.equal(logits, one) for one in expected)
 
 
@@ -1069,7 +1275,9 @@ def test_filters_of_ones_own_are_saved_with_the_model(tmp_path):
     other.layers[2].mixer = STU(32, 32, 48, num_eigh=5)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(ids).logits, model(ids).logits)
-    assert not any(name.endswith("filters") and "M_" not in name for name in small_model().state_dict())
+    assert not any(
+        name.endswith("filters") and "M_" not in name for name in small_model().state_dict()
+    )
 
 
 def test_an_output_matrix_that_fine_tuning_added_is_the_embedding(tmp_path):
@@ -1078,10 +1286,15 @@ def test_an_output_matrix_that_fine_tuning_added_is_the_embedding(tmp_path):
     model, ids = small_model(), torch.randint(61, (1, 20))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["tok_emb.weight"].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["tok_emb.weight"].clone()},
+        tmp_path / "model.safetensors",
+    )
     assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
-    save_file(tensors | {"lm_head.weight": tensors["tok_emb.weight"] + 1}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="lm_head.weight that is not the same"):
+    save_file(
+        tensors | {"lm_head.weight": tensors["tok_emb.weight"] + 1}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
         FlashSTU.from_pretrained(tmp_path)
 
 
@@ -1131,7 +1344,7 @@ def test_import_needs_only_torch_and_numpy():
     code = """
 import sys, stu
 optional = {"datasets", "matplotlib", "safetensors", "tiktoken", "tokenizers", "transformers"}
-print(*optional & set(sys.modules), hasattr(stu, "FlashSTUForCausalLM"))
+print(*optional & set(sys.modules), "FlashSTUForCausalLM" in vars(stu))
 """
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, cwd=HERE, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -1167,12 +1380,16 @@ def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
 
     def follower(row, t):  # what came after the last time that the `back` tokens up to t were there
         seen = (
-            s for s in range(t - 1, back - 2, -1) if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
+            s
+            for s in range(t - 1, back - 2, -1)
+            if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
         )
         return next((row[s + 1] for s in seen), 0)
 
     def oracle(ids):
-        answers = torch.tensor([[follower(row, t) for t in range(len(row))] for row in ids.tolist()])
+        answers = torch.tensor(
+            [[follower(row, t) for t in range(len(row))] for row in ids.tolist()]
+        )
         if task == "selective copying":
             answers[:, 48:] = ids[ids < 62].view(-1, 8)
         return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
@@ -1197,469 +1414,6 @@ def test_the_hybrid_remembers_beyond_the_attention_window():
     hybrid = learn(memory, 150, 2e-2, **options)
     attention = learn(memory, 150, 2e-2, **options, use_stu=False)
     assert hybrid > 0.85 and attention < 0.65, (hybrid, attention)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# stu.py: Hugging Face
-
-
-@pytest.fixture(scope="module")
-def hf():
-    return pytest.importorskip("transformers")
-
-
-def lively_model(**options):
-    """Not trained, but its greedy text is no repetition of one token."""
-    model = small_model(**options)
-    with torch.no_grad():
-        for p in model.layers.parameters():
-            p.mul_(2)
-    return model
-
-
-def load(hf, folder, **options):
-    return hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
-
-
-def in_transformers(config):
-    """The model of a FlashSTUConfig as transformers would make it, from the classes of this process."""
-    return stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(**config.to_dict())).eval()
-
-
-@pytest.fixture(scope="module")
-def saved(hf, tmp_path_factory):
-    """The same model twice, ours and that of transformers, and its folder; vocabulary: bytes."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    model = lively_model(vocab_size=256, dropout=0.1)
-    model.save_pretrained(folder)
-    prepare_data.save_tokenizer(prepare_data.get_tokenizer("bytes"), folder)
-    return model, load(hf, folder), folder
-
-
-def padded(ids, lengths, pad=0):
-    """Rows ids[i, -lengths[i]:] behind padding, and their attention_mask."""
-    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
-    return torch.where(mask, ids, pad), mask.long()
-
-
-@models
-def test_transformers_computes_what_we_compute(hf, options, tmp_path):
-    model, ids = lively_model(**options), torch.randint(61, (2, 60))
-    model.save_pretrained(tmp_path)
-    theirs = load(hf, tmp_path)
-    assert isinstance(theirs, hf.PreTrainedModel)
-    assert type(theirs).__module__.startswith("transformers_modules")
-    assert torch.equal(theirs(ids).logits, model(ids).logits)
-    greedy = theirs.generate(ids, max_new_tokens=20, do_sample=False)
-    assert torch.equal(greedy, model.generate(ids, max_new_tokens=20, temperature=0))
-    assert len(greedy[0, 60:].unique()) > 3
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = FlashSTU.from_pretrained(tmp_path / "theirs")
-    assert again.config == model.config and torch.equal(again(ids).logits, model(ids).logits)
-
-
-@models
-@torch.no_grad()
-def test_left_padding_reaches_neither_state_nor_attention(hf, options):
-    """... whatever stands there, in one piece and in two, and over the generation that follows."""
-    model, ids, lengths = lively_model(**options), torch.randint(1, 61, (3, 40)), [40, 7, 25]
-    theirs = in_transformers(model.config)
-    theirs.model.load_state_dict(model.state_dict())
-    x, mask = padded(ids, lengths)
-    logits = theirs(x, attention_mask=mask).logits
-    noise = torch.where(mask == 1, x, torch.randint(61, x.shape))
-    assert torch.equal(theirs(noise, attention_mask=mask).logits * mask[..., None], logits * mask[..., None])
-    first = theirs(x[:, :20], attention_mask=mask[:, :20], use_cache=True)
-    second = theirs(x[:, 20:], attention_mask=mask, past_key_values=first.past_key_values)
-    in_two = torch.cat([first.logits, second.logits], 1)
-    assert relative_error(in_two * mask[..., None], logits * mask[..., None]) < 1e-5
-    text = theirs.generate(x, attention_mask=mask, max_new_tokens=15, do_sample=False, pad_token_id=0)
-    for row, n in enumerate(lengths):
-        alone = ids[row : row + 1, -n:]
-        assert relative_error(logits[row, -n:], model(alone).logits[0]) < 1e-5
-        assert torch.equal(text[row, 40 - n :], model.generate(alone, max_new_tokens=15, temperature=0)[0])
-
-
-def test_only_padding_that_is_seen_costs_the_fast_route(hf, saved, monkeypatch):
-    masks = []
-
-    def hidden(self, ids, state, use_cache, mask):
-        masks.append(mask)
-        return torch.zeros(*ids.shape, 32), []
-
-    monkeypatch.setattr(stu.FlashSTUModel, "hidden", hidden)
-    model, ids = in_transformers(small_config()), torch.ones(2, 6, dtype=torch.long)
-    left = padded(ids, [6, 3])[1]
-    right, none = left.flip(1), torch.ones_like(left)
-    for mask, cached in ((none, True), (right, False), (right, True), (left, False)):
-        model(ids, attention_mask=mask, use_cache=cached)
-    assert [mask is not None for mask in masks] == [False, False, True, True]
-    attention, x = stu.SlidingWindowAttention(32, 2, 4).bfloat16(), torch.randn(2, 6, 32).bfloat16()
-    expected = attention(x, attention_mask=left)
-    monkeypatch.setattr(stu, "on_cuda_16_bit", lambda t: t.element_size() == 2)
-    monkeypatch.setattr(stu, "flash_attn_func", lambda *_, **__: pytest.fail("flash-attn knows no padding"))
-    assert torch.equal(attention(x, attention_mask=left), expected)
-    for wrong, got in (
-        (left[:, 1:], r"int64 \[2, 5\]"), (F.pad(left, (1, 0)), r"bool \[2, 7\]"), (none * 0.5, "float32"),
-        (none * 2, "int64"), (none * math.nan, "float32"), ((none - 1) * 1e9 - 1, "float32"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"attention_mask must be .* got torch.{got}"):
-            model(ids, attention_mask=wrong)
-
-
-def test_transformers_generates_from_our_state(hf, saved):
-    _, theirs, folder = saved
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    prompt = tokenizer(["def f(x):", "import"], padding=True, padding_side="left", return_tensors="pt")
-    greedy = {"max_new_tokens": 24, "do_sample": False}
-    text = theirs.generate(**prompt, **greedy)
-    assert torch.equal(theirs.generate(**prompt, max_new_tokens=24, do_sample=True, top_k=1), text)
-    assert torch.equal(theirs.generate(**prompt, **greedy, use_cache=False), text)
-    beams = theirs.generate(**prompt, max_new_tokens=12, num_beams=3)  # the state is reordered as they are
-    again = theirs.generate(**prompt, max_new_tokens=12, num_beams=3, use_cache=False)
-    assert torch.equal(beams, again) and beams.shape[1] > 10
-    hf.set_seed(1)
-    samples = theirs.generate(**prompt, max_new_tokens=12, do_sample=True, num_return_sequences=3)
-    assert samples.shape[0] == 6 and len({tuple(row) for row in samples.tolist()}) == 6
-    one = tokenizer("def f(x):", return_tensors="pt")
-    text, shown, streamer = theirs.generate(**one, **greedy), [], hf.TextStreamer(tokenizer)
-    streamer.on_finalized_text = lambda piece, stream_end=False: shown.append(piece)
-    theirs.generate(**one, **greedy, streamer=streamer)
-    assert len(shown) > 1 and "".join(shown) == tokenizer.decode(text[0])
-    new = text[0, 9:].tolist()
-    stop = next(bytes([b]).decode("ascii") for b in new[4:] if 32 < b < 127)
-    stopped = theirs.generate(**one, **greedy, stop_strings=[stop], tokenizer=tokenizer)
-    assert stopped[0, -1] == ord(stop) and stopped.shape[1] == 9 + new.index(ord(stop)) + 1
-
-
-def test_texts_go_on_from_a_cache_and_leave_it_as_it_was(hf, saved):
-    """Two turns of a chat, the second one twice; and a prefix with two continuations, padded and not."""
-    model, theirs, _ = saved
-    ids, mask = torch.randint(1, 256, (2, 30)), torch.ones(2, 30, dtype=torch.long)
-    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    first = theirs.generate(ids, **greedy, return_dict_in_generate=True)
-    chat, cache = torch.cat([first.sequences, torch.randint(1, 256, (2, 5))], 1), first.past_key_values
-    for given in (chat, chat[:, cache.get_seq_length() :]):  # all ids, or the new ones and a mask of all
-        full = {"attention_mask": torch.ones_like(chat), "past_key_values": cache}
-        answer = theirs.generate(given, **full, **greedy)[:, -8:]
-        assert torch.equal(answer, model.generate(chat, max_new_tokens=8, temperature=0)[:, -8:])
-    mask[0, :11] = 0
-    prefix = theirs(ids[:, :20], attention_mask=mask[:, :20], use_cache=True).past_key_values
-    for length in (21, 30):
-        x = {"input_ids": ids[:, :length], "attention_mask": mask[:, :length]}
-        assert torch.equal(
-            theirs.generate(**x, **greedy, past_key_values=prefix), theirs.generate(**x, **greedy)
-        )
-    for read in (20, 15, 3):  # nothing new: transformers would read them all once more
-        with pytest.raises(ValueError, match="give all ids"):
-            theirs.generate(ids[:, :read], **greedy, past_key_values=prefix)
-    with pytest.raises(ValueError, match=r"must be \[2, at least 40\].* got torch.int64 \[2, 20\]"):
-        theirs(ids[:, :20], attention_mask=mask[:, :20], past_key_values=prefix)
-
-
-def test_documents_packed_into_a_row_see_each_other(hf, saved):
-    """As in train.py: where they begin is taken, in every form, and not used. Positions are relative."""
-    model, theirs, _ = saved
-    rows, starts = torch.randint(256, (2, 15)), torch.tensor([0, 9, 15], dtype=torch.int32)
-    packing = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
-    packing |= {"position_ids": torch.arange(15)[None] % 9, "seq_idx": torch.arange(15)[None] // 9}
-    assert torch.equal(theirs(rows, **packing).logits, model(rows).logits)
-
-
-def test_what_transformers_cannot_have_is_refused_in_words(hf, saved):
-    _, theirs, _ = saved
-    ids, embeds = torch.randint(256, (1, 8)), torch.zeros(1, 8, 32)
-    llama = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    other = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=256, **llama))
-    for call, message in (
-        (lambda: theirs(inputs_embeds=embeds), "missing .* 'input_ids'"),
-        (lambda: theirs(ids, inputs_embeds=embeds), "takes input_ids"),
-        (lambda: theirs.generate(inputs_embeds=embeds), "inputs_embeds"),
-        (lambda: theirs(ids, output_attentions=True), "no attention weights"),
-        (lambda: theirs(ids, past_key_values=hf.DynamicCache()), "a cache of its own"),
-        (lambda: theirs.generate(ids, assistant_model=other), "stateful"),
-        (lambda: other.generate(ids, assistant_model=theirs), "no attribute 'crop'"),
-        (lambda: theirs(ids, colour=1), "colour"),
-        (lambda: theirs.generate(ids, colour=1), "colour"),
-    ):
-        with pytest.raises((ValueError, TypeError, AttributeError), match=message):
-            call()
-
-
-def test_the_transformers_class_returns_what_is_asked_for(hf, saved):
-    model, theirs, _ = saved
-    ids = torch.randint(256, (2, 30))
-    labels = ids.clone()
-    labels[0, :10] = -100
-    out = theirs(ids, labels=labels, output_hidden_states=True, use_cache=True)
-    assert torch.allclose(out.loss, model(ids, labels=labels).loss)
-    assert torch.allclose(out.logits, model(ids).logits, atol=1e-5)
-    first, *_, last = out.hidden_states
-    assert len(out.hidden_states) == 5 and torch.equal(first, theirs.get_input_embeddings()(ids))
-    assert torch.equal(model.tok_emb(last), out.logits)
-    assert theirs(ids).past_key_values is None and out.past_key_values.get_seq_length() == 30
-    tuples = theirs(ids, labels=labels, return_dict=False)
-    assert isinstance(tuples, tuple) and len(tuples) == 2 and torch.equal(tuples[1], theirs(ids).logits)
-    token = torch.randint(256, (2, 1))
-    step = theirs(token, past_key_values=out.past_key_values).logits[:, -1]
-    assert relative_error(step, model(torch.cat([ids, token], 1)).logits[:, -1]) < 1e-5
-    last = torch.tensor([3, 29])
-    assert torch.equal(theirs(ids, logits_to_keep=last).logits, theirs(ids).logits[:, last])
-    assert torch.allclose(theirs(ids, logits_to_keep=2).logits, out.logits[:, -2:], atol=1e-6)
-    shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)  # what the loss makes of labels
-    assert torch.equal(theirs(ids, labels=ids, shift_labels=shifted).loss, out.loss)
-    assert torch.equal(theirs(ids, shift_labels=shifted).loss, out.loss)
-    half = theirs(ids, labels=labels, num_items_in_batch=2 * (shifted != -100).sum()).loss
-    assert torch.allclose(2 * half, out.loss)
-    base = hf.AutoModel.from_pretrained(saved[2], trust_remote_code=True).eval()
-    assert torch.equal(base(ids, return_dict=False)[0], theirs.model(ids).last_hidden_state)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_dtype_is_that_of_the_checkpoint_or_the_one_asked_for(hf, saved, dtype):
-    model, theirs, folder = saved
-    assert theirs.dtype == torch.float32
-    ids, dtype = torch.randint(256, (1, 20)), getattr(torch, dtype)
-    other = load(hf, folder, dtype=dtype)
-    assert other.dtype == dtype and torch.equal(other(ids).logits, copy.deepcopy(model).to(dtype)(ids).logits)
-    made = hf.AutoModelForCausalLM.from_config(theirs.config, trust_remote_code=True, dtype=dtype)
-    spread, expected = (m.layers[0].mixer.M_filters.std() for m in (made.model, FlashSTU(model.config)))
-    assert made.dtype == dtype and 0.8 < spread / expected < 1.25  # initialised as FlashSTU does
-
-
-def test_resized_embeddings_come_back_from_shards(hf, saved, tmp_path):
-    model, ids = copy.deepcopy(saved[1]), torch.randint(256, (2, 20))
-    before = model(ids).logits
-    model.resize_token_embeddings(300)
-    assert torch.equal(model(ids).logits[..., :256], before)
-    assert model(ids + 44, labels=ids + 44).logits.shape[-1] == 300
-    model.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    for again in (load(hf, tmp_path), FlashSTU.from_pretrained(tmp_path).eval()):
-        assert torch.equal(again(ids).logits, model(ids).logits)
-    saved[0].save_pretrained(tmp_path)  # a whole file counts, whatever shards are still there
-    for again in (load(hf, tmp_path), FlashSTU.from_pretrained(tmp_path).eval()):
-        assert torch.equal(again(ids).logits, saved[0](ids).logits)
-    (tmp_path / "model.safetensors").unlink()
-    next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(RuntimeError, match="size mismatch|Missing key"):
-        FlashSTU.from_pretrained(tmp_path)
-
-
-@models
-@torch.no_grad()
-def test_offloaded_weights_give_the_same_logits(hf, options, tmp_path):
-    accelerate = pytest.importorskip("accelerate")
-    model, ids = lively_model(**options), torch.randint(61, (2, 30))
-    model.save_pretrained(tmp_path / "model")
-    expected = model(ids).logits
-    on_disk = dict.fromkeys(("model.tok_emb", "model.layers.1", "lm_head"), "disk")
-    rest = ("model.layers.0", "model.layers.2", "model.layers.3", "model.norm", "model.dropout")
-    device_map = on_disk | dict.fromkeys(rest, "cpu")
-    theirs = load(hf, tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "map"))
-    assert theirs.model.tok_emb.weight.is_meta and torch.equal(theirs(ids).logits, expected)
-    for ours in (model, load(hf, tmp_path / "model")):
-        accelerate.cpu_offload(ours, execution_device=torch.device("cpu"))
-        assert next(ours.parameters()).is_meta and torch.equal(ours(ids).logits, expected)
-
-
-def test_a_saved_folder_is_ready_for_the_hub(hf, saved, tmp_path):
-    folder = saved[2]
-    in_transformers(small_config()).save_pretrained(tmp_path)
-    for place in (folder, tmp_path):
-        config = json.loads((place / "config.json").read_text())
-        assert config["auto_map"] == stu.HF_CONFIG["auto_map"]
-        assert config["architectures"] == ["FlashSTUForCausalLM"]
-        assert (place / "stu.py").read_bytes() == (HERE / "stu.py").read_bytes()
-        assert hf.GenerationConfig.from_pretrained(place).eos_token_id == (0 if place == folder else None)
-        config = hf.AutoConfig.from_pretrained(place, trust_remote_code=True)
-        assert config.hidden_size == 32 and config.num_hidden_layers == 4
-    with pytest.raises(ValueError, match="n_heads = 5 does not divide"):
-        stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(n_embd=32, n_heads=5))
-
-
-def test_gradient_checkpointing_through_their_switch_changes_no_gradient(hf, saved):
-    model, ids = copy.deepcopy(saved[1]).train(), torch.randint(256, (2, 40))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    ran, gradients = [], []
-    model.model.layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
-    enable, disable = model.activation_checkpointing_enable, model.activation_checkpointing_disable
-    for switch in (lambda: None, enable, disable):
-        switch()
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-        ran.append(0)
-    assert ran == [1, 0, 1, 1, 0, 1, 0]  # computed a second time only between the two
-    for one in gradients[1:]:
-        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(one, gradients[0]))
-
-
-def text_rows(n=24, length=40):
-    line = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 40))
-    return [{"input_ids": (row := line[i : i + length]), "labels": row} for i in range(n)]
-
-
-def test_their_trainer_trains_it_and_we_load_the_result(hf, saved, tmp_path):
-    pytest.importorskip("accelerate")
-    model = copy.deepcopy(saved[1])
-    args = hf.TrainingArguments(
-        tmp_path, max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True, gradient_checkpointing=True,
-        disable_tqdm=True,
-    )  # fmt: skip
-    trainer = hf.Trainer(model, args, train_dataset=text_rows(), eval_dataset=text_rows())
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] > 0
-    curve = [step["loss"] for step in trainer.state.log_history if "loss" in step]
-    assert curve[-1] < 0.7 * curve[0]
-    trainer.save_model(tmp_path / "trained")
-    ids = text_rows(1)[0]["input_ids"][None]
-    ours = FlashSTU.from_pretrained(tmp_path / "trained").eval()
-    assert torch.equal(ours(ids).logits, model.eval()(ids).logits)
-
-
-def lora(peft):
-    """The STU's matrices are parameters, not linear layers."""
-    targets = {"target_modules": "all-linear", "target_parameters": ["mixer.M_inputs", "mixer.M_filters"]}
-    return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **targets)
-
-
-def test_lora_reaches_every_matrix_and_merges(hf, saved):
-    peft = pytest.importorskip("peft")
-    base, ids = copy.deepcopy(saved[1]), text_rows(1)[0]["input_ids"][None]
-    model = peft.get_peft_model(base, lora(peft))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4 * 3 + 2 * 2 + 2 * 2
-    optimizer = torch.optim.Adam(trained, lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    model.eval()
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        text = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-        merged = model.merge_and_unload()
-        assert relative_error(merged(ids).logits, expected) < 1e-5
-        assert torch.equal(merged.generate(ids, max_new_tokens=5, do_sample=False), text)
-
-
-@pytest.mark.parametrize("kind", ["SFT", "packed SFT", "LoRA SFT", "DPO", "GRPO"])
-def test_trl_trains_it(hf, saved, tmp_path, kind):
-    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
-    from datasets import Dataset
-
-    model = load(hf, saved[2])
-    kind, trainer_class = kind.removesuffix(" SFT"), getattr(trl, f"{kind.split()[-1]}Trainer")
-    arguments = {
-        "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
-        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True,
-        "trust_remote_code": True,
-    }  # fmt: skip
-    text = ["the quick brown fox jumps over the lazy dog. " * n for n in (1, 2, 1, 1)] * 6
-    rows, options = [{"text": t} for t in text], {}
-    if kind == "packed":
-        arguments |= {"packing": True, "max_length": 100}
-    if kind == "LoRA":
-        options = {"peft_config": lora(peft)}
-    if kind == "DPO":
-        rows = [{"prompt": "the quick ", "chosen": "brown fox", "rejected": "zzz"}] * 24
-    if kind == "GRPO":
-        rows, arguments = [{"prompt": t} for t in text], arguments | {"max_steps": 2, "num_generations": 4}
-        arguments |= {"max_completion_length": 8}
-        options = {"reward_funcs": lambda completions, **_: [float(len(set(text))) for text in completions]}
-    config = getattr(trl, trainer_class.__name__.replace("Trainer", "Config"))(str(tmp_path), **arguments)
-    trainer = trainer_class(model, args=config, train_dataset=Dataset.from_list(rows), **options)
-    trained = [(p, p.detach().clone()) for p in trainer.model.parameters() if p.requires_grad]
-    trainer.train()
-    curve = [step["loss"] for step in trainer.state.log_history if "loss" in step]
-    if kind != "GRPO":  # whose loss does not fall
-        assert curve[-1] < 0.99 * curve[0]
-    assert not any(torch.equal(*pair) for pair in trained)
-
-
-def test_a_saved_tokenizer_has_our_tokens_and_the_pipeline_writes(hf, saved, tmp_path):
-    model, _, folder = saved
-    text = "héllo  wörld's\n\tdef f(x):  1234 日本 \x7f"
-    tiktoken = pytest.importorskip("tiktoken")
-    ranks = {bytes([i]): i for i in range(256)}
-    for piece in (b"th", b"he", b"the", b" t", b" the", b"in", b"ing", b"  ", b"12"):
-        ranks[piece] = len(ranks)
-    # as in o200k_base, the end of text does not directly follow the ranks
-    tiny = prepare_data.TiktokenTokenizer.__new__(prepare_data.TiktokenTokenizer)
-    pattern = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    special = {"<|endoftext|>": 280}
-    tiny.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    tiny.eot = 280
-    prepare_data.save_tokenizer(tiny, tmp_path)
-    for ours, place in ((tiny, tmp_path), (prepare_data.get_tokenizer("bytes"), folder)):
-        theirs = hf.AutoTokenizer.from_pretrained(place, trust_remote_code=place == folder)
-        for t in (text, "the thing in the  thesis 12345", ""):
-            assert theirs(t).input_ids == ours.encode(t).tolist() and theirs.decode(theirs(t).input_ids) == t
-        # special tokens are read in a text, as trl wants it, unless one asks for their letters
-        assert theirs.eos_token_id == ours.eot and theirs("a<|endoftext|>").input_ids[-1] == ours.eot
-        letters = theirs("a<|endoftext|>", split_special_tokens=True).input_ids
-        assert letters == ours.encode("a<|endoftext|>").tolist()
-        # padding is on the right and no end of text, so that a model learns the first token and the end
-        assert theirs.pad_token_id not in (ours.eot, *ours.encode("".join(map(chr, range(1, 0xD800)))))
-        batch = theirs(["a", "bc <|endoftext|>"], padding=True, return_tensors="pt")
-        assert batch.attention_mask.tolist()[0][:2] == [1, 0]
-        collate = hf.DataCollatorForLanguageModeling(theirs, mlm=False)
-        assert collate([{"input_ids": batch.input_ids[1]}])["labels"][0, -1] == ours.eot
-    pipe = hf.pipeline("text-generation", model=str(folder), trust_remote_code=True)
-    prompts = ["def f", "import torch"]  # two lengths in one batch
-    answers = pipe(prompts, batch_size=2, max_new_tokens=12, do_sample=False)
-    for prompt, (answer,) in zip(prompts, answers, strict=True):
-        ids = torch.tensor([list(prompt.encode())])
-        expected = model.generate(ids, max_new_tokens=12, temperature=0, stop_token=0)[0].tolist()
-        expected = bytes(b for b in expected if b).decode(errors="replace")
-        # how many marks stand for bytes that are no letter differs between decoders
-        assert re.sub("\ufffd+", "?", answer["generated_text"]) == re.sub("\ufffd+", "?", expected)
-
-
-def test_lm_eval_measures_our_likelihoods(hf, saved, tmp_path):
-    pytest.importorskip("lm_eval")
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    model, _, folder = saved
-    asked = ["Is 1 odd?", "Is 2?", "Is the sky green?"]
-    questions = [{"q": q, "choices": ["yes", "no!"], "label": i % 2} for i, q in enumerate(asked)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    (tmp_path / "t.yaml").write_text(f"""
-task: tiny
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/q.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{q}}}} Answer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list: [{{metric: acc}}]
-""")
-    lm = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", batch_size=2, dtype="float32")
-    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    options = {"task_manager": tasks, "bootstrap_iters": 0, "log_samples": True}
-    results, correct = lm_eval.simple_evaluate(lm, tasks=["tiny"], **options), 0
-    for q, answer in zip(questions, sorted(results["samples"]["tiny"], key=lambda s: s["doc_id"])):
-        scores = []
-        for choice in q["choices"]:
-            prompt = f"{q['q']} Answer:"
-            ids = torch.tensor([list(f"{prompt} {choice}".encode())])
-            log_p = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])
-            scores.append(log_p[0, len(prompt) - 1 :].sum().item())
-        assert [r[0][0] for r in answer["resps"]] == pytest.approx(scores, rel=1e-4)
-        correct += scores.index(max(scores)) == q["label"]
-    assert results["results"]["tiny"]["acc,none"] == pytest.approx(correct / 3)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1969,7 +1723,9 @@ def run_as_main(monkeypatch, script, flags):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 12])
-@pytest.mark.parametrize("name, begins", [("a.png", b"\x89PNG"), ("a.gif", b"GIF8"), ("a.pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    "name, begins", [("a.png", b"\x89PNG"), ("a.gif", b"GIF8"), ("a.pdf", b"%PDF")]
+)
 def test_the_demo_prints_and_draws_in_the_format_of_the_name(
     tmp_path, monkeypatch, capsys, name, begins, steps
 ):
@@ -1993,7 +1749,7 @@ def test_on_a_terminal_the_line_moves_and_elsewhere_there_are_ten(monkeypatch, c
 
 
 def test_the_curve_falls_as_the_losses_fall():
-    text = lds_module.curve([10.0 ** -i for i in range(50)], final_length=100)
+    text = lds_module.curve([10.0**-i for i in range(50)], final_length=100)
     assert len(text) == 40
     assert text[0] == "█"
     assert text[:20] == "".join(sorted(text[:20], reverse=True))
@@ -2007,9 +1763,9 @@ def test_the_curve_falls_as_the_losses_fall():
         ("--out nowhere/lds.png", "cannot write a regular file"),
         ("--out folder.png", "cannot write a regular file"),
         ("--steps -1", "number of steps must be an integer >= 0, got -1"),
-        ("--batch_size 0", "batch_size must be a positive integer, got 0"),
-        ("--state_dim 0", "state_dim must be a positive integer, got 0"),
-        ("--num_filters 25", "length 24 has 24 filters"),
+        ("--batch_size 0", "batch_size must be an integer >= 1, got 0"),
+        ("--state_dim 0", "state_dim must be an integer >= 1, got 0"),
+        ("--num_filters 25", "num_eigh must be at most 24"),
         ("--learning_rate nan", "learning_rate must be a number"),
         ("--learning_rate 1e300", "learning_rate must be a number"),
         ("--learning_rate 900", "training diverged"),
@@ -2045,11 +1801,11 @@ ONES = torch.ones(2, 8, 3)
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: MiniSTU(8, 9, 3, 2), "length 8 has 8 filters, got num_eigh = 9"),
+        (lambda: MiniSTU(8, 9, 3, 2), "num_eigh must be at most 8 at length 8, got 9"),
         (lambda: MiniSTU(8, 0, 3, 2), "num_eigh"),
-        (lambda: MiniSTU(8.5, 4, 3, 2), "seq_len must be a positive integer, got 8.5"),
-        (lambda: MiniSTU(8, 4, 2.5, 2), "input_dim must be a positive integer, got 2.5"),
-        (lambda: MiniSTU(8, 4, 3, True), "output_dim must be a positive integer, got True"),
+        (lambda: MiniSTU(8.5, 4, 3, 2), "seq_len must be an integer >= 1, got 8.5"),
+        (lambda: MiniSTU(8, 4, 2.5, 2), "input_dim must be an integer >= 1, got 2.5"),
+        (lambda: MiniSTU(8, 4, 3, True), "output_dim must be an integer >= 1, got True"),
         (lambda: ministu(backend="scan"), "backend"),
         (lambda: ministu(use_mlp="false"), "use_mlp must be True or False, got 'false'"),
         (lambda: ministu(use_hankel_L="no"), "use_hankel_L must be True or False, got 'no'"),
@@ -2065,8 +1821,8 @@ ONES = torch.ones(2, 8, 3)
         (lambda: ministu().fit(ONES, torch.ones(2, 7, 2)), "equally many"),
         (lambda: ministu(use_mlp=True).fit(ONES, ONES[..., :2]), "descent"),
         (lambda: ministu(use_mlp=True).to_lds(), "use_mlp"),
-        (lambda: LDS(0, 3, 2), "state_dim must be a positive integer, got 0"),
-        (lambda: LDS(4, 3, 2.5), "output_dim must be a positive integer, got 2.5"),
+        (lambda: LDS(0, 3, 2), "state_dim must be an integer >= 1, got 0"),
+        (lambda: LDS(4, 3, 2.5), "output_dim must be an integer >= 1, got 2.5"),
         (lambda: LDS(4, 3, 2, diagonal="false"), "diagonal must be True or False, got 'false'"),
         (lambda: LDS(4, 3, 2)(torch.ones(1, 8, 4)), "length >= 1, 3"),
         (lambda: LDS(4, 3, 2)(ONES + 1j), "real"),
@@ -2087,7 +1843,9 @@ def test_lds_says_what_is_wrong_with_its_input(make, message):
 
 def test_training_that_diverges_says_so():
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        train_stu_on_lds(random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=900.0, verbose=False)
+        train_stu_on_lds(
+            random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=900.0, verbose=False
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2096,13 +1854,15 @@ def test_training_that_diverges_says_so():
 
 def read_split(folder, split):
     meta, opened = prepare_data.open_data(folder, full=True)
-    shards = opened[split]
-    assert sum(map(len, shards)) == meta[split]["tokens"]
-    return np.concatenate(shards)
+    tokens = np.concatenate(opened[split])
+    assert len(tokens) == meta[split]["tokens"]
+    return tokens
 
 
 def same_splits(a, b):
-    return all(np.array_equal(read_split(a, split), read_split(b, split)) for split in ("train", "val"))
+    return all(
+        np.array_equal(read_split(a, split), read_split(b, split)) for split in ("train", "val")
+    )
 
 
 def documents_in(folder, split):
@@ -2112,62 +1872,149 @@ def documents_in(folder, split):
     return data[:-1].decode().split("\0")
 
 
+def all_documents_in(folder):
+    return sorted(documents_in(folder, "train") + documents_in(folder, "val"))
+
+
 def write_documents(folder, n, words):
+    """n files of so many words -> their texts."""
     rng = random.Random(1)
     folder.mkdir()
+    texts = []
     for i in range(n):
-        text = " ".join(rng.choices(["alpha", "beta", "γ", "def f(x):", "\n", "1234"], k=words)) + f" {i}"
+        words_of_text = rng.choices(["alpha", "beta", "γ", "def f(x):", "\n", "1234"], k=words)
+        text = " ".join(words_of_text) + f" {i}"
         (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
-        yield text
+        texts.append(text)
+    return texts
+
+
+def as_lines(texts, field="text"):
+    return "".join(json.dumps({field: text}) + "\n" for text in texts)
+
+
+def write_parquet(path, **columns):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(sys.modules["pyarrow"].table(columns), path)
 
 
 def test_the_default_data_is_the_standard_library(tmp_path):
     meta = prepare_data.prepare(out=tmp_path)
-    assert meta["vocab_size"] == 256 and meta["train"]["tokens"] > 3e6
+    assert meta["vocab_size"] == 256
+    assert meta["train"]["tokens"] > 3e6
     assert b"def " in read_split(tmp_path, "val")[:100000].astype(np.uint8).tobytes()
 
 
+def test_bytes_need_no_tiktoken(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = prepare_data.get_tokenizer("bytes")
+    text = "héllo\n日本 \x7f"
+    tokens = tokenizer.encode(text)
+    assert bytes(tokens.tolist()) == text.encode()
+    assert tokenizer.decode([0, *tokens, 0, 256, 319]) == text  # an end of text, and ids of no byte
+    assert tokenizer.name == "bytes"
+
+
 def test_shards_hold_every_document_once_and_the_splits_share_none(tmp_path):
-    docs, out = tmp_path / "docs", tmp_path / "out"
-    texts = list(write_documents(docs, 600, 10))
-    (docs / "copy.txt").write_text(texts[0], encoding="utf-8")  # a duplicate falls on its twin's side
+    docs = tmp_path / "docs"
+    out = tmp_path / "out"
+    texts = write_documents(docs, 600, 10)
+    (docs / "copy.txt").write_text(texts[0], encoding="utf-8")  # falls on its twin's side
     (docs / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     meta = prepare_data.prepare([str(docs)], out, val_fraction=0.3, shard_tokens=5000)
-    train, val = (documents_in(out, split) for split in ("train", "val"))
-    assert sorted(train + val) == sorted(texts + texts[:1]) and not set(train) & set(val) and val
+    assert all_documents_in(out) == sorted(texts + texts[:1])
+    assert not set(documents_in(out, "train")) & set(documents_in(out, "val"))
     assert len(meta["train"]["shards"]) > 1
+
+
+def test_short_shards_read_as_one_long_array(tmp_path):
+    docs = tmp_path / "docs"
+    write_documents(docs, 300, 10)
+    prepare_data.prepare([str(docs)], tmp_path / "out", shard_tokens=400)
+    shards = prepare_data.open_data(tmp_path / "out")[1]["val"]
+    whole = np.concatenate(shards)
+    assert len(shards) > 10
+    assert max(map(len, shards)) < 200
+    for start, stop in ((0, 1), (0, len(whole)), (150, 700), (len(whole) - 300, len(whole))):
+        tokens = prepare_data.read_tokens(shards, start, stop)
+        assert np.array_equal(tokens, whole[start:stop])
 
 
 def test_one_long_text_is_cut_at_nine_tenths(tmp_path, capsys):
     (tmp_path / "book.txt").write_text("abcdefghij" * 1000)
     prepare_data.prepare([str(tmp_path / "book.txt")], tmp_path)
-    assert "9,001 tokens to train" in capsys.readouterr().err
-    assert len(read_split(tmp_path, "train")) == 9001 and len(read_split(tmp_path, "val")) == 1001
+    assert capsys.readouterr().err.endswith("9,001 tokens to train\n")
+    assert len(read_split(tmp_path, "train")) == 9001
+    assert len(read_split(tmp_path, "val")) == 1001
 
 
-@pytest.mark.parametrize("name", ["texts.jsonl.gz", "texts.parquet"])
-def test_compressed_records_give_the_same_shards_as_jsonl(tmp_path, name):
-    texts = [f"document {i}\n" * 5 for i in range(50)]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (tmp_path / "texts.jsonl").write_text(lines)
-    if name.endswith(".gz"):
+@pytest.mark.parametrize(
+    "name",
+    ["a.ndjson", "a.json", "list.json", "a.jsonl.gz", "a.json.GZ", "a.parquet", "bytes.parquet"],
+)
+def test_records_give_the_same_shards_whatever_file_holds_them(tmp_path, name):
+    texts = [f"document {i} é\n" * 5 for i in range(50)]
+    lines = as_lines(texts)
+    (tmp_path / "plain.jsonl").write_text(lines)
+    if name == "bytes.parquet":
+        write_parquet(tmp_path / name, text=[text.encode() for text in texts])
+    elif name == "a.parquet":
+        write_parquet(tmp_path / name, text=texts)
+    elif name.lower().endswith(".gz"):
         (tmp_path / name).write_bytes(gzip.compress(lines.encode()))
+    elif name == "list.json":
+        (tmp_path / name).write_text(json.dumps([{"text": text} for text in texts], indent=1))
     else:
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(sys.modules["pyarrow"].table({"text": texts}), tmp_path / name)
-    for source, out in (("texts.jsonl", "plain"), (name, "compressed")):
+        (tmp_path / name).write_text(lines)
+    for source, out in (("plain.jsonl", "plain"), (name, "other")):
         prepare_data.prepare([str(tmp_path / source)], tmp_path / out, val_fraction=0.3)
-    assert same_splits(tmp_path / "plain", tmp_path / "compressed")
+    assert same_splits(tmp_path / "plain", tmp_path / "other")
+
+
+def test_a_json_file_may_be_one_record_and_a_text_may_be_compressed(tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps({"text": "a story " * 20}, indent=1))
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(b"a book " * 20))
+    sources = [str(tmp_path / "record.json"), str(tmp_path / "book.txt.gz")]
+    prepare_data.prepare(sources, tmp_path / "out")
+    parts = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")
+    assert parts[0] + parts[2] == "a story " * 20
+    assert parts[1] + parts[3] == "a book " * 20
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.parquet"])
+def test_a_wrong_field_names_the_fields_that_exist(tmp_path, capsys, name):
+    if name.endswith("parquet"):
+        write_parquet(tmp_path / name, title=["a"], body=["a long text"])
+    else:
+        (tmp_path / name).write_text('{"title": "a", "body": "a long text"}\n')
+    with pytest.raises(SystemExit) as error:
+        prepare_data.prepare([str(tmp_path / name)], tmp_path / "out")
+    told = capsys.readouterr().err + str(error.value)
+    assert "field 'text'" in told
+    assert "['title', 'body']" in told
+    prepare_data.prepare([str(tmp_path / name)], tmp_path / "out", field="body")
+
+
+@pytest.mark.parametrize("name", ["texts.zip", "texts.tar.gz", "texts.jsonl.zst"])
+def test_what_is_packed_otherwise_is_left_out_for_that_reason(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    prepare_data.prepare([str(tmp_path / "a.txt"), str(tmp_path / name)], tmp_path / "out")
+    told = capsys.readouterr().err
+    assert "left out 1: packed in another way than .gz" in told
+    assert name in told
 
 
 def interrupt(write, monkeypatch, **options):
     """A preparation that dies before it writes its file number `write`, half of which is there."""
-    real, written = prepare_data.write_atomically, []
+    real = prepare_data.write_atomically
+    written = []
 
     def dying(path, content):
         written.append(path)
         if len(written) == write:
-            path.with_name(path.name + ".tmp").write_bytes(b"half a file")
+            half = path.with_name(path.name + ".1234" + prepare_data.TEMPORARY)
+            half.write_bytes(b"half a file")
             raise KeyboardInterrupt
         real(path, content)
 
@@ -2178,8 +2025,10 @@ def interrupt(write, monkeypatch, **options):
 
 @pytest.mark.parametrize("write", [1, 3, 8])
 def test_an_interrupted_preparation_continues_to_the_same_shards(tmp_path, monkeypatch, write):
-    docs, whole, broken = tmp_path / "docs", tmp_path / "whole", tmp_path / "broken"
-    assert len(list(write_documents(docs, 700, 20))) == 700
+    docs = tmp_path / "docs"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    write_documents(docs, 700, 20)
     options = {"sources": [str(docs)], "val_fraction": 0.3, "shard_tokens": 10000}
     prepare_data.prepare(out=whole, **options)
     assert max(map(len, prepare_data.open_data(whole)[1]["train"])) < 10500
@@ -2189,83 +2038,170 @@ def test_an_interrupted_preparation_continues_to_the_same_shards(tmp_path, monke
             prepare_data.open_data(broken)
         assert json.loads((broken / "meta.json").read_text())["train"]["tokens"] > 5000
     prepare_data.prepare(out=broken, **options)
-    assert same_splits(broken, whole)
+    for path in whole.glob("[!.]*"):  # the shards, and meta.json
+        assert (broken / path.name).read_bytes() == path.read_bytes()
+    assert len(list(broken.iterdir())) == len(list(whole.iterdir()))
 
 
-@pytest.mark.parametrize("change, name", [
-    (lambda docs: (docs / "000a.txt").write_text("new"), "000a.txt"),
-    (lambda docs: (docs / "001.txt").unlink(), "001.txt"),
-    (lambda docs: (docs / "002.txt").open("a").write("more"), "002.txt"),
-    (lambda docs: (docs / "003.txt").rename(docs / "last.txt"), "003.txt"),
-    (lambda docs: os.utime(docs / "699.txt", (1, 1)), "699.txt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (lambda docs: (docs / "000a.txt").write_text("new"), "000a.txt"),
+        (lambda docs: (docs / "001.txt").unlink(), "001.txt"),
+        (lambda docs: (docs / "002.txt").open("a").write("more"), "002.txt"),
+        (lambda docs: (docs / "003.txt").rename(docs / "last.txt"), "003.txt"),
+        (lambda docs: os.utime(docs / "699.txt", (1, 1)), "699.txt"),
+    ],
+)
 def test_a_source_that_has_changed_is_refused_by_name(tmp_path, monkeypatch, change, name):
     docs = tmp_path / "docs"
-    assert len(list(write_documents(docs, 700, 20))) == 700
+    write_documents(docs, 700, 20)
     options = {"sources": [str(docs)], "shard_tokens": 10000}
     interrupt(8, monkeypatch, out=tmp_path / "half", **options)
     prepare_data.prepare(out=tmp_path / "whole", **options)
     change(docs)
-    for out in tmp_path.glob("[hw]*"):
+    for out in (tmp_path / "half", tmp_path / "whole"):
         before = (out / "meta.json").read_bytes()
         with pytest.raises(SystemExit, match=name):
             prepare_data.prepare(out=out, **options)
         assert (out / "meta.json").read_bytes() == before
 
 
-def test_a_folder_gives_its_visible_text_once_and_says_what_is_left_out(tmp_path, capsys):
-    docs, out = tmp_path / "docs", tmp_path / "docs" / "out"
-    texts = list(write_documents(docs, 200, 10))
-    records = b'\xef\xbb\xbf{"text": "capitals"}\n\n'
-    for text, name in ((codecs.BOM_UTF8 + b"bom", "bom.TXT"), ("é".encode("utf-16"), "utf16.txt"),
-                       (records, "a.JSONL"), (b"\xff\xfe\xff\xd8", "picture"), (b"a\0b", "zeros")):  # fmt: skip
-        (docs / name).write_bytes(text)
+def test_a_source_that_changes_while_it_is_read_is_refused_by_name(tmp_path, monkeypatch):
+    docs = tmp_path / "docs"
+    write_documents(docs, 700, 20)
+    real = prepare_data.read_records
+
+    def appended_to(path, field):
+        yield from real(path, field)
+        if path.endswith("500.txt"):
+            with open(path, "a") as file:
+                file.write("more")
+
+    monkeypatch.setattr(prepare_data, "read_records", appended_to)
+    with pytest.raises(SystemExit, match="500.txt' changed while it was read"):
+        prepare_data.prepare([str(docs)], tmp_path / "out")
+    with pytest.raises(SystemExit, match="not complete"):
+        prepare_data.open_data(tmp_path / "out")
+
+
+def test_a_folder_gives_its_visible_text_and_says_what_is_left_out(tmp_path, capsys):
+    docs = tmp_path / "docs"
+    out = docs / "out"
+    texts = write_documents(docs, 200, 10)
+    (docs / "bom.TXT").write_bytes(codecs.BOM_UTF8 + b"bom")
+    (docs / "a.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "capitals"}\n\n')
+    (docs / "utf16.txt").write_bytes("é".encode("utf-16"))
+    (docs / "picture").write_bytes(b"\xff\xfe\xff\xd8")
+    (docs / "zeros").write_bytes(b"a\0b")
     (docs / "x.jsonl").mkdir()
     (docs / "x.jsonl" / "file").write_text("in a folder")
     for hidden in (".git", ".ipynb_checkpoints"):
         (docs / hidden).mkdir()
         (docs / hidden / "config").write_text("hidden")
-    for link, target in (("loop", "."), ("dead", "nowhere"), ("self", "self"), ("again", "000.txt")):
+    for link, target in (
+        ("loop", "."),
+        ("dead", "nowhere"),
+        ("self", "self"),
+        ("link", tmp_path / "a"),
+    ):
         (docs / link).symlink_to(target)
-    texts += ["bom", texts[0], "capitals", "in a folder"]  # a link to a file is a file
-    for again in ("first", "second"):  # the second finds the first one's output folder in the source
-        prepare_data.prepare([str(docs), str(docs / "001.txt")], out / again)
-        found = documents_in(out / again, "train") + documents_in(out / again, "val")
-        assert sorted(found) == sorted(texts)
+    (tmp_path / "a").write_text("a link to a file is a file")
+    texts += ["bom", "capitals", "in a folder", "a link to a file is a file"]
+    for again in ("first", "second"):  # the second finds the first one's output in the source
+        prepare_data.prepare([str(docs)], out / again)
+        assert all_documents_in(out / again) == sorted(texts)
     told = capsys.readouterr().err
     for line in ("2: hidden", "4: linked folders", "5: linked folders", "3: no UTF-8 text"):
-        assert f"left out {line}" in told, told
+        assert f"\nleft out {line}" in told, told
     with pytest.raises(SystemExit, match="cannot be a source"):
         prepare_data.prepare([str(docs)], docs)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_one_file_under_several_names_is_read_once(tmp_path, capsys):
+    docs = tmp_path / "docs"
+    texts = write_documents(docs, 200, 10)
+    (docs / "symbolic").symlink_to("000.txt")
+    os.link(docs / "000.txt", docs / "hard")
+    sources = [str(docs), str(docs / "001.txt"), f"{docs}/../docs/002.txt"]
+    prepare_data.prepare(sources, tmp_path / "out")
+    assert all_documents_in(tmp_path / "out") == sorted(texts)
+    assert "left out 4: named before, maybe under another name" in capsys.readouterr().err
+
+
+def test_control_characters_of_a_file_name_are_shown_not_obeyed(tmp_path, capsys):
+    docs = tmp_path / "docs"
+    write_documents(docs, 200, 10)
+    (docs / "red\x1b[31m\r.bin").write_bytes(b"\xff")
+    prepare_data.prepare([str(docs)], tmp_path / "out")
+    told = capsys.readouterr().err
+    assert r"red\x1b[31m\r.bin" in told
+    assert "\x1b" not in told
+    (docs / "\x1b[31m.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(SystemExit, match=r"cannot read .*\\x1b\[31m.jsonl.gz"):
+        prepare_data.prepare([str(docs)], tmp_path / "out2")
+
+
+def test_the_last_line_is_a_command_that_can_be_pasted(tmp_path):
+    (tmp_path / "my \x1b[31mbook.txt").write_text("hello " * 2000)
+    command = [sys.executable, HERE / "prepare_data.py", "my \x1b[31mbook.txt"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stderr.decode()
+    assert told.endswith("python train.py --data data/my___31mbook\n")
+    assert len(read_split(tmp_path / "data" / "my___31mbook", "train")) == 10801
+
+
+def test_a_parquet_file_whose_text_is_no_utf_8_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    bad = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    write_parquet(tmp_path / "a.parquet", text=bad)
+    with pytest.raises(SystemExit, match="cannot read .*a.parquet"):
+        prepare_data.prepare([str(tmp_path / "a.parquet")], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_one_bad_record_does_not_end_a_corpus(tmp_path, capsys, kind):
     texts = [f"document {i}\n" * 5 for i in range(300)]
+    path = tmp_path / f"a.{kind}"
     if kind == "parquet":
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(sys.modules["pyarrow"].table({"text": [None, *texts]}), tmp_path / "a.parquet")
+        left_out = 2
+        write_parquet(path, text=[None, *(text.encode() for text in texts), b"\xff"])
+    elif kind == "json":
+        left_out = 4
+        path.write_text(
+            json.dumps([None, 5, {}, {"text": None}, *({"text": text} for text in texts)])
+        )
     else:
+        left_out = 8
         bad = ['{"text": null}', '{"text": 5}', "{}", "[" * 10**5, '{"text": "cut', "\udcff", "[1]"]
-        lines = [json.dumps({"text": text}) for text in texts]
-        whole = "\n".join([*bad, *lines, '{"text": "a\\ud800\\u0000b"}'])
-        (tmp_path / "a.jsonl").write_bytes(whole.encode(errors="surrogateescape"))
-    prepare_data.prepare([str(tmp_path / f"a.{kind}")], tmp_path / "out")
-    found = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")
-    assert sorted(found) == sorted(texts)
-    n = 8 if kind == "jsonl" else 1
-    told = f"left out {n}: no UTF-8 text, or none in the field 'text' ({tmp_path}/a.{kind}, record "
-    assert told in capsys.readouterr().err
+        lines = "\n".join(bad) + "\n" + as_lines(texts) + '{"text": "a\\ud800\\u0000b"}'
+        path.write_bytes(lines.encode(errors="surrogateescape"))
+    prepare_data.prepare([str(path)], tmp_path / "out")
+    assert all_documents_in(tmp_path / "out") == sorted(texts)
+    reason = "no UTF-8 text, or none in the field 'text'"
+    told = capsys.readouterr().err
+    assert re.search(f"\nleft out {left_out}: {reason} .*{path}, record 1", told), told
 
 
 def test_few_texts_always_give_a_validation_split(tmp_path):
     for n in (1, 2, 20, 150):
         for seed in range(10):
             texts = [f"{seed} {i} " * 90 for i in range(n)]
-            (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+            (tmp_path / "texts.jsonl").write_text(as_lines(texts))
             meta = prepare_data.prepare([str(tmp_path / "texts.jsonl")], tmp_path / f"{n}_{seed}")
             share = meta["val"]["tokens"] / (meta["train"]["tokens"] + meta["val"]["tokens"])
             assert 0.09 < share < 0.11
+
+
+@pytest.mark.parametrize(
+    "words, says", [(200, "--seq_len can be at most 120"), (2000, "tokens to train")]
+)
+def test_a_text_shorter_than_a_window_says_so_when_it_is_prepared(tmp_path, words, says):
+    (tmp_path / "a.txt").write_text("hello " * words)
+    command = [sys.executable, "prepare_data.py", tmp_path / "a.txt", "--out", tmp_path / "out"]
+    told = subprocess.run(command, cwd=HERE, capture_output=True, check=True).stderr.decode()
+    lines = told.splitlines()
+    assert says in lines[-2]
+    assert lines[-1] == f"{tmp_path}/out is ready: python train.py --data {tmp_path}/out"
 
 
 def damage_shard(change):
@@ -2278,24 +2214,34 @@ def damage_shard(change):
 
 def damage_meta(**changes):
     def damage(folder):
-        meta = json.loads((folder / "meta.json").read_text()) | changes
-        (folder / "meta.json").write_text(json.dumps(meta))
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | changes))
 
     return damage, "meta.json"
 
 
-@pytest.mark.parametrize("damage, name", [
-    *(damage_shard(lambda a, kind=kind: a.astype(kind)) for kind in ("f8", ">u2")),
-    damage_shard(lambda a: a[::-1].copy()), damage_shard(lambda a: a[:-1]), damage_shard(lambda a: a[None]),
-    damage_shard(lambda a: a + np.uint16(300)), (lambda out: (out / "val_00000.npy").unlink(), "val_00000"),
-    (lambda out: os.truncate(out / "val_00000.npy", 500), "val_00000"),
-    (lambda out: (out / "val_00000.npy").open("a").write("x"), "val_00000"),
-    damage_meta(vocab_size=100), damage_meta(train={}),
-    (lambda out: (out / "meta.json").write_text('{"sources": '), "meta.json"),
-    (lambda out: (out / "meta.json").write_text("[" * 10**5), "meta.json"),
-    (lambda out: (out / "meta.json").write_bytes(b"\xff"), "meta.json"),
-    (lambda out: (out / "meta.json").unlink(), "not complete"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, name",
+    [
+        damage_shard(lambda a: a.astype("f8")),
+        damage_shard(lambda a: a.astype(">u2")),
+        damage_shard(lambda a: a[::-1].copy()),
+        damage_shard(lambda a: a[:-1]),
+        damage_shard(lambda a: a[None]),
+        damage_shard(lambda a: a + np.uint16(300)),
+        (lambda out: (out / "val_00000.npy").unlink(), "val_00000"),
+        (lambda out: os.truncate(out / "val_00000.npy", 500), "val_00000"),
+        (lambda out: os.truncate(out / "val_00000.npy", 0), "val_00000"),
+        (lambda out: (out / "val_00000.npy").open("a").write("x"), "val_00000"),
+        damage_meta(vocab_size=100),
+        damage_meta(train={}),
+        (lambda out: (out / "meta.json").write_text('{"sources": '), "meta.json"),
+        (lambda out: (out / "meta.json").write_text("[" * 10**5), "meta.json"),
+        (lambda out: (out / "meta.json").write_bytes(b"\xff"), "meta.json"),
+        (lambda out: (out / "meta.json").write_bytes(b""), "meta.json"),
+        (lambda out: (out / "meta.json").unlink(), "not complete"),
+    ],
+)
 def test_a_damaged_data_folder_is_named_with_the_remedy(tmp_path, damage, name):
     (tmp_path / "a.txt").write_text("hello world\n" * 1000)
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out")
@@ -2304,12 +2250,15 @@ def test_a_damaged_data_folder_is_named_with_the_remedy(tmp_path, damage, name):
         prepare_data.open_data(tmp_path / "out")
 
 
-def test_a_sample_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_request(tmp_path, monkeypatch):
+def test_a_sample_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_request(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(prepare_data, "BLOCK", 16)
     (tmp_path / "a.txt").write_text("hello world\n" * 1000)
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out")
-    path, refused = tmp_path / "out" / "train_00000.npy", 0
+    path = tmp_path / "out" / "train_00000.npy"
     good = path.read_bytes()
+    refused = 0
     for place in random.sample(range(len(good)), 40) + [0, len(good) - 1]:
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         with pytest.raises(SystemExit, match="train_00000"):
@@ -2323,70 +2272,150 @@ def test_a_sample_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_re
 
 def test_a_folder_has_one_owner_until_its_process_ends(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    hold = f"import prepare_data as p; owner = p.lock({str(out)!r}); print('owned', flush=True); input()"
+    text = tmp_path / "a.txt"
+    code = f"import prepare_data; owner = prepare_data.lock({str(out)!r})"
+    code += "; print('owned', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    owner = subprocess.Popen([sys.executable, "-c", hold], cwd=HERE, **pipes)
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **pipes)
     assert owner.stdout.readline() == b"owned\n"
-    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    text.write_text("hello world\n" * 1000)
     with pytest.raises(SystemExit, match=f"{out} is in use by process {owner.pid}"):
-        prepare_data.prepare([str(tmp_path / "a.txt")], out)
+        prepare_data.prepare([str(text)], out)
     threading.Timer(0.5, owner.kill).start()
-    monkeypatch.setattr(prepare_data, "find_files", lambda *_: {str(tmp_path / "a.txt"): [1, 1]})
+    monkeypatch.setattr(prepare_data, "standard_library", lambda: [text])
     meta = prepare_data.prepare(out=out)  # the default data is waited for
     monkeypatch.undo()
-    assert prepare_data.prepare(out=out) == meta  # and what is ready is good, whatever Python is there today
-    with pytest.raises(SystemExit, match="was made with file"):
+    assert (
+        prepare_data.prepare(out=out) == meta
+    )  # what is ready is good, whatever Python is there today
+    with pytest.raises(SystemExit, match="was made with 'file"):
         prepare_data.prepare(["stdlib"], out)
 
 
-@pytest.mark.parametrize("obstacle, out", [
-    ("a file", "a file/out"), ("a file", "a file"), ("out/meta.json/", "out"),
-    ("out/train_00000.npy/", "out"),
-    ("out/train_00000.npy.tmp/", "out"), ("out/.flash_stu.lock/", "out"), ("a file", "/proc/nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "obstacle, out",
+    [
+        ("a file", "a file/out"),
+        ("a file", "a file"),
+        ("out/meta.json/", "out"),
+        ("out/train_00000.npy/", "out"),
+        ("out/.flash_stu.lock/", "out"),
+        ("a file", "/proc/nothing"),
+    ],
+)
 def test_an_output_that_cannot_be_written_is_a_sentence(tmp_path, obstacle, out):
     path = tmp_path / obstacle
     path.mkdir(parents=True) if obstacle.endswith("/") else path.write_text("x")
     (tmp_path / "a.txt").write_text("hello world\n" * 1000)
-    with pytest.raises(SystemExit, match="cannot (write|use)"):
+    with pytest.raises(SystemExit, match="cannot write"):
         prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / out)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
-    def full_disk(f):
-        f.write(b"half")
-        raise OSError("No space left on device")
+@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("No space left")])
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, error):
+    def full_disk(file):
+        file.write(b"half")
+        raise error
 
     (tmp_path / "file").write_text("old")
-    with pytest.raises(SystemExit, match="cannot write .*file: No space left .* is intact"):
+    with pytest.raises(SystemExit, match="cannot write .*file: No space left.* is intact"):
         prepare_data.write_atomically(tmp_path / "file", full_disk)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
+@pytest.mark.parametrize("kind", ["a link", "a dead link", "a folder", "a pipe", "a device"])
+def test_only_a_plain_file_is_replaced(tmp_path, kind):
+    path = tmp_path / "out.png"
+    (tmp_path / "target").write_text("old")
+    if kind == "a link":
+        path.symlink_to("target")
+    elif kind == "a dead link":
+        path.symlink_to("nowhere")
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # as /dev/null
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    before = os.lstat(path)
+    with pytest.raises(SystemExit, match="cannot write .*out.png"):
+        prepare_data.write_atomically(path, lambda file: file.write(b"new"))
+    after = os.lstat(path)
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert (tmp_path / "target").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.png", "target"]
+
+
+def test_the_temporary_files_of_others_stay_and_those_of_dead_owners_go(tmp_path):
+    ours = tmp_path / f"meta.json.0123{prepare_data.TEMPORARY}"
+    for path in (tmp_path / "meta.json.tmp", ours):
+        path.write_text("half")
+    prepare_data.write_atomically(tmp_path / "meta.json", lambda file: file.write(b"new"))
+    assert ours.exists()  # it could be of a process that is writing now
+    prepare_data.lock(tmp_path).close()
+    assert not ours.exists()
+    assert (tmp_path / "meta.json.tmp").read_text() == "half"
+
+
+def random_text():
     words = ["word ", "x\n", "\n\n  y", "if a:\n", "\ndef", ";\n//c", "é\r\n", " 12"]
-    text = "".join(random.choices(words, k=60000))
-    pieces = prepare_data.PIECE.findall(text)
-    assert len(pieces) > 10 and "".join(pieces) == text
+    return "".join(random.choices(words, k=60000))
+
+
+def o200k_base():
     try:
-        tokenizer = prepare_data.get_tokenizer("o200k_base")
+        return prepare_data.get_tokenizer("o200k_base")
     except SystemExit:
-        pytest.skip("the o200k_base ranks are not on this machine (no network, no TIKTOKEN_CACHE_DIR)")
+        pytest.skip("the ranks are not on this machine (no network, no TIKTOKEN_CACHE_DIR)")
+
+
+def test_the_pieces_of_a_text_are_the_text():
+    for text in (random_text(), "", "x", f"x{' ' * 10**6}y", "a" * 10**6):
+        pieces = prepare_data.PIECE.findall(text)
+        assert "".join(pieces) == text
+        assert max(map(len, pieces), default=0) <= 2**17
+    assert len(prepare_data.PIECE.findall(random_text())) > 10
+
+
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
+    tokenizer = o200k_base()
+    text = random_text()
     tokens = tokenizer.encode(text)
-    assert np.array_equal(np.concatenate([tokenizer.encode(piece) for piece in pieces]), tokens)
+    pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(text)]
+    assert np.array_equal(np.concatenate(pieces), tokens)
     assert tokenizer.decode(tokens.tolist()) == text
     spaces = f"x{' ' * 10**6}y"  # on which tiktoken gives up
-    pieces = prepare_data.PIECE.findall(spaces)
-    assert tokenizer.decode(np.concatenate([tokenizer.encode(piece) for piece in pieces]).tolist()) == spaces
-    some = tokenizer.decode(range(199_990, tokenizer.n_vocab))  # 199998, and others, are no token's
-    assert "<|endofprompt|>" in some and tokenizer.decode([199_998, *tokens.tolist()]) == text
+    pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(spaces)]
+    assert tokenizer.decode(np.concatenate(pieces).tolist()) == spaces
+
+
+def test_ids_of_no_token_decode_to_nothing():
+    tokenizer = o200k_base()
+    tokens = tokenizer.encode("a text")
+    assert tokenizer.decode([199_998, *tokens, tokenizer.eot, 10**6]) == "a text"
+    assert "<|endofprompt|>" in tokenizer.decode(range(199_990, tokenizer.n_vocab))
+    assert tokenizer.name == "o200k_base"
+
+
+@pytest.mark.parametrize("text", ["x\0y", "\0", "a \0\0\0 b", "é\0日本\n"])
+def test_a_saved_tokenizer_keeps_zero_bytes(tmp_path, text):
+    transformers = pytest.importorskip("transformers")
+    ours = prepare_data.get_tokenizer("bytes")
+    prepare_data.save_tokenizer(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "again")
+    for tokenizer in (theirs, transformers.AutoTokenizer.from_pretrained(tmp_path / "again")):
+        assert tokenizer(text).input_ids == ours.encode(text).tolist() == list(text.encode())
 
 
 def test_a_folder_with_other_data_is_left_alone(tmp_path):
     (tmp_path / "a.txt").write_text("hello world " * 100)
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path)
     before = read_split(tmp_path, "train")
-    with pytest.raises(SystemExit, match="choose another --out"):
+    with pytest.raises(SystemExit, match="was made with 'val_fraction': 0.1.*choose another --out"):
         prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path, val_fraction=0.5)
     assert np.array_equal(read_split(tmp_path, "train"), before)
 
@@ -2394,25 +2423,41 @@ def test_a_folder_with_other_data_is_left_alone(tmp_path):
 def test_hub_corpora_are_files_that_their_library_fetches(tmp_path, monkeypatch):
     texts = [f"story {i}\n" * 9 for i in range(300)]
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "files" / "a.jsonl").write_text(as_lines(texts))
     (tmp_path / "files" / "README.md").write_text("not asked for")
     fetched = []
-    hub = types.SimpleNamespace(snapshot_download=lambda *a, **k: fetched.append((a, k)) or tmp_path)
+
+    def snapshot_download(*args, **options):
+        fetched.append((args, options))
+        return tmp_path
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(prepare_data.HUB, "tinystories", ("owner/name", "files/*.jsonl"))
     prepare_data.prepare(["tinystories"], tmp_path / "out")
-    assert fetched == [(("owner/name",), {"repo_type": "dataset", "allow_patterns": "files/*.jsonl"})]
-    train, val = (documents_in(tmp_path / "out", split) for split in ("train", "val"))
-    assert sorted(train + val) == sorted(texts) and 10 < len(val) < 60
+    options = {"repo_type": "dataset", "allow_patterns": "files/*.jsonl"}
+    assert fetched == [(("owner/name",), options)]
+    assert all_documents_in(tmp_path / "out") == sorted(texts)
+    assert 10 < len(documents_in(tmp_path / "out", "val")) < 60
 
 
-@pytest.mark.parametrize("content, name, message", [
-    (b"caf\xe9 " * 10**6, "a.txt", "no UTF-8 text.*a.txt.*not enough text"), (b"", "a.txt", "not enough text"),
-    (b'{"txt": "x"}\n{"text": ', "a.jsonl", "left out 2: .*a.jsonl, record 1.*not enough text"),
-    (b"not gzip", "a.jsonl.gz", "a.jsonl.gz"), (gzip.compress(b"{}", mtime=0)[:-9], "a.jsonl.GZ", "end-of-stream"),
-    (b"PAR1", "a.parquet", "a.parquet"), (None, "missing.txt", "no file or folder"), (None, "", "no file or"),
-])  # fmt: skip
-def test_preparation_says_what_is_wrong_and_writes_nothing(tmp_path, capsys, content, name, message):
+@pytest.mark.parametrize(
+    "content, name, message",
+    [
+        (b"caf\xe9 " * 10**6, "a.txt", "no UTF-8 text.*a.txt.*not enough text"),
+        (b"", "a.txt", "not enough text"),
+        (b'{"txt": "x"}\n{"text": ', "a.jsonl", "left out 2: .*a.jsonl, record 1.*not enough text"),
+        (b"not gzip", "a.jsonl.gz", "a.jsonl.gz.*Not a gzipped file"),
+        (gzip.compress(b"{}", mtime=0)[:-9], "a.jsonl.GZ", "a.jsonl.GZ.*end-of-stream"),
+        (gzip.compress(b"{}" * 99)[:20] + b"xxxxx", "a.json.gz", "cannot read .*a.json.gz"),
+        (b"PAR1", "a.parquet", "cannot read .*a.parquet"),
+        (None, "missing.txt", "no file or folder"),
+        (None, "", "no file or"),
+    ],
+)
+def test_preparation_says_what_is_wrong_and_writes_nothing(
+    tmp_path, capsys, content, name, message
+):
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     if content is not None:
@@ -2424,9 +2469,27 @@ def test_preparation_says_what_is_wrong_and_writes_nothing(tmp_path, capsys, con
     assert not list((tmp_path / "out").glob("[!.]*"))
 
 
-def test_unknown_tokenizers_are_refused():
-    with pytest.raises(SystemExit, match="bytes, gpt2 or o200k_base"):
-        prepare_data.get_tokenizer("bpe")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"val_fraction": float("nan")}, "val_fraction is nan"),
+        ({"shard_tokens": 0}, "shard_tokens is 0"),
+        ({"tokenizer": "bpe"}, "'bpe': it is bytes, gpt2 or o200k_base"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        prepare_data.prepare(["stdlib"], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_is_missing_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    code = "import sys; sys.modules['pyarrow'] = None; import prepare_data; prepare_data.main()"
+    command = [sys.executable, "-c", code, tmp_path / "a.parquet", "--out", tmp_path / "out"]
+    told = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stderr
+    assert told.splitlines()[-1] == "this needs:  pip install pyarrow"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2438,7 +2501,9 @@ def test_unknown_tokenizers_are_refused():
 TINY = """--n_embd 32 --n_layers 2 --n_heads 2 --seq_len 32 --window_size 16 --num_eigh 8 --batch_size 8
     --eval_sequences 8 --log_interval 1"""
 fork = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-fork.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.pyplot", __name__])
+fork.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.pyplot", __name__]
+)
 
 
 def run_script(
@@ -2473,7 +2538,9 @@ def run_script(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"line {i}: the quick brown fox\n" for i in range(3000)))
+    (folder / "text.txt").write_text(
+        "".join(f"line {i}: the quick brown fox\n" for i in range(3000))
+    )
     prepare_data.prepare([str(folder / "text.txt")], folder / "tokens")
     return folder / "tokens"
 
@@ -2481,7 +2548,14 @@ def data(tmp_path_factory):
 def start(data, out, flags, processes=1, torchrun=0, sizes=TINY, **limits):
     """Start a run, of several processes as torchrun starts them or by it; `finish` waits for it."""
     flags = flags.split() if isinstance(flags, str) else flags
-    where = ["--device", "cpu", "--data", str(data), "--out_dir", str(out)]  # bit for bit: on the CPU
+    where = [
+        "--device",
+        "cpu",
+        "--data",
+        str(data),
+        "--out_dir",
+        str(out),
+    ]  # bit for bit: on the CPU
     argv = ["train.py", *where, *sizes.split(), *flags]
     if torchrun:
         argv = ["torchrun", "--standalone", f"--nproc_per_node={torchrun}", *argv]
@@ -2489,7 +2563,9 @@ def start(data, out, flags, processes=1, torchrun=0, sizes=TINY, **limits):
         network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
     runs, output = [], data.parent / f"output_{time.monotonic_ns()}"
     for rank in map(str, range(processes)):
-        environment = {} if processes == 1 else {"RANK": rank, "WORLD_SIZE": str(processes), **network}
+        environment = (
+            {} if processes == 1 else {"RANK": rank, "WORLD_SIZE": str(processes), **network}
+        )
         args = (argv, f"{output}_{rank}", environment)
         runs.append(fork.Process(target=run_script, args=args, kwargs=limits, daemon=True))
         runs[-1].start()
@@ -2525,8 +2601,12 @@ def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
     several = f"{flags} --micro_batch_size 3"
     runs = {
         "ddp": start(data, tmp_path / "ddp", several, processes=2),
-        "fsdp": start(data, tmp_path / "fsdp", f"{several} --engine fsdp --use_gradient_checkpointing", 2),
-        "accumulated": start(data, tmp_path / "accumulated", f"{several} --use_gradient_checkpointing"),
+        "fsdp": start(
+            data, tmp_path / "fsdp", f"{several} --engine fsdp --use_gradient_checkpointing", 2
+        ),
+        "accumulated": start(
+            data, tmp_path / "accumulated", f"{several} --use_gradient_checkpointing"
+        ),
         "one": start(data, tmp_path / "one", flags),
     }
     for run in runs.values():
@@ -2538,10 +2618,14 @@ def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
     assert curves["one"][-1] < curves["one"][0]
 
 
-def test_muon_gives_the_same_curve_sharded_and_a_checkpoint_of_two_processes_resumes_on_one(data, tmp_path):
+def test_muon_gives_the_same_curve_sharded_and_a_checkpoint_of_two_processes_resumes_on_one(
+    data, tmp_path
+):
     flags = "--eval_interval 50 --checkpoint_interval 4 --decay none"
     one = start(data, tmp_path / "one", flags + " --steps 8")
-    code, output = run_train(data, tmp_path / "two", flags + " --steps 4 --engine fsdp", processes=2)
+    code, output = run_train(
+        data, tmp_path / "two", flags + " --steps 4 --engine fsdp", processes=2
+    )
     assert code == 0 and finish(one)[0] == 0, output
     code, output = run_train(data, tmp_path / "two", flags + " --steps 8")
     assert code == 0 and "after step 4" in output, output
@@ -2565,7 +2649,9 @@ def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path
         assert finish(run)[0] == -signal.SIGKILL
     code, output = run_train(data, out, flags)
     assert code == 0 and "continuing" in output and finish(whole)[0] == 0, output
-    a, b = (torch.load(o / "checkpoint_60.pt", weights_only=True)["model"] for o in (out, whole_out))
+    a, b = (
+        torch.load(o / "checkpoint_60.pt", weights_only=True)["model"] for o in (out, whole_out)
+    )
     assert all(torch.equal(a[name], b[name]) for name in b)
     for key in ("step", "loss", "val_loss"):
         assert logged(out, key) == logged(whole_out, key) and logged(out, key)
@@ -2638,9 +2724,14 @@ DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "zeros inside": zeros_inside,
     "another file": lambda path: torch.save([1], path),
-    "of another step": lambda path: path.write_bytes((path.parent / "checkpoint_2.pt").read_bytes()),
+    "of another step": lambda path: path.write_bytes(
+        (path.parent / "checkpoint_2.pt").read_bytes()
+    ),
     "one weight less": one_weight_less,
-    **{f"no {entry}": without(entry) for entry in ("step", "optimizer", "scaler", "config", "settings")},
+    **{
+        f"no {entry}": without(entry)
+        for entry in ("step", "optimizer", "scaler", "config", "settings")
+    },
 }
 
 
@@ -2676,7 +2767,9 @@ def test_what_cannot_be_read_or_is_not_ours_is_never_replaced(data, trained, tmp
     for name in ("checkpoint_best.pt", "checkpoint_2_keep.pt", "checkpoint_007.pt"):
         (out / name).write_text("mine")
     before = {path.name: path.read_bytes() for path in out.glob("[!.]*.*")}
-    (out / "checkpoint_9.pt").symlink_to("checkpoint_9.pt")  # a loop: the operating system cannot read it
+    (out / "checkpoint_9.pt").symlink_to(
+        "checkpoint_9.pt"
+    )  # a loop: the operating system cannot read it
     code, output = run_train(data, out, "--steps 8")
     assert code == 1 and "checkpoint_9.pt" in output and "Traceback" not in output, output
     (out / "checkpoint_9.pt").unlink()
@@ -2685,11 +2778,16 @@ def test_what_cannot_be_read_or_is_not_ours_is_never_replaced(data, trained, tmp
     code, output = run_train(data, out, "--steps 8")
     assert code == 1 and "no checkpoint in" in output and "--fresh" in output, output
     for name, content in before.items():
-        assert (out / name).read_bytes() == content or name in ("checkpoint_2.pt", "checkpoint_4.pt"), name
+        assert (out / name).read_bytes() == content or name in (
+            "checkpoint_2.pt",
+            "checkpoint_4.pt",
+        ), name
     code, output = run_train(data, out, "--steps 2 --checkpoint_interval 1 --fresh")
-    assert code == 0 and checkpoints(out) == [1, 2] and (out / "checkpoint_best.pt").read_text() == "mine", (
-        output
-    )
+    assert (
+        code == 0
+        and checkpoints(out) == [1, 2]
+        and (out / "checkpoint_best.pt").read_text() == "mine"
+    ), output
 
 
 def test_what_cannot_be_written_is_told_in_a_sentence_and_what_was_stays(data, trained, tmp_path):
@@ -2726,7 +2824,9 @@ def test_nothing_that_is_printed_or_logged_ends_a_run(data, trained, tmp_path):
     """A reader who has gone, letters that the encoding lacks, control characters, lines that are none."""
     ascii_out, nobody = shutil.copytree(trained, tmp_path / "a"), tmp_path / "nobody é"
     with open(ascii_out / "log.jsonl", "a", errors="surrogateescape") as f:
-        f.write('{"step": 3, "loss": 1.0\n[1]\n{"step": "x"}\n{"loss": 1}\n\udcff' + "[" * 100000 + "\n")
+        f.write(
+            '{"step": 3, "loss": 1.0\n[1]\n{"step": "x"}\n{"loss": 1}\n\udcff' + "[" * 100000 + "\n"
+        )
     flags = ["--steps", "6", "--eval_interval", "1", "--prompt", "\x1b[31mé\udcff\u4e2d\u202e"]
     runs = [
         start(data, ascii_out, flags, encoding="ascii"),
@@ -2795,7 +2895,10 @@ def windows_of(folder, T):
 
 
 def test_samples_and_chat_are_what_the_model_generates(data, trained, tmp_path):
-    model, tokenizer = FlashSTU.from_pretrained(trained / "model"), prepare_data.get_tokenizer("bytes")
+    model, tokenizer = (
+        FlashSTU.from_pretrained(trained / "model"),
+        prepare_data.get_tokenizer("bytes"),
+    )
 
     def answer(tokens):
         options = {"max_new_tokens": 7, "temperature": 0, "stop_token": tokenizer.eot}
@@ -2808,17 +2911,32 @@ def test_samples_and_chat_are_what_the_model_generates(data, trained, tmp_path):
     (tmp_path / "typed.txt").write_text("line 1\n\n: the\n")
     flags = "--temperature 0 --max_new_tokens 7"
     runs = [
-        start(data, trained, f"--sample @{tmp_path / 'prompt.txt'} {flags} --num_samples 2", sizes=""),
+        start(
+            data, trained, f"--sample @{tmp_path / 'prompt.txt'} {flags} --num_samples 2", sizes=""
+        ),
         start(data, trained / "model", f"--sample line {flags}", sizes=""),
         start(data, trained, f"--chat {flags}", sizes="", stdin=tmp_path / "typed.txt"),
     ]
-    command = [sys.executable, "train.py", "--out_dir", "../é\udcff", "--sample", "é\udcff", *flags.split()]
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}  # names and prompts are bytes there
+    command = [
+        sys.executable,
+        "train.py",
+        "--out_dir",
+        "../é\udcff",
+        "--sample",
+        "é\udcff",
+        *flags.split(),
+    ]
+    environment = os.environ | {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+    }  # names and prompts are bytes there
     (tmp_path / "code").mkdir()
     for file in ("train.py", "stu.py", "prepare_data.py"):
         (tmp_path / "code" / file).symlink_to(HERE / file)
     shutil.copytree(trained, tmp_path / "é\udcff")
-    said = subprocess.run(command, cwd=tmp_path / "code", env=environment, capture_output=True, check=True)
+    said = subprocess.run(
+        command, cwd=tmp_path / "code", env=environment, capture_output=True, check=True
+    )
     assert said.stdout.startswith(b"\\xe9\\ufffd"), said
     (_, two), (_, one), (_, chat) = map(finish, runs)
     assert two == ("line 1: the é" + answer(list("line 1: the é".encode()))) * 2
@@ -2852,7 +2970,9 @@ def test_eval_only_reads_far_past_seq_len_with_and_without_its_memory(data, trai
     assert "windows of 32" in output2
     assert list(rows) == ["state carried", "all reset", "STU reset"] and output != other
     assert list(rows["STU reset"]) == ["0-64", "64-128", "128-256", "256-512"]
-    assert float(rows["state carried"]["128-256"]) == pytest.approx(whole[128:256].mean().item(), abs=2e-4)
+    assert float(rows["state carried"]["128-256"]) == pytest.approx(
+        whole[128:256].mean().item(), abs=2e-4
+    )
     assert len({row["256-512"] for row in rows.values()}) == 3
 
 
@@ -2885,7 +3005,7 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
         "--n_embed 32": "unrecognized arguments: --n_embed",
         "--window_size 33": "window_size 33 is larger than seq_len 32",
         "--seq_len 10000000": "no shard of the train split holds",
-        "--n_heads 5": "n_heads = 5 does not divide",
+        "--n_heads 5": "32 channels are not 5 heads",
         "--seq_len 0": "seq_len must be a positive integer",
         "--use_attn no": "invalid choice",
         "--batch_size 1000000000": "--micro_batch_size",
@@ -2904,12 +3024,18 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
             for v, names in OUT_OF_RANGE.items()
             for k in names.split()
         },
-        **{f"--{name}=": f"--{name} must not be empty" for name in ("sample", "out_dir", "data", "draw")},
+        **{
+            f"--{name}=": f"--{name} must not be empty"
+            for name in ("sample", "out_dir", "data", "draw")
+        },
     }
     runs = {flags: start(data, tmp_path / "run", flags) for flags in mistakes}
     for flags, run in runs.items():
         code, output = finish(run)
-        assert code != 0 and mistakes[flags] in output and "Traceback" not in output, (flags, output)
+        assert code != 0 and mistakes[flags] in output and "Traceback" not in output, (
+            flags,
+            output,
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -2924,7 +3050,10 @@ def test_presets_say_their_size_and_run_one_step_on_the_meta_device(data, tmp_pa
 
 
 def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
-    flags, dtypes = "--steps 5 --eval_interval 100 --optimizer adamw", ("float32", "bfloat16", "float16")
+    flags, dtypes = (
+        "--steps 5 --eval_interval 100 --optimizer adamw",
+        ("float32", "bfloat16", "float16"),
+    )
     runs = [start(data, tmp_path / dtype, f"{flags} --dtype {dtype}") for dtype in dtypes]
     for dtype, run in zip(dtypes, runs):
         code, output = finish(run)
@@ -2947,7 +3076,9 @@ def test_the_benchmark_prints_and_draws(tmp_path, capsys):
     )
     draw_costs(tmp_path / "cost.png", [20, 90], seconds, [64, 130], speeds)
     assert (tmp_path / "cost.png").stat().st_size > 5000 and len(speeds) == 4
-    assert capsys.readouterr().out.count("\n") == 11 and stu.windowed_attention is windowed_attention
+    assert (
+        capsys.readouterr().out.count("\n") == 11 and stu.windowed_attention is windowed_attention
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3013,9 +3144,13 @@ def benchmark_filtering(B, T, d, approx, device):
     routes = (lambda: layer.convolve(x, filters, M, x.dtype)), (lambda: usual_stu(x, phi, M))
     notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
     steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
-    notes.append("peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps)))
+    notes.append(
+        "peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps))
+    )
     ours, usual = (timed(step)[0] for step in steps)
-    moved = 4 * x.numel() * x.element_size()  # the least: input and output, and the gradient of each
+    moved = (
+        4 * x.numel() * x.element_size()
+    )  # the least: input and output, and the gradient of each
     notes.append(f"{moved / ours / 1e9:.1f} GB/s of the least traffic")
     row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", ours, usual, *notes)
 
@@ -3055,7 +3190,11 @@ def benchmark_length(lengths, device, dtype):
             )
             speeds[name].append(T / seconds)
         size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{f'{name}, {size:.1f}M parameters':<44}", *(f"{s:>9,.0f}" for s in speeds[name]), flush=True)
+        print(
+            f"{f'{name}, {size:.1f}M parameters':<44}",
+            *(f"{s:>9,.0f}" for s in speeds[name]),
+            flush=True,
+        )
     stu.windowed_attention = windowed
     return speeds
 
@@ -3063,12 +3202,20 @@ def benchmark_length(lengths, device, dtype):
 def benchmark_generation(contexts, device, dtype):
     """One token from the state, against reading the context again -> seconds of both for each context."""
     config = FlashSTUConfig(
-        n_embd=256, n_layers=4, n_heads=4, seq_len=2048, window_size=256, vocab_size=256, torch_dtype=dtype
+        n_embd=256,
+        n_layers=4,
+        n_heads=4,
+        seq_len=2048,
+        window_size=256,
+        vocab_size=256,
+        torch_dtype=dtype,
     )
     model, seconds = FlashSTU(config).to(device), []
     for context in contexts:
         ids, state = torch.randint(256, (1, context), device=device), []
-        reading, _ = timed(lambda ids=ids, state=state: model.generate(ids, max_new_tokens=0, state=state), 1)
+        reading, _ = timed(
+            lambda ids=ids, state=state: model.generate(ids, max_new_tokens=0, state=state), 1
+        )
         tokens = model.stream(ids[:, :0], 33, state=state)
         seconds.append((timed(lambda tokens=tokens: next(tokens), 32)[0], reading))
         row(f"next token at context {context}", *seconds[-1])
@@ -3089,9 +3236,15 @@ def draw_costs(path, contexts, seconds, lengths, speeds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time stu.py against the usual route, two minutes on a CPU.")
-    parser.add_argument("--full", action="store_true", help="with eigh at L = 8192 and lengths to 32,768")
-    parser.add_argument("--draw", metavar="FILE", help="only the costs of context and length, drawn to FILE")
+    parser = argparse.ArgumentParser(
+        description="Time stu.py against the usual route, two minutes on a CPU."
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="with eigh at L = 8192 and lengths to 32,768"
+    )
+    parser.add_argument(
+        "--draw", metavar="FILE", help="only the costs of context and length, drawn to FILE"
+    )
     args = parser.parse_args()
     if args.draw:
         open(args.draw, "ab").close()  # fails before the work, not after it
@@ -3103,13 +3256,19 @@ def main():
     if not args.draw:
         for L in (64, 2048, 8192) if args.full else (64, 2048):
             benchmark_filters(L)
-        small, large = [(2, 4096, 512), (8, 512, 256)], [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)]
+        small, large = (
+            [(2, 4096, 512), (8, 512, 256)],
+            [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)],
+        )
         for shape in large if cuda else small:
             benchmark_filtering(*shape, True, device)
         benchmark_filtering(8, 1024, 128, False, device)
     contexts = [512, 2048, 8192, 32768, 131072]
     lengths = [2**i for i in range(10, 16 if args.full or args.draw or cuda else 14)]
-    seconds, speeds = benchmark_generation(contexts, device, dtype), benchmark_length(lengths, device, dtype)
+    seconds, speeds = (
+        benchmark_generation(contexts, device, dtype),
+        benchmark_length(lengths, device, dtype),
+    )
     if args.draw:
         draw_costs(args.draw, contexts, seconds, lengths, speeds)
 

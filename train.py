@@ -1,520 +1,708 @@
-"""Train a Flash STU language model, write with it, judge it: one CPU, one GPU, or many.
+"""
+Train a Flash STU language model, on one CPU or GPU or on many, and let it write.
 
-    python train.py                              a small hybrid on Python's own source code, minutes on a CPU
-    torchrun --nproc_per_node=2 train.py         the same on two processes; --engine fsdp shards the model
-    python train.py --preset 125M --data data/fineweb-edu-o200k_base --out_dir runs/125M
-    python train.py --init_from runs/default --data data/shakespeare --out_dir runs/bard      fine-tune it
-    python train.py --sample "def " --chat       write from the last checkpoint, then from what you type
-    python train.py --eval_only                  the loss on the validation split, and far past seq_len
-    python train.py --draw runs/a,runs/b --out_dir runs    the losses of several runs in one picture
+    python train.py                                a small model of Python's own source code
+    torchrun --nproc_per_node=2 train.py           the same on two processes
+    python train.py --preset 125M --data data/fineweb-edu --out_dir runs/125M
+    python train.py --init_from runs/default --data data/mine --out_dir runs/tuned    fine-tune it
+    python train.py --sample "def "                write with the last checkpoint of runs/default
+    python train.py --eval_only                    its loss on the whole validation split
 
-The run folder (--out_dir) receives config.json, log.jsonl, loss.png, checkpoints and the finished model. The
-same command again continues from the last checkpoint, whatever stopped it; on as many processes, bit for bit.
+The folder of the run, --out_dir, receives config.json, log.jsonl and checkpoints, and at the end
+loss.png and a folder with the model. The same command, or --out_dir alone, continues a run that was
+interrupted, and on as many processes the result is the same bit for bit. Ctrl-C and SIGTERM save.
 """
 
 import argparse
-import inspect
+import difflib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import zipfile
 import zlib
-from contextlib import suppress
-from itertools import pairwise
+from collections import defaultdict
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import distributed as dist
-from torch.distributed.checkpoint import state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
-from lds import picture
-from prepare_data import get_tokenizer, lock, open_data, prepare, told, write_atomically
-from stu import STU, FlashSTU, FlashSTUConfig
+from prepare_data import get_tokenizer, lock, open_data, prepare, read_tokens, write_atomically
+from stu import FlashSTU, FlashSTUConfig
 
-# ---- Settings, each a flag: its default (of several the first), range (of a text: of its length), meaning
-ANY, POSITIVE, AT_LEAST_0, AT_LEAST_1 = (-1e300, 1e300), (1e-12, 1e300), (0, 1e300), (1, 1e300)
-comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(FlashSTUConfig)))
-model_fields = FlashSTUConfig(torch_dtype="float32", softcap=0.0).to_dict()
-model_fields.pop("vocab_size")
-table = {name: (value, ANY, comments.get(name, "")) for name, value in model_fields.items()}
-table |= {
-    "out_dir": ("runs/default", AT_LEAST_1, "the run folder"),
-    "data": ("data/stdlib", AT_LEAST_1, "a folder of prepare_data.py; the default makes itself"),
-    "preset": (("small", "125M", "350M", "1B"), ANY, "sizes and schedule; with o200k_base 235M, 495M, 1.6B"),
-    "init_from": ("", AT_LEAST_1, "start from the weights and sizes of a run or of a saved model"),
-    "fresh": (False, ANY, "start again; the run's checkpoints are replaced when the new ones are saved"),
-    "seed": (1, (0, 2**32 - 1), "of the weights, the order of the data, dropout and sampling"),
-    "sample": ("", AT_LEAST_1, "instead of training, continue this text; @FILE: the text of a file"),
-    "chat": (False, ANY, "continue each line you type, from all that was before; an empty line goes on"),
-    "eval_only": (False, ANY, "instead: the loss, also by position, on the validation split or a text file"),
-    "draw": ("", AT_LEAST_1, "run folders, separated by commas: their losses in one picture"),
-    "temperature": (0.8, AT_LEAST_0, "of sampling; 0 takes the likeliest token"),
-    "top_k": (50, AT_LEAST_0, "sample from so many of the likeliest tokens; 0 from all"),
-    "top_p": (1.0, (1e-9, 1), "sample from the likeliest tokens that together have this probability"),
-    "max_new_tokens": (500, AT_LEAST_1, "of a sample or an answer"),
-    "num_samples": (1, AT_LEAST_1, "of one prompt"),
-    "steps": (400, AT_LEAST_1, "of the whole run"),
-    "batch_size": (16, AT_LEAST_1, "sequences a step, over all processes"),
-    "micro_batch_size": (0, AT_LEAST_0, "sequences a process holds at once; 0: its whole share"),
-    "eval_interval": (100, AT_LEAST_1, "steps from one evaluation to the next"),
-    "eval_sequences": (64, AT_LEAST_1, "of the validation split, in an evaluation"),
-    "eval_length": (16, AT_LEAST_1, "of the texts of eval_only, in units of seq_len"),
-    "prompt": ("def ", ANY, "of the sample written at each evaluation"),
-    "log_interval": (10, AT_LEAST_1, "steps a line"),
-    "checkpoint_interval": (100, AT_LEAST_1, "steps from one checkpoint to the next"),
-    "optimizer": (("muon", "adamw"), ANY, "Muon for the layers' matrices, AdamW for the rest, or for all"),
-    "muon_lr": (0.01, POSITIVE, "Muon's learning rate"),
-    "lr": (0.01, POSITIVE, "AdamW's learning rate"),
-    "weight_decay": (0.1, AT_LEAST_0, "times the learning rate"),
-    "warmup_steps": (20, AT_LEAST_0, "in which the learning rates rise"),
-    "decay": (("cosine", "linear", "none"), ANY, "of the learning rates, from the warmup to the last step"),
-    "min_lr": (0.05, (0, 1), "where the decay ends, times the learning rates"),
-    "grad_clip": (1.0, POSITIVE, "the norm that a longer gradient is cut to"),
-    "max_skipped": (5, AT_LEAST_1, "steps in a row without a finite loss and gradient end the run"),
-    "device": (("auto", "cuda", "mps", "cpu", "meta"), ANY, "meta: only say what the model would need"),
-    "dtype": (("auto", "float32", "bfloat16", "float16"), ANY, "of autocast; auto: 16 bits on CUDA, else 32"),
-    "compile": (("auto", "true", "false"), ANY, "the layers; auto: on CUDA"),
-    "engine": (("ddp", "fsdp"), ANY, "of several processes: each holds the model, or a part of it"),
-}  # fmt: skip
-columns = ("n_embd", "n_layers", "n_heads", "seq_len", "window_size", "num_eigh", "mlp_scale", "batch_size",
-           "micro_batch_size", "steps", "warmup_steps", "eval_interval", "checkpoint_interval")  # fmt: skip
+# -----------------------------------------------------------------------------
+# Settings. Each is a flag, as in --n_embd 256. Its line holds its name, default and meaning
+
+# Of the model: fields of FlashSTUConfig. They stay as they are when a run is continued
+MODEL_SETTINGS = """
+n_embd             192             width of the model
+n_layers           6               number of layers
+n_heads            6               heads of an attention layer
+seq_len            256             tokens in a training window, and length of the filters
+window_size        64              how many tokens before itself a token attends to
+num_eigh           24              number of spectral filters
+mlp_scale          2.75            hidden width of the MLPs, in units of n_embd
+bias               false           let the linear layers have a bias
+dropout            0.0             share of activations that training sets to zero
+softcap            0.0             bound of the attention logits; 0 is none
+use_stu            true            false: every layer is attention
+use_attn           true            false: every layer is an STU
+use_approx         true            true: STU-T, one filter a channel; false: the full STU
+use_hankel_L       false           filters of one Hankel matrix for decays of both signs
+use_tensorized     false           filters that are Kronecker products of short ones
+max_angle          0.0             degrees: filters also for systems that ring, up to this angle
+stu_enable_mlp_sandwich     false  put each STU between two linear layers
+stu_mlp_hidden_size         null   width of the STU between them; null: that of the MLPs
+"""
+
+# Of the run. They, too, are kept when it is continued, but most of them can be changed
+RUN_SETTINGS = """
+data               "data/stdlib"   a folder of prepare_data.py; this one is made if it is not there
+init_from          ""              start from the weights and sizes of another run or a saved model
+seed               1               of the first weights, the order of the data, dropout and samples
+optimizer          "muon"          muon: Muon for matrices of layers, AdamW for the rest; adamw: for all
+batch_size         16              windows in a step, of all processes together
+micro_batch_size   0               windows that a process computes at once; 0: its whole share
+steps              400             length of the whole run
+lr                 0.01            highest learning rate of AdamW
+muon_lr            0.01            highest learning rate of Muon
+min_lr             0.05            learning rate of the last step, in units of the highest
+warmup_steps       20              steps in which the learning rates rise
+weight_decay       0.1             decay of the matrices, in units of the learning rate
+grad_clip          1.0             a gradient with a larger norm is scaled down to it
+max_skipped        5               so many steps in a row without a finite gradient end the run
+eval_interval      100             steps from one evaluation, checkpoint and sample to the next
+eval_sequences     64              windows of the validation split in an evaluation
+log_interval       10              steps from one line of the log to the next
+prompt             "def"           beginning of the samples that are shown
+use_gradient_checkpointing  false  compute the layers again going backward, to save memory
+d_in_tile          null            input channels that a full STU takes at once; null: all
+d_out_tile         null            output channels that an STU takes at once; null: all
+use_flash_fft      true            use FlashFFTConv where it is installed
+"""
+
+# Of this command alone
+COMMAND_SETTINGS = """
+out_dir            "runs/default"  folder of the run
+preset             ""              a larger model and its schedule: 125M, 350M or 1B
+fresh              false           start anew; the run in out_dir moves to a folder beside it
+eval_only          false           only print the loss on the validation split
+sample             ""              only write: continue this text
+num_samples        1               how often to continue it
+max_new_tokens     500             length of a sample
+temperature        0.8             of sampling; 0 takes the most likely token
+top_k              50              sample from so many of the most likely tokens; 0: from all
+top_p              1.0             sample from the likely tokens that together have this probability
+device             "auto"          cpu, cuda or mps; auto: a GPU where there is one
+dtype              "auto"          float32, bfloat16 or float16; auto: 16 bits on CUDA, else 32
+compile            "auto"          true or false: compile the layers; auto: on CUDA
+engine             "ddp"           each process has the whole model (ddp) or a part of it (fsdp)
+wandb              ""              also log to this project of Weights & Biases
+"""
+
+# A preset stands for these flags. It is named by its size with the 50k tokens of gpt2
 presets = {
-    "small": (192, 6, 6, 256, 64, 24, 2.75, 16, 0, 400, 20, 100, 100),
-    "125M": (768, 12, 12, 2048, 1024, 24, 3.0, 256, 16, 20000, 500, 500, 500),
-    "350M": (1024, 24, 16, 4096, 1024, 32, 3.0, 128, 4, 30000, 1000, 500, 500),
-    "1B": (2048, 32, 32, 8192, 1024, 48, 2.0, 128, 1, 50000, 2000, 500, 500),
+    "125M": """--n_embd 768 --n_layers 12 --n_heads 12 --seq_len 2048 --window_size 1024
+        --mlp_scale 3 --batch_size 256 --micro_batch_size 16 --steps 20000 --warmup_steps 500
+        --eval_interval 500""",
+    "350M": """--n_embd 1024 --n_layers 24 --n_heads 16 --seq_len 4096 --window_size 1024
+        --num_eigh 32 --mlp_scale 3 --batch_size 128 --micro_batch_size 4 --steps 30000
+        --warmup_steps 1000 --eval_interval 500""",
+    "1B": """--n_embd 2048 --n_layers 32 --n_heads 32 --seq_len 8192 --window_size 1024
+        --num_eigh 48 --mlp_scale 2 --batch_size 128 --micro_batch_size 1 --steps 50000
+        --warmup_steps 2000 --eval_interval 500 --use_gradient_checkpointing --engine fsdp""",
 }
-presets = {name: dict(zip(columns, values)) for name, values in presets.items()}
-presets["1B"] |= {"use_gradient_checkpointing": True, "engine": "fsdp"}
+choices = {
+    "optimizer": ["muon", "adamw"],
+    "preset": list(presets),
+    "dtype": ["auto", "float32", "bfloat16", "float16"],
+    "compile": ["auto", "true", "false"],
+    "engine": ["ddp", "fsdp"],
+}
+not_zero = """seq_len mlp_scale batch_size steps lr muon_lr grad_clip max_skipped eval_interval
+    eval_sequences log_interval num_samples max_new_tokens top_p"""
 
-# ---- The command, and the machine: processes, device, precision
-rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-local_rank, main, parent = int(os.environ.get("LOCAL_RANK", "0")), rank == 0, os.getppid()
-for stream in filter(None, (sys.stdin, sys.stdout)):
-    stream.reconfigure(errors="backslashreplace")
-sys.excepthook = lambda kind, error, trace: (
-    print(f"stopped: {str(error) or 'as asked'}", file=sys.stderr)  # a file that cannot be read or written: its name, and why
-    if issubclass(kind, (OSError, KeyboardInterrupt)) else sys.__excepthook__(kind, error, trace)
-)  # fmt: skip
-parser = argparse.ArgumentParser(usage="train.py [--name value ...]", description=__doc__, allow_abbrev=False)
-parser.formatter_class, parser.argument_default = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS
-defaults = {name: v[0] if isinstance(v, tuple) else v for name, (v, *_) in table.items()} | presets["small"]
-switch = {"type": str.lower, "choices": ("true", "false", "1", "0"), "nargs": "?", "const": "true"}
-for name, (value, _, meaning) in table.items():
-    kind, meaning = int if value is None else type(value), f"{meaning} (default: {defaults[name]})"
-    options = {bool: switch, tuple: {"choices": value}}.get(kind, {"type": kind})
-    parser.add_argument(f"--{name}", help=meaning.replace("%", "%%"), **options)
-given = vars(parser.parse_args())  # what the command says; the rest are defaults
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def read_defaults(table):
+    """{name: default} of the lines of a table."""
+    defaults = {}
+    for line in table.strip().splitlines():
+        name, default = line.split()[:2]
+        defaults[name] = json.loads(default)
+    return defaults
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+model_settings = read_defaults(MODEL_SETTINGS)
+kept_settings = model_settings | read_defaults(RUN_SETTINGS)
+defaults = kept_settings | read_defaults(COMMAND_SETTINGS)
+parser = argparse.ArgumentParser(
+    usage="train.py [--name value ...]",
+    description=__doc__ + MODEL_SETTINGS + RUN_SETTINGS + COMMAND_SETTINGS,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    argument_default=argparse.SUPPRESS,  # so the result holds only what is given
+    allow_abbrev=False,
+)
+for name, default in defaults.items():
+    if isinstance(default, bool):  # --fresh is the same as --fresh true
+        kind = {"type": true_or_false, "nargs": "?", "const": True}
+    else:
+        kind = {"type": int if default is None else type(default), "choices": choices.get(name)}
+    parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **kind)
+
+given, unknown = parser.parse_known_args()  # what this command says
+if unknown:
+    similar = difflib.get_close_matches(unknown[0].strip("-"), defaults, n=1)
+    parser.error(f"there is no {unknown[0]}: see --help, or try {similar}")
+if "preset" in given:  # what is said beside it, and comes later, holds
+    given = parser.parse_args(presets[given.preset].split() + sys.argv[1:])
+given = vars(given)
 for name, value in given.items():
-    size, (low, high) = len(value) if isinstance(value, str) else value, table[name][1]
-    if not low <= size <= high:  # nan lies nowhere
-        wanted = "not be empty" if value == "" else f"lie between {low} and {high}, got {value}"
-        parser.error(f"--{name} must {wanted}")
-    if isinstance(table[name][0], bool):
-        given[name] = value in ("true", "1")
-s = argparse.Namespace(**(defaults | presets[given.get("preset", "small")] | given))
-s.prompt = os.fsencode(s.prompt).decode(errors="replace")
-run, log_path = Path(s.out_dir), Path(s.out_dir) / "log.jsonl"
-reading = s.sample or s.chat or s.eval_only or s.draw
-if reading and world > 1:
-    parser.error("one process writes, judges or draws: start it without torchrun")
-sharded = world > 1 and s.engine == "fsdp"
-accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-device = torch.device({"auto": accelerator, "meta": "cpu"}.get(s.device, s.device))
-with told(f"torch cannot use --device {device}", ". --device cpu would work"):
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        if s.dtype == "auto":
-            s.dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    torch.zeros(1, device=device)
-if world > 1:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-s.dtype = "float32" if s.dtype == "auto" else s.dtype
-autocast = torch.autocast(device.type, getattr(torch, s.dtype), enabled=s.dtype != "float32")
-generator = torch.Generator(device).manual_seed(s.seed)  # of sampling
-scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=s.dtype == "float16")
+    if isinstance(value, int | float) and not 0 <= value < math.inf:
+        parser.error(f"--{name} is {value}, but must be finite and not negative")
+    if value == 0 and name in not_zero.split():
+        parser.error(f"--{name} must not be 0")
+args = argparse.Namespace(**defaults | given)  # all settings
 
-# ---- What is done in several places: to print, write a text, keep a folder, read data, judge
+# -----------------------------------------------------------------------------
+# The machine: processes, device, precision
+
+rank = int(os.environ.get("RANK", "0"))  # torchrun sets it, and the number of processes
+world_size = int(os.environ.get("WORLD_SIZE", "1"))
+is_main = rank == 0
+sharded = world_size > 1 and args.engine == "fsdp"
+
+accelerator = torch.accelerator.current_accelerator(check_available=True)
+found = accelerator.type if accelerator else "cpu"
+if args.device not in ("auto", "cpu", found):
+    parser.error(f"--device {args.device}: torch finds no such device here")
+device = torch.device(found if args.device == "auto" else args.device)
+on_cuda = device.type == "cuda"
+dtype = "float32" if args.dtype == "auto" else args.dtype
+if on_cuda:
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.set_float32_matmul_precision("high")
+    if args.dtype == "auto":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bfloat16 else "float16"
+autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+# In float16 small gradients would be 0, so the loss is scaled up, and they are scaled down again
+scaler = torch.amp.GradScaler(device.type, init_scale=4096.0, enabled=dtype == "float16")
+if world_size > 1:
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+
+
+def mean_over_processes(number):
+    """The mean of a number that each process has. What follows from it they all do alike."""
+    number = torch.as_tensor(number, dtype=torch.float32, device=device)
+    if world_size > 1:
+        dist.all_reduce(number)
+    return number.item() / world_size
 
 
 def say(text, end="\n"):
-    """Print, on the main process, control characters as \\x1b; that nobody reads it ends no training."""
-    text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text) + end
-    with suppress(OSError):
-        if main and sys.stdout:
-            os.write(sys.stdout.fileno(), text.encode(sys.stdout.encoding, "backslashreplace"))
-
-
-def write(model, text, max_new_tokens, state):
-    """Print what follows the text, as it comes. The list `state` is where it begins, then where it ended."""
-    tokens = tokenizer.encode(text).tolist() or ([] if state else [tokenizer.eot])  # of a document before
-    ids, pending = torch.tensor([tokens], dtype=torch.long, device=device), []
-    options = s.temperature, s.top_k, s.top_p, tokenizer.eot, generator, state
+    """Print on the main process. Control characters, which a model may write, are made visible."""
+    visible = [c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text]
     try:
-        for token in model.stream(ids, max_new_tokens, *options):
-            pending += token.tolist()
-            text = tokenizer.decode(pending)
-            if not text.endswith("\ufffd") or len(pending) == 4:  # else the last character may be incomplete
-                say(text, end="")
-                pending = []
-    except ValueError as e:  # weights that are not finite
-        say(f"({e})", end="")
-    say(tokenizer.decode(pending))
+        if is_main:
+            print("".join(visible), end=end, flush=True)
+    except OSError:  # nobody reads it any more, but training goes on
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some letters
+
+# -----------------------------------------------------------------------------
+# Checkpoints, and models that were saved
 
 
 def checkpoints(folder):
-    """{step: path} of each, oldest first. A file of another name is not ours."""
-    names = os.listdir(folder) if folder.exists() else []
-    ours = (re.fullmatch(r"checkpoint_(0|[1-9][0-9]*)\.pt", name) for name in names)
-    return dict(sorted((int(name[1]), folder / name[0]) for name in ours if name))
+    """{step: path} of the checkpoints in a folder, the oldest first."""
+    found = {}
+    for path in folder.glob("checkpoint_*.pt"):
+        step = path.stem.removeprefix("checkpoint_")
+        if step.isdecimal():  # a file of another name is not ours
+            found[int(step)] = path
+    return dict(sorted(found.items()))
 
 
 def load_checkpoint(folder):
-    """The newest whole checkpoint, and its model; or None. What cannot be read is not damaged."""
-    for step, path in reversed(checkpoints(folder).items()):
-        mapped = os.fsencode(path) == str(path).encode(errors="replace")  # torch maps files named in UTF-8
-        try:
-            damaged = zipfile.ZipFile(path).testzip()  # each part has a checksum
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-            sizes = {k: v for k, v in saved["config"].items() if v or k in model_fields}  # older ones too
-            with torch.device("meta"):
-                whole = FlashSTU(FlashSTUConfig(**sizes))
-            whole.load_state_dict(saved["model"], assign=True)
-            right = not damaged and saved["step"] == step and {"scaler", "settings", "log"} <= saved.keys()
-            if right and saved["optimizer"]["state"].keys() == saved["model"].keys():
-                return saved | {"whole": whole}
-            raise ValueError(f"a part is missing, or not what was written: {damaged}")
-        except OSError:
-            raise
-        except Exception as e:  # noqa: BLE001
-            say(f"{path} is damaged ({e!r}); trying the one before it")
-    if checkpoints(folder):
-        sys.exit(f"no checkpoint in {folder} is whole: restore one from a copy, or --fresh to start again")
+    """The newest checkpoint of a run that is not damaged, or None where there is none at all."""
+    found = checkpoints(folder)
+    for path in reversed(found.values()):
+        with open(path, "rb") as file:  # a zip file, in which every part has a checksum
+            is_whole = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip() is None
+        if is_whole:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        say(f"{path} is damaged, so the one before it is taken")
+    if found:
+        sys.exit(f"no checkpoint in {folder} is whole: restore one, or --fresh to start anew")
+    return None
 
 
-def read_log(folder):
-    """The records of log.jsonl; a line that is none, cut off or damaged, is skipped."""
-    for line in (folder / "log.jsonl").read_text("utf-8", "replace").splitlines():
-        with suppress(Exception):
-            record = json.loads(line)
-            if all(isinstance(value, (int, float)) for value in (record["step"], *record.values())):
-                yield record
+def load_run_or_model(folder):
+    """The last checkpoint of a run, or a saved model in the same form."""
+    checkpoint = load_checkpoint(folder)
+    if checkpoint:
+        return checkpoint
+    if not list(folder.glob("model*.safetensors")):
+        sys.exit(f"{folder} holds no checkpoint and no model")
+    model = FlashSTU.from_pretrained(folder)
+    config = model.config.to_dict()
+    name = json.loads((folder / "config.json").read_text()).get("tokenizer_name")
+    return {"model": model.state_dict(), "config": config, "settings": config, "tokenizer": name}
 
 
-def log(step, **record):
-    """Print it, and append it to log.jsonl."""
-    say(f"step {step}: " + ", ".join(f"{name} {value:.6g}" for name, value in record.items()))
-    if main:
-        with open(log_path, "a") as f:
-            f.write(json.dumps({"step": step, **record}) + "\n")
+def restore_model(checkpoint):
+    model = FlashSTU(FlashSTUConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval()
 
 
-def draw(name, lines, **labels):  # lines: each its points and its style
-    run.mkdir(parents=True, exist_ok=True)
-    with picture(run / name, 8, 4) as figure:
-        axis = figure.subplots()
-        for points, style in lines:
-            axis.plot(*zip(*points), **style)
-        axis.set(**labels)
-    say(f"the picture: {run / name}")
+# Where the weights come from, unless they are new: from `start`. This is the last checkpoint of the
+# run, which is then `resumed`, or the run or model of --init_from
+out_dir = Path(args.out_dir)
+only_reads = args.eval_only or "sample" in given
+resumed = None if only_reads or args.fresh else load_checkpoint(out_dir)
+start = resumed
+if only_reads or (args.init_from and not resumed):
+    start = load_run_or_model(Path(args.init_from or args.out_dir))
+
+# A setting that is not given is as it was there. To tune a model, only what belongs to it is taken
+if start:
+    before = start["settings"] if resumed or only_reads else start["config"]
+    for name in kept_settings:
+        if name in before and name not in given:
+            setattr(args, name, before[name])
+torch.manual_seed(args.seed)
+
+# -----------------------------------------------------------------------------
+# Samples
 
 
-def draw_losses(folders):  # of each run, but for the first fifth
-    lines = []
-    for i, folder in enumerate(folders):
-        records, dots = list(read_log(folder)), {"marker": ".", "label": ascii(folder.name)[1:-1]}
-        records = [r for r in records if r["step"] >= records[-1]["step"] / 5]
-        for key, n, style in (("loss", 1 + len(records) // 10, {"alpha": 0.4}), ("val_loss", 1, dots)):
-            points = np.reshape([(r["step"], r[key]) for r in records if key in r], (-1, 2))
-            points = points[: len(points) // n * n].reshape(-1, n, 2).mean(1)  # of n neighbours
-            lines.append((points, {"color": f"C{i}", **style}))
-    draw("loss.png", lines, title="Loss, nats per token: dots validation, pale training", xlabel="step")
+def continue_text(model, tokenizer, prompt, length):
+    """Yield the text that a model writes after the prompt, in pieces of whole characters."""
+    tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eot]  # the end of a text before
+    ids = torch.tensor([tokens], device=device)
+    how = [args.temperature, args.top_k, args.top_p, tokenizer.eot]
+    pending = []
+    for token in model.stream(ids, length, *how):
+        pending.append(token.item())
+        text = tokenizer.decode(pending)
+        # a character has up to four bytes, and while the last are missing it is decoded as \ufffd
+        if not text.endswith("\ufffd") or len(pending) == 4:
+            yield text
+            pending = []
+    yield tokenizer.decode(pending)
 
 
-def tile(split, T, most=2**62):
-    """Shard and start [n, 2] of the windows of T + 1 tokens that tile a split, or of so many of them."""
-    starts = [np.arange(0, len(shard) - T, T) for shard in shards[split]]
-    number = np.repeat(np.arange(len(starts)), [len(a) for a in starts])
-    n = min(len(number), most)
-    if n == 0:
-        sys.exit(f"no shard of the {split} split holds the {T + 1} tokens that seq_len {T} needs")
-    return np.stack([number, np.concatenate(starts)], 1)[np.arange(n) * len(number) // n]
-
-
-def read(split, places, T):
-    """The windows that start there, or earlier where the shard ends too soon [rows, T + 1]."""
-    starts = [(shards[split][i], min(start, len(shards[split][i]) - T - 1)) for i, start in places]
-    rows = [shard[start : start + T + 1].astype(np.int64) for shard, start in starts]
-    return torch.from_numpy(np.stack(rows)).to(device)
-
-
-@torch.no_grad()
-def evaluate(places):
-    """Mean loss (nats a token) of these windows of the validation split."""
-    total = torch.zeros((), device=device)
-    model.eval()
-    for i in range(0, len(places), world * micro):  # every process makes the same number of calls
-        mine = places[i : i + world * micro][rank::world]
-        x = read("val", mine if len(mine) else places[:1], T)
-        with autocast:
-            total += engine(x, labels=x).loss * (len(mine) / len(places))
-    if world > 1:
-        dist.all_reduce(total)
-    model.train(not reading)
-    return total.item()
-
-
-@torch.no_grad()
-def bits_by_position(texts, length, forgotten):
-    """Bits per byte at each position of the texts; these layers' states are forgotten every T tokens."""
-    total = torch.zeros(length)
-    for rows in np.array_split(texts, math.ceil(len(texts) / micro)):
-        x, state, losses = read("val", rows, length), None, []
-        for inputs, targets in zip(x[:, :-1].split(T, dim=1), x[:, 1:].split(T, dim=1)):
-            state = state and [None if i in forgotten else part for i, part in enumerate(state)]
-            for part, labels in zip(inputs.split(256, dim=1), targets.split(256, dim=1)):  # few logits
-                with autocast:
-                    _, logits, state = model(part, state=state, use_cache=True)
-                logits = logits.float().transpose(1, 2)  # [B, V, 256]
-                losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none").sum(0))
-        total += torch.cat(losses).cpu()
-    return total / len(texts) * bits_per_byte
-
-
-# ---- Instead of training: draw, write
-if s.draw:
-    draw_losses([Path(folder) for folder in s.draw.split(",")])
-    sys.exit()
-source, source_folder = None, Path(s.init_from or s.out_dir)
-if s.init_from or reading:
-    saved = load_checkpoint(source_folder)
-    with told(f"{source_folder} holds no checkpoint and no model of ours"):
-        source = saved["whole"] if saved else FlashSTU.from_pretrained(source_folder)
-        sizes = {256: "bytes", 50304: "gpt2", 200064: "o200k_base"}
-        vocabulary = sizes[math.ceil(source.config.vocab_size / 64) * 64]
-    taken = {k: getattr(source.config, k) for k in model_fields if k not in ("torch_dtype", *given)}
-    vars(s).update(taken)
-if s.sample or s.chat:
-    model, tokenizer, state = source.to(device).eval(), get_tokenizer(vocabulary), []
-    text = Path(s.sample[1:]).read_bytes() if s.sample.startswith("@") else os.fsencode(s.sample)
-    text = text.decode(errors="replace")
-    for _ in range(s.num_samples if text else 0):
-        say(text, end="")
-        write(model, text, s.max_new_tokens, state := [])
-    with suppress(EOFError, KeyboardInterrupt):
-        while s.chat:
-            write(model, input("> "), s.max_new_tokens, state)
+if "sample" in given:
+    model = restore_model(start)
+    # An early checkpoint does not name its tokenizer, but its data does
+    tokenizer = get_tokenizer(start.get("tokenizer") or open_data(args.data)[0]["tokenizer"])
+    for _ in range(args.num_samples):
+        say(args.sample, end="")
+        for text in continue_text(model, tokenizer, args.sample, args.max_new_tokens):
+            say(text, end="")
+        say("")
     sys.exit()
 
-# ---- Data: the batch of step i is a pure function of the seed and i, whatever the number of processes.
-# Windows do not end with a document, and the next one sees it
-if s.data == "data/stdlib":
-    prepare(out=s.data)  # by one process; the others wait
-if s.eval_only and Path(s.data).is_file():
-    text = Path(s.data).read_bytes()
-    shards = {"val": [get_tokenizer(vocabulary).encode(text.decode(errors="replace"))]}
-    meta = {"tokenizer": vocabulary, "val": {"tokens": len(shards["val"][0]), "bytes": len(text)}}
-else:
-    meta, shards = open_data(s.data)
-if source and meta["tokenizer"] != vocabulary:
-    sys.exit(
-        f"{source_folder} reads {vocabulary}, {s.data} holds {meta['tokenizer']}: see prepare_data.py --help"
-    )
+# -----------------------------------------------------------------------------
+# Data. A split is one long row of tokens, and its window i begins at token i * T
+
+if args.data == "data/stdlib":
+    prepare(out=args.data)  # unless it is there; other processes wait
+if Path(args.data).is_file():
+    sys.exit(f"{args.data} is a text. Prepare it first:  python prepare_data.py {args.data}")
+meta, shards = open_data(args.data)
 tokenizer = get_tokenizer(meta["tokenizer"])
-bits_per_byte = meta["val"]["tokens"] / max(1, meta["val"]["bytes"]) / math.log(2)  # times nats per token
-longest = max(map(len, shards["val"])) - 1
-T = max(1, min(s.seq_len, longest) if s.eval_only else s.seq_len)
-windows = {split: tile(split, T) for split in shards}
-batch_size, share = s.batch_size, s.batch_size // world  # of all processes, of this one
-micro = s.micro_batch_size or share
-if batch_size % world:
-    sys.exit(f"--batch_size {batch_size} is not a multiple of the {world} processes")
+if start and start.get("tokenizer") not in (None, tokenizer.name):
+    sys.exit(f"the model reads {start['tokenizer']}, but {args.data} holds {tokenizer.name}")
+T = args.seq_len
+n_windows = {split: (meta[split]["tokens"] - 1) // T for split in shards}
+if 0 in n_windows.values():
+    sys.exit(f"{args.data} is too short for windows of {T + 1} tokens: give a smaller --seq_len")
+if args.batch_size % world_size:
+    sys.exit(f"--batch_size {args.batch_size} is not a multiple of the {world_size} processes")
+share = args.batch_size // world_size  # windows of this process in a step
+micro = args.micro_batch_size or share  # how many of them at once
 
-# ---- Model, engine, optimizer
-vocab_size = source.config.vocab_size if source else math.ceil(meta["vocab_size"] / 64) * 64  # faster
-with told("there is no such model"):
-    config = FlashSTUConfig(vocab_size=vocab_size, **{name: getattr(s, name) for name in model_fields})
-    if s.window_size > s.seq_len:
-        raise ValueError(f"window_size {s.window_size} is larger than seq_len {s.seq_len}")
-    with torch.device("meta"):  # without memory; later it shows what was trained
-        whole = FlashSTU(config)
 
-# Memory, about: weights, gradients, moments; and what the layers keep of a token for the backward pass
-n_params, d = sum(p.numel() for p in whole.parameters()), config.n_embd
-kept = d * (20 + 4 * config.mlp_scale) / (config.n_layers if config.use_gradient_checkpointing else 1) + 2 * d
-needed = int(16 * n_params / (world if sharded else 1) + 4 * micro * T * config.n_layers * kept)
-say(f"{n_params / 1e6:.2f}M parameters, {vocab_size * d / 1e6:.2f}M of them the embedding of "
-    f"{meta['tokenizer']}, about {needed / 2**30:.1f} GiB; {world} x {device.type}, {s.dtype}")  # fmt: skip
-if s.device == "meta":
-    sys.exit()
-with told(f"{micro} sequences do not fit into memory: give a smaller --micro_batch_size"):
-    torch.empty(needed, dtype=torch.uint8, device=device)
-torch.manual_seed(s.seed)
-engine = model = FlashSTU(config)  # on the CPU: the same weights whatever the device
-if source:
-    with told(f"the weights of {source_folder} do not fit the settings {given}"):
-        model.load_state_dict(source.state_dict())
-    say(f"from {source_folder}: the weights, {taken}; from the command: {', '.join(given)}")
+def read_windows(split, starts):
+    """Yield the windows that begin at these tokens, a few at once: [micro, T + 1], of which T are
+    inputs and the T from the second on their targets."""
+    for i in range(0, len(starts), micro):
+        windows = [read_tokens(shards[split], a, a + T + 1) for a in starts[i : i + micro]]
+        yield torch.from_numpy(np.stack(windows).astype(np.int64)).to(device)
+
+
+@lru_cache(maxsize=2)
+def order_of_epoch(epoch):
+    """Where the windows of an epoch start: in random order, and all shifted by one distance."""
+    rng = np.random.default_rng([args.seed, epoch])
+    starts = rng.permutation(n_windows["train"]) * T + rng.integers(T)
+    return np.minimum(starts, meta["train"]["tokens"] - T - 1)
+
+
+def micro_batches(step):
+    """The windows of this process in a step. They depend on the seed and the step alone, so a run
+    that is continued sees what it would have seen, and so does one on more processes."""
+    first = step * args.batch_size + rank * share
+    starts = []
+    for i in range(first, first + share):
+        epoch, number = divmod(i, n_windows["train"])
+        starts.append(order_of_epoch(epoch)[number])
+    return list(read_windows("train", starts))
+
+
+# -----------------------------------------------------------------------------
+# Model. `engine` is what one calls in training: the model, or what exchanges its gradients
+
+fields = FlashSTUConfig().to_dict()
+for name in fields.keys() & kept_settings.keys():
+    fields[name] = getattr(args, name)
+fields["torch_dtype"] = "float32"
+fields["vocab_size"] = math.ceil(meta["vocab_size"] / 64) * 64  # round products are faster
+if start:
+    fields["vocab_size"] = start["config"]["vocab_size"]
+try:
+    config = FlashSTUConfig(**fields)
+except ValueError as error:
+    parser.error(str(error))
+model = FlashSTU(config)  # on the CPU first: the same weights whatever the device
+if start:
+    model.load_state_dict(start["model"])
 model.to(device)
+n_parameters = sum(p.numel() for p in model.parameters())
+say(f"{n_parameters:,} parameters, {model.tok_emb.weight.numel():,} of them embeddings, in {dtype}")
+say(f"{meta['train']['tokens']:,} tokens ({tokenizer.name}) to train, from {args.data}")
+
+engine = model
 if sharded:
-    policy = MixedPrecisionPolicy(torch.bfloat16 if s.dtype == "bfloat16" else None, torch.float32)
-    mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
-    for module in (*model.layers, model):
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world_size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the angles of positions need float32
+    )
+    for module in [*model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-elif world > 1:
+elif world_size > 1:
     engine = torch.nn.parallel.DistributedDataParallel(model)
-if s.compile == "true" or (s.compile == "auto" and device.type == "cuda"):
+if args.compile == "true" or (args.compile == "auto" and on_cuda):
     for layer in model.layers:
         layer.compile()
-# Muon orthogonalises each step of a matrix; embeddings, norms and the filter weights are no such matrices
-named = model.layers.named_parameters() if s.optimizer == "muon" else ()
-matrices = [p for n, p in named if p.ndim == 2 and "M_filters" not in n]
-rest = [p for p in model.parameters() if p not in set(matrices)]
-groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": s.weight_decay}]
-groups += [{"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=device.type != "mps")]
-if matrices:
-    optimizers.append(torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay))
-peaks = [(group["lr"], group["weight_decay"]) for o in optimizers for group in o.param_groups]
 
-# ---- Judge. Instead of training, texts far longer than seq_len are read with the state carried on, and with
-# parts of it forgotten every seq_len tokens: the difference is what that memory is worth
-if s.eval_only:
-    say(f"{s.data}: {len(windows['val'])} windows of {T} tokens")
-    loss, length = evaluate(windows["val"]), min(s.eval_length * T, longest)
-    say(f"loss {loss:.4f}, {loss * bits_per_byte:.4f} bits per byte. By position:")
-    spectral = [i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, STU)]
-    ways = {"state carried": (), "all reset": range(config.n_layers), "STU reset": spectral}
-    edges, lines = [0, *(64 * 2**i for i in range(24) if 64 * 2**i < length), length], []
-    for name, forgotten in ways.items():
-        bits = bits_by_position(tile("val", length, s.eval_sequences), length, forgotten)
-        means = [(f"{a}-{b}", bits[a:b].mean().item()) for a, b in pairwise(edges)]
-        say(f"{name}: " + ", ".join(f"{span} {mean:.4f}" for span, mean in means))
-        lines.append((means, {"label": name, "marker": "."}))
-    title, where = "What a memory is worth, far past seq_len", f"position in the text (seq_len {T})"
-    draw("context.png", lines, title=title, xlabel=where, ylabel="bits per byte")
+
+@torch.no_grad()
+def evaluate(n):
+    """The mean loss, in nats per token, of n windows spread evenly over the validation split."""
+    n = min(n, n_windows["val"])
+    n = math.ceil(n / world_size) * world_size  # each process has equally many
+    starts = np.arange(rank, n, world_size) * n_windows["val"] // n * T
+    total = 0.0
+    model.eval()
+    for x in read_windows("val", starts):
+        with autocast:
+            total += engine(x, labels=x).loss * len(x)
+    model.train()
+    return mean_over_processes(total) / len(starts)
+
+
+def bits_per_byte(loss):
+    return loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+
+
+if args.eval_only:
+    loss = evaluate(n_windows["val"])
+    say(f"loss {loss:.4f}, {bits_per_byte(loss):.4f} bits per byte, on the whole validation split")
     sys.exit()
 
-# ---- Go on from the last checkpoint. It is one file whatever the engine: a run of N processes resumes on M
-owner = lock(run) if main else None  # as long as this process lives
-saved, start_step = None if s.fresh else load_checkpoint(run), 0
-full = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on the main process's CPU
-s.text = f"{meta['sources']} ({zlib.crc32(json.dumps([meta['train'], meta['val']]).encode()):08x})"
-if saved:
-    before, start_step = saved["settings"], saved["step"]
-    free = {"use_gradient_checkpointing", "d_in_tile", "d_out_tile"}  # the results are the same
-    for name in [*(model_fields.keys() - free), "text", "optimizer", "seed", "batch_size"]:
-        if before.get(name) != (value := getattr(s, name)):
-            sys.exit(f"{run} had {name}: {before.get(name)!r}, now {value!r}; choose another --out_dir")
-    if start_step > s.steps:
-        sys.exit(f"{run} is already at step {start_step}: give more --steps, or --fresh to start again")
-    states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
-    state_dict.set_state_dict(model, optimizers, **states, options=full)
-    scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty unless it was in float16
-    say(f"continuing {run} after step {start_step}")
-if main:
-    text = json.dumps({"settings": vars(s), "model": config.to_dict()}, indent=1)
-    write_atomically(run / "config.json", lambda f: f.write(text.encode()))
-    with open(log_path, "a") as f:  # what came after the checkpoint comes again
-        f.truncate(min(saved["log"], f.tell()) if saved else 0)
+# -----------------------------------------------------------------------------
+# Optimizers
 
-# ---- Training
-asked_to_stop = []
-for signum in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(signum, lambda *_: asked_to_stop.append(1))
-skipped, in_a_row, epoch, n_windows = 0, 0, -1, len(windows["train"])
-for step in range(start_step, s.steps + 1):
-    last, began = step == s.steps, time.time()
-    torch.manual_seed(s.seed + 1000003 * step + rank)  # dropout too is a function of the step
-    stopping = asked_to_stop or (world > 1 and os.getppid() != parent)  # torchrun is dead
-    status = torch.tensor([0.0, bool(stopping), start_step / world], device=device)  # summed over processes
-    places = []
-    for row in range(step * batch_size + rank * share, step * batch_size + (rank + 1) * share):
-        if row // n_windows != epoch:  # each visits every window once, in new order, shifted by a new phase
-            epoch = row // n_windows
-            rng = np.random.default_rng([s.seed, epoch])
-            order = rng.permutation(windows["train"]) + [0, rng.integers(T)]
-        places.append(order[row % n_windows])
-    pieces = read("train", places, T).split(micro)
-    for i, x in enumerate(pieces):
-        engine.require_backward_grad_sync = i == len(pieces) - 1  # DDP exchanges the sum of the gradients
-        with autocast:
-            loss = engine(x, labels=x).loss * (len(x) / share)
-        scaler.scale(loss).backward()
-        status[0] += loss.detach() / world
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-    norm = (norm.full_tensor() if sharded else norm).item()
-    if world > 1:
-        dist.all_reduce(status)
-    loss, stopping, start = status.tolist()
-    if abs(start - start_step) > 0.1:
-        sys.exit(f"the processes found different checkpoints in {run}: is it on a file system they share?")
-    finite = math.isfinite(loss) and math.isfinite(norm)
 
-    # Save, then show. Only weights that gave a finite loss and gradient are saved
-    if finite and step > start_step and (last or stopping or step % s.checkpoint_interval == 0):
-        weights, moments = state_dict.get_state_dict(model, optimizers, options=full)  # by all together
-        if main:
-            state = {"step": step, "model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
-                "config": config.to_dict(), "settings": vars(s), "log": log_path.stat().st_size}  # fmt: skip
-            write_atomically(run / f"checkpoint_{step}.pt", lambda f, state=state: torch.save(state, f))
-            kept = [n for n in checkpoints(run) if n <= step][-2:]
-            for path in (path for n, path in checkpoints(run).items() if n not in kept):
-                try:
-                    path.unlink()  # older; or beyond this step: damaged, or of a run that --fresh replaced
-                except OSError as e:
-                    say(f"cannot delete it: {e}")
-    if last or step % s.eval_interval == 0:
-        val_loss = evaluate(tile("val", T, s.eval_sequences))
-        log(step, val_loss=val_loss, val_bits_per_byte=val_loss * bits_per_byte)
-        weights = state_dict.get_model_state_dict(model, options=full)
-        if main:
-            whole.load_state_dict(weights, assign=True)
-            say(s.prompt, end="")
-            write(whole.to(device).eval(), s.prompt, 400 if last else 80, [])
-    if last or (stopping and finite):
+def orthogonalize(matrices):
+    """Bring the singular values of each matrix [n, rows, columns] to about 1, by five times
+    X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X (Newton and Schulz), which acts on each of them alone."""
+    X = matrices.bfloat16() if on_cuda else matrices  # most CPUs are slow in 16 bits
+    is_tall = X.shape[1] > X.shape[2]
+    if is_tall:
+        X = X.mT  # X Xᵀ is then the smaller one of two possible products
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = X @ X.mT
+        X = 3.4445 * X + (-4.775 * gram + 2.0315 * gram @ gram) @ X
+    return X.mT if is_tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, with the step of each matrix made orthogonal: all directions move equally far.
+    As torch.optim.Muon (K. Jordan, 2024), but a group holds the matrices of one shape, which are
+    made orthogonal in one product."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            directions = []
+            for matrix in group["params"]:
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                mean = state["momentum_buffer"].lerp_(matrix.grad, 0.05)
+                direction = matrix.grad.lerp(mean, 0.95)
+                directions.append(direction.full_tensor() if sharded else direction)
+            updates = orthogonalize(torch.stack(directions))  # [n, rows, columns]
+            rows, columns = updates.shape[1:]
+            lr = group["lr"] * max(1, rows / columns) ** 0.5
+            for matrix, update in zip(group["params"], updates):
+                if sharded:  # of each matrix this process holds a part
+                    where = (matrix.device_mesh, matrix.placements)
+                    update = distribute_tensor(update, *where, src_data_rank=None)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(update, alpha=lr)
+
+
+# Muon is for the matrices of the layers, AdamW for the rest: embeddings, norms, and M_filters,
+# which is no matrix but holds the filters of the channels. A group has one rate and one decay
+of_muon = defaultdict(list)  # {shape: its matrices}
+of_adamw = defaultdict(list)  # {number of dimensions: their parameters}
+for name, p in model.named_parameters():
+    is_matrix = p.ndim == 2 and name.startswith("layers") and "M_filters" not in name
+    if is_matrix and args.optimizer == "muon":
+        of_muon[p.shape].append(p)
+    else:
+        of_adamw[p.ndim].append(p)
+groups = [{"params": parameters} for parameters in of_adamw.values()]
+optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")]
+if of_muon:
+    groups = [{"params": matrices} for matrices in of_muon.values()]
+    optimizers.append(Muon(groups, {"lr": 0.0, "weight_decay": 0.0}))
+
+
+def set_rates(step):
+    """Set the learning rates, which rise and then fall as a cosine does, and the weight decay."""
+    if step < args.warmup_steps:
+        factor = (step + 1) / args.warmup_steps
+    else:
+        done = (step - args.warmup_steps) / (args.steps - args.warmup_steps)
+        factor = args.min_lr + (1 - args.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    for optimizer, highest in zip(optimizers, [args.lr, args.muon_lr]):
+        for group in optimizer.param_groups:
+            group["lr"] = highest * factor
+            group["weight_decay"] = args.weight_decay if group["params"][0].ndim >= 2 else 0.0
+
+
+# -----------------------------------------------------------------------------
+# The run's folder: what is resumed there, and how checkpoints and the log are written
+
+in_one_piece = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process
+settings = {name: getattr(args, name) for name in kept_settings}
+data_checksum = zlib.crc32(json.dumps([meta["train"], meta["val"]]).encode())
+must_stay = ["init_from", "seed", "optimizer", "batch_size", *model_settings]
+start_step = 0
+if resumed:
+    for name, now in settings.items():
+        before = resumed["settings"].get(name, now)
+        if before != now and name in must_stay:
+            sys.exit(f"{out_dir} has --{name} {before}, not {now}: give another --out_dir")
+        if before != now:
+            say(f"--{name} was {before} until here, and now is {now}")
+    if resumed.get("data_checksum", data_checksum) != data_checksum:
+        sys.exit(f"{out_dir} was trained on other data than {args.data}: give another --out_dir")
+    start_step = resumed["step"]
+    if start_step > args.steps:
+        sys.exit(f"{out_dir} is already at step {start_step}: give more --steps")
+    states = {"model_state_dict": resumed["model"], "optim_state_dict": resumed["optimizer"]}
+    set_state_dict(model, optimizers, **states, options=in_one_piece)
+    if resumed["scaler"]:
+        scaler.load_state_dict(resumed["scaler"])
+    say(f"continuing {out_dir} after step {start_step}")
+if mean_over_processes(start_step) != start_step:
+    sys.exit(f"the processes found different checkpoints in {out_dir}: do they share this folder?")
+
+log_path = out_dir / "log.jsonl"
+if is_main:
+    owner = lock(out_dir)  # for as long as this process lives
+    if args.fresh and checkpoints(out_dir):
+        beside = time.strftime(f"{out_dir}.%Y-%m-%d_%H-%M-%S")
+        out_dir.rename(beside)
+        say(f"the run that was in {out_dir} is now in {beside}")
+        owner = lock(out_dir)
+    about = {"settings": settings, "model": config.to_dict()}
+    (out_dir / "config.json").write_text(json.dumps(about, indent=1))
+    with open(log_path, "ab") as file:  # what was logged after the checkpoint will come again
+        file.truncate(min(resumed["log"], file.tell()) if resumed else 0)
+    if args.wandb:
+        import wandb
+
+        wandb.init(project=args.wandb, config=settings)
+
+
+def log(step, text, **values):
+    """Print the text, and append the values to the log."""
+    say(f"step {step}/{args.steps}: {text}")
+    if is_main:
+        with open(log_path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if args.wandb:
+            wandb.log(values, step=step)
+
+
+def validate(step):
+    """Log the loss on the validation split; weights for which it is not finite are not saved."""
+    loss = evaluate(args.eval_sequences)
+    bits = bits_per_byte(loss)
+    text = f"validation loss {loss:.4f}, {bits:.4f} bits per byte"
+    log(step, text, val_loss=loss, val_bits_per_byte=bits)
+    if not math.isfinite(loss):
+        sys.exit(f"not saved. A lower --lr may help. Checkpoints: {list(checkpoints(out_dir))}")
+
+
+def save_checkpoint(step):
+    """Write all that the run needs to go on into one file, which is the same for each engine."""
+    weights, moments = get_state_dict(model, optimizers, options=in_one_piece)
+    if not is_main:
+        return
+    checkpoint = {
+        "step": step,
+        "model": weights,
+        "optimizer": moments,
+        "scaler": scaler.state_dict(),
+        "config": config.to_dict(),
+        "settings": settings,
+        "tokenizer": tokenizer.name,
+        "data_checksum": data_checksum,
+        "log": log_path.stat().st_size,
+    }
+    write_atomically(out_dir / f"checkpoint_{step}.pt", partial(torch.save, checkpoint))
+    older = [path for number, path in checkpoints(out_dir).items() if number < step]
+    for path in older[:-1]:  # one is kept, for the case that the new one gets damaged
+        path.unlink()
+
+
+def show_sample():
+    """Let the model that was just saved write."""
+    if is_main:
+        model = restore_model(load_checkpoint(out_dir))
+        text = args.prompt + "".join(continue_text(model, tokenizer, args.prompt, 200))
+        say("\n    " + text.replace("\n", "\n    ") + "\n")
+
+
+def report(step, loss, norm):
+    """Print and log what a step gave; between the lines of the log only print, on a terminal."""
+    done = step - start_step
+    speed = round(args.batch_size * T * done / seconds)
+    minutes = seconds / done * (args.steps - step) / 60
+    text = f"loss {loss:.4f}, {speed:,} tokens/s, {minutes:.1f} minutes left"
+    if done == 1 or step % args.log_interval == 0:
+        lr = optimizers[0].param_groups[0]["lr"]
+        log(step, text, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed)
+    elif sys.stdout.isatty():
+        say(f"step {step}/{args.steps}: {text}", end="\r")
+
+
+def draw_losses():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    records = [json.loads(line) for line in log_path.read_text().splitlines()]
+    for name in ["loss", "val_loss"]:
+        points = [(record["step"], record[name]) for record in records if name in record]
+        axes.plot(*zip(*points), label=name)
+    axes.legend()
+    figure.savefig(out_dir / "loss.png")
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+stop_requested = False
+
+
+def request_stop(signum, frame):
+    global stop_requested
+    stop_requested = True
+
+
+signal.signal(signal.SIGTERM, request_stop)
+signal.signal(signal.SIGINT, request_stop)
+torchrun = os.getppid()  # the process that started this one
+skipped = 0  # steps in a row
+seconds = 1e-9  # that the steps of this command took; never 0, whatever the clock does
+
+for step in range(start_step, args.steps + 1):
+    # Evaluate, save, show a sample; where a run is resumed this was done before
+    orphaned = world_size > 1 and os.getppid() != torchrun
+    stop = step == args.steps or mean_over_processes(stop_requested or orphaned) > 0
+    if (stop or step % args.eval_interval == 0) and not step == start_step > 0:
+        validate(step)
+        if step > 0:
+            save_checkpoint(step)
+            show_sample()
+    if stop:
         break
 
-    rise = min(1, (step + 1) / max(1, s.warmup_steps))
-    done = max(0, step - s.warmup_steps) / max(1, s.steps - s.warmup_steps)
-    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "none": 1}[s.decay]
-    factor = rise * (s.min_lr + (1 - s.min_lr) * shape)
-    param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group, (lr, weight_decay) in zip(param_groups, peaks):  # of this command, not of the checkpoint
-        group["lr"], group["weight_decay"] = lr * factor, weight_decay
-    skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
-    if not finite:
-        say(f"step {step + 1}: loss {loss}, gradient norm {norm}: step skipped ({skipped} so far)")
-        if in_a_row >= s.max_skipped:
-            break
-        model.zero_grad()  # what has no gradient takes no step
+    # The gradient of the batch, in micro-batches
+    began = time.perf_counter()
+    set_rates(step)
+    torch.manual_seed(args.seed + step * world_size + rank)  # for dropout
+    batches = micro_batches(step)
+    loss = 0.0
+    for x in batches:
+        if engine is not model:  # DDP exchanges the gradients when the last is done
+            engine.require_backward_grad_sync = x is batches[-1]
+        with autocast:
+            part = engine(x, labels=x).loss * len(x) / share
+        scaler.scale(part).backward()
+        loss += part.detach()
+    loss = mean_over_processes(loss)
     for optimizer in optimizers:
-        scaler.step(optimizer)
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    norm = float(norm.full_tensor() if sharded else norm)
+
+    # The step
+    skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+    if skipped:
+        say(f"step {step + 1} is skipped: loss {loss}, norm of the gradient {norm}")
+    else:
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+    if skipped == args.max_skipped:
+        sys.exit(f"a lower --lr may help. Checkpoints: {list(checkpoints(out_dir))}")
     scaler.update()
     model.zero_grad()
-    if (step + 1) % s.log_interval == 0:
-        lr, rate = s.lr * factor, round(batch_size * T / (time.time() - began))
-        log(step + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate, skipped=skipped)
+    seconds += time.perf_counter() - began
+    report(step + 1, loss, norm)
 
-if not finite:
-    sys.exit(f"loss or gradient not finite. Good checkpoints: {[*checkpoints(run)]}; a lower --lr may help")
-if last and main:  # a folder for from_pretrained, and for transformers
-    with told(f"cannot write {run / 'model'}", ". The checkpoint is intact"):
-        whole.save_pretrained(run / "model")
-say(f"{run / 'model'} is ready" if last else f"asked to stop: saved after step {step}; start again to go on")
-if main:
-    draw_losses([run])
-if world > 1:
+# -----------------------------------------------------------------------------
+# The end: a folder for FlashSTU.from_pretrained and for transformers, and a picture of the losses
+
+if step < args.steps:
+    say(f"stopped after step {step}, and saved; the same command continues")
+elif is_main:
+    restore_model(load_checkpoint(out_dir)).save_pretrained(out_dir / "model")
+    config_path = out_dir / "model" / "config.json"
+    values = json.loads(config_path.read_text()) | {"tokenizer_name": tokenizer.name}
+    config_path.write_text(json.dumps(values, indent=2))
+    say(f'{out_dir / "model"} is ready: python train.py --out_dir {out_dir} --sample "def "')
+    draw_losses()
+if world_size > 1:
     dist.destroy_process_group()
-if not main:  # its work is done; gloo's threads, still closing connections, can abort a normal exit
-    os._exit(0)
