@@ -1,13 +1,12 @@
 """
-Who learns a linear system with a long memory? And which systems does an STU miss?
+Who learns a linear system with a long memory?
 
-    python experiments/linear_systems.py        ... minutes on one CPU thread; draws linear_systems.png
+    python experiments/linear_systems.py    # TIME on one CPU thread; draws linear_systems.png
 
 A random system of 256 states, with real eigenvalues up to 0.99 in size, is learned from its inputs
 and outputs by models of about the same size, with Adam at the best of five learning rates, each
 tried for a quarter of the steps. The error is the mean squared error on new sequences, over the
-variance of the outputs. Then an STU is fitted to systems that ring: with eigenvalues
-0.99 exp(±iθ), for many angles θ.
+variance of the outputs.
 """
 
 import argparse
@@ -37,7 +36,8 @@ class S4D(nn.Module):
         super().__init__()
         self.encode = nn.Linear(D_IN, width)
         self.decode = nn.Linear(width, D_OUT)
-        self.log_dt = nn.Parameter(torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)))
+        log_dt = torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1))
+        self.log_dt = nn.Parameter(log_dt)
         self.log_decay = nn.Parameter(torch.full((width, N), math.log(0.5)))
         self.frequency = nn.Parameter(math.pi * torch.arange(N).repeat(width, 1).float())
         self.C = nn.Parameter(torch.randn(width, N, 2) / N**0.5)
@@ -58,7 +58,7 @@ class S4D(nn.Module):
 class Mamba2(nn.Module):
     """The layer of Mamba-2 (arXiv 2405.21060), with heads that have one decay a_t each:
 
-        h_t = a_t h_{t-1} + Δ_t B_t u_tᵀ,    y_t = C_tᵀ h_t + D u_t,    a_t = exp(-Δ_t A)
+        h_t = a_t h_{t-1} + Δ_t B_t u_tᵀ,    y_t = C_tᵀ h_t + D u_t,    a_t = exp(-Δ_t A).
 
     Δ, B and C depend on the input, and the output is gated. We compute it without a loop:
     y_t = Σ_{s <= t} (C_t · B_s) (a_{s+1} ··· a_t) Δ_s u_s + D u_t.
@@ -66,32 +66,35 @@ class Mamba2(nn.Module):
 
     def __init__(self, width=44, N=16, heads=2):
         super().__init__()
-        self.width = width
-        self.N = N
-        self.heads = heads
         n_conv = width + 2 * N
-        self.encode = nn.Linear(D_IN, width + n_conv + heads)
+        self.heads = heads
+        self.encoded = [width, n_conv, heads]
+        self.convolved = [width, N, N]
+        self.encode = nn.Linear(D_IN, sum(self.encoded))
         self.decode = nn.Linear(width, D_OUT)
         self.conv = nn.Conv1d(n_conv, n_conv, kernel_size=4, padding=3, groups=n_conv)
-        # At the beginning Δ lies between 0.001 and 0.1. (softplus is exp for small results.)
-        self.log_dt = nn.Parameter(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        log_dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1))
+        self.log_dt = nn.Parameter(log_dt)
         self.log_A = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
         batch, T, _ = x.shape
-        n_conv = self.width + 2 * self.N
-        gate, v, dt = self.encode(x).split([self.width, n_conv, self.heads], dim=-1)
-        v = self.conv(v.transpose(1, 2))[..., :T].transpose(1, 2)  # of the last 4 inputs
-        u, B, C = F.silu(v).split([self.width, self.N, self.N], dim=-1)
+        gate, v, dt = self.encode(x).split(self.encoded, dim=-1)
+        v = self.conv(v.transpose(1, 2))[:, :, :T]  # of the last 4 inputs
+        v = F.silu(v.transpose(1, 2))
+        u, B, C = v.split(self.convolved, dim=-1)
         dt = F.softplus(dt + self.log_dt).transpose(1, 2)  # [batch, heads, T]
-        log_a = -(dt * self.log_A.exp()[:, None]).cumsum(-1)  # log(a_1 ··· a_t)
-        log_decay = log_a[:, :, :, None] - log_a[:, :, None, :]  # from s to t, [batch, heads, t, s]
+        A = self.log_A.exp()[:, None]
+        log_a = -(dt * A).cumsum(dim=-1)  # log(a_1 ··· a_t)
+        log_decay = log_a.unsqueeze(3) - log_a.unsqueeze(2)  # [batch, heads, t, s], from s to t
         future = torch.ones(T, T, dtype=torch.bool).triu(1)
         decay = log_decay.masked_fill(future, -math.inf).exp()
-        scores = (C @ B.transpose(1, 2))[:, None] * decay * dt[:, :, None, :]
+        scores = C @ B.transpose(1, 2)  # [batch, t, s]
+        scores = scores.unsqueeze(1) * decay * dt.unsqueeze(2)
         u_heads = u.view(batch, T, self.heads, -1).transpose(1, 2)
-        y = (scores @ u_heads).transpose(1, 2).flatten(2)  # [batch, T, width]
+        y = scores @ u_heads  # [batch, heads, T, width / heads]
+        y = y.transpose(1, 2).flatten(2)
         return self.decode((y + self.D * u) * F.silu(gate))
 
 
@@ -101,14 +104,107 @@ def attention(L, width=16):
     return nn.Sequential(nn.Linear(D_IN, width), block, nn.RMSNorm(width), nn.Linear(width, D_OUT))
 
 
-def makers(L):
-    """Functions that make the models, of about 1,800 parameters each."""
-    return {
-        "STU": lambda: MiniSTU(L, 24, D_IN, D_OUT),
-        "STU, filters as they are": lambda: STU(D_IN, D_OUT, L, use_approx=False),
-        "S4D": S4D,
-        "Mamba-2": Mamba2,
-        "attention": lambda: attention(L),
-        "dense system": lambda: LDS(38, D_IN, D_OUT, diagonal=False),
-        "diagonal system": lambda: random_LDS(118, D_IN, D_OUT),
-    }
+MAKERS = {  # of about 2,000 parameters each, for length L
+    "STU": lambda L: MiniSTU(L, 24, D_IN, D_OUT),
+    "STU, filters as they are": lambda L: STU(D_IN, D_OUT, L, use_approx=False),
+    "S4D": lambda L: S4D(),
+    "Mamba-2": lambda L: Mamba2(),
+    "attention": attention,
+    "dense system": lambda L: LDS(38, D_IN, D_OUT, diagonal=False),
+    "diagonal system": lambda L: random_LDS(118, D_IN, D_OUT),
+}
+
+
+def error(model, system, L):
+    """Mean squared error on 64 new sequences, over the variance of the outputs."""
+    x, y = sample(system, 64, L)
+    with torch.no_grad():
+        return (F.mse_loss(model(x), y) / y.var()).item()
+
+
+class Progress:
+    """Says how much time is left, as if all steps were equally long."""
+
+    def __init__(self, total):
+        self.total = total
+        self.done = 0
+        self.start = time.perf_counter()
+
+    def step(self, text):
+        self.done += 1
+        if self.done % 50 == 0 or self.done == self.total:
+            minutes = (time.perf_counter() - self.start) / 60
+            left = minutes / self.done * (self.total - self.done)
+            print(f"{text:50} {left:5.1f} min left", flush=True)
+
+
+def train(name, system, L, rate, num_steps, seed, progress):
+    """Adam at this rate, which falls to zero in the second half -> model, the loss of each step."""
+    torch.manual_seed(seed + 1)  # the same weights and data at every rate
+    model = MAKERS[name](L)
+    optimizer = torch.optim.Adam(model.parameters())
+    losses = []
+    for step in range(num_steps):
+        optimizer.param_groups[0]["lr"] = rate * min(1, 2 - 2 * step / num_steps)
+        x, y = sample(system, 16, L)
+        loss = F.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item() if loss.isfinite() else math.inf)
+        progress.step(f"{name} at rate {rate:g}: loss {losses[-1]:.1e}")
+    return model, losses
+
+
+def compare(system, L, num_steps, seed):
+    """Trains all models, prints a table -> {name: losses}."""
+    num_trial_steps = num_steps // 4 + 1
+    progress = Progress(len(MAKERS) * (len(RATES) * num_trial_steps + num_steps))
+    curves = {}
+    rows = []
+    for name in MAKERS:
+        last_losses = {}
+        for rate in RATES:
+            _, losses = train(name, system, L, rate, num_trial_steps, seed, progress)
+            last_losses[rate] = sum(losses[-10:])
+        rate = min(last_losses, key=last_losses.get)
+        model, curves[name] = train(name, system, L, rate, num_steps, seed, progress)
+        n_params = sum(p.numel() for p in model.parameters())
+        torch.manual_seed(seed + 2)  # the same data for every model
+        final = error(model, system, L)
+        rows.append(f"{name:26} {n_params:10} {rate:10g} {final:18.1e}")
+    print(f"\n{'':26} {'parameters':>10} {'rate':>10} {'error / variance':>18}")
+    print("\n".join(rows))
+    return curves
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Who learns a linear system?")
+    parser.add_argument("--state_dim", type=int, default=256)
+    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="linear_systems.png")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    L = args.seq_len
+    system = random_LDS(args.state_dim, D_IN, D_OUT)
+    with torch.no_grad():
+        system.C /= sample(system, 64, L)[1].std()  # no model has to find the scale of the outputs
+    solved = MiniSTU(L, 24, D_IN, D_OUT).fit(*sample(system, 64, L))
+    print(f"least squares: error / variance {error(solved, system, L):.1e}")
+    curves = compare(system, L, args.steps, args.seed)
+
+    figure = Figure((8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, losses in curves.items():
+        axis.semilogy(losses, label=name)
+    axis.set(title=f"Learning a linear system of {args.state_dim} states", xlabel="step")
+    axis.set(ylabel="squared error / variance")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(args.out)
+    print(f"the picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
