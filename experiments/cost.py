@@ -68,7 +68,7 @@ def full_attention(q, k, v, *_):
 
 
 def training_speeds(lengths):
-    """Tokens a second of forward and backward on one sequence -> {kind of model: {length: speed}}."""
+    """Tokens a second of training on one sequence -> {kind of model: {length: tokens a second}}."""
     no_stu = {"use_stu": False, "mlp_scale": 2.25}  # for as many parameters
     kinds = {"hybrid": {}, "STU only": {"use_attn": False}}
     kinds |= {"window attention": no_stu, "full attention": no_stu}
