@@ -1480,8 +1480,13 @@ def read_json(path):
 # as it is when transformers itself loads a folder; by hand, write `import transformers, stu`.
 
 
-release = getattr(sys.modules.get("transformers"), "__version__", "0.0")  # 0.0: not imported
-major, minor = release.split(".")[:2]
+def transformers_is_here():
+    """Was transformers imported before this file, in a release that has what is used here?"""
+    module = sys.modules.get("transformers")
+    if module is None:
+        return False
+    major, minor = module.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (4, 57)
 
 
 def __getattr__(name):  # asked by Python for what this file does not define
@@ -1490,7 +1495,7 @@ def __getattr__(name):  # asked by Python for what this file does not define
     raise AttributeError(f"stu.py has no {name}")
 
 
-if (int(major), int(minor)) >= (4, 57):
+if transformers_is_here():
     from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -1501,13 +1506,21 @@ if (int(major), int(minor)) >= (4, 57):
     except ImportError:  # as it was called before
         from transformers.utils.generic import check_model_inputs as capture_outputs
 
-    # Trainer, for one, shifts the labels that it smooths only for models in this table.
+    # A table of names tells libraries what a model is for. Trainer, for one, shifts the labels that
+    # it smooths only for models in this one.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HF_CONFIG["model_type"]] = "FlashSTUForCausalLM"
 
-    # Arguments that say where texts begin are taken and not used: positions are relative, and
-    # texts packed into one row see each other, as in train.py.
-    NOT_USED = ["position_ids", "cache_position", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"]
-    NOT_USED += ["max_length_q", "max_length_k"]
+    # These say where texts begin. They are taken and not used: positions are relative, and texts
+    # that are packed into one row see each other, as in train.py.
+    NOT_USED = (
+        "position_ids",
+        "cache_position",
+        "seq_idx",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    )
 
     class FlashSTUPretrainedConfig(PretrainedConfig):
         model_type = HF_CONFIG["model_type"]
@@ -1554,7 +1567,7 @@ if (int(major), int(minor)) >= (4, 57):
             self.batch_select_indices(torch.arange(batch_size).repeat_interleave(repeats))
 
     class FlashSTUDecoder(FlashSTU):
-        """FlashSTU, called and answering as transformers wants it of a model without a head."""
+        """FlashSTU, with the arguments and the output of a transformers model without a head."""
 
         def forward(
             self,
@@ -1576,13 +1589,15 @@ if (int(major), int(minor)) >= (4, 57):
             if not isinstance(cache, FlashSTUCache):
                 raise ValueError(f"FlashSTU takes a cache of its own, got {type(cache).__name__}")  # noqa: TRY004
             if attention_mask is not None:
-                mask = check_mask(attention_mask, *input_ids.shape)
-                # Padding matters to tokens that come after it: here, or in a later call.
-                before_token = ~mask[:, :-1] & mask[:, 1:]
-                matters = before_token.any()
-                if use_cache:  # more tokens may follow
+                B, T = input_ids.shape
+                mask = check_mask(attention_mask, B, T)
+                # Padding matters to the tokens after it: here, or in calls that go on from here.
+                padding_before_token = ~mask[:, :-1] & mask[:, 1:]
+                matters = padding_before_token.any()
+                if use_cache:
                     matters = not mask.all()
-                attention_mask = mask if matters else None
+                if not matters:
+                    attention_mask = None  # which is faster
             x, cache.state = self.hidden(input_ids, cache.state, use_cache, attention_mask)
             cache.length += input_ids.shape[1]
             return BaseModelOutputWithPast(x, cache if use_cache else None)
@@ -1625,7 +1640,7 @@ if (int(major), int(minor)) >= (4, 57):
 
         @capture_outputs
         def forward(self, input_ids, output_hidden_states=None, **options):
-            return self.model(input_ids, **options)  # the decorator adds the hidden states
+            return self.model(input_ids, **options)  # the decorator adds hidden states if wanted
 
     class FlashSTUForCausalLM(FlashSTUModel, GenerationMixin):
         """Ids [B, T] -> logits [B, T, vocab_size], and with labels their loss."""
@@ -1647,7 +1662,7 @@ if (int(major), int(minor)) >= (4, 57):
             num_items_in_batch=None,
             **options,
         ):
-            # As a parameter it would be one that Trainer expects in every data set.
+            # No parameter, because Trainer looks for those with "label" in their name in the data.
             shift_labels = options.pop("shift_labels", None)
             options |= {"past_key_values": past_key_values, "cache": cache, "return_dict": True}
             output = dict(super().forward(input_ids, attention_mask=attention_mask, **options))
@@ -1657,9 +1672,13 @@ if (int(major), int(minor)) >= (4, 57):
             logits = self.lm_head(x[:, logits_to_keep])
             loss = None
             if labels is not None or shift_labels is not None:
-                vocab_size = logits.shape[-1]
-                options = {"shift_labels": shift_labels}
-                loss = self.loss_function(logits, labels, vocab_size, num_items_in_batch, **options)
+                loss = self.loss_function(
+                    logits,
+                    labels,
+                    logits.shape[-1],
+                    num_items_in_batch,
+                    shift_labels=shift_labels,
+                )
             return CausalLMOutputWithPast(loss, logits, **output)
 
         def prepare_inputs_for_generation(

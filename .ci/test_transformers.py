@@ -114,6 +114,7 @@ def test_one_may_ask_for_a_kernel(pair, tmp_path, kernel):
     assert torch.equal(theirs(ids).logits, pair[1](ids).logits)
 
 
+@pytest.mark.skipif(not NEW_RELEASE, reason="transformers 4 looks for lm_head.weight on the disk")
 def test_offloaded_weights_give_the_same_logits(pair, tmp_path):
     pytest.importorskip("accelerate")
     places = dict.fromkeys(["model.tok_emb", "model.layers.1", "lm_head"], "disk")
@@ -380,7 +381,10 @@ def test_generation_ends_at_a_stop_string(pair, tmp_path):
 
 def test_the_pipeline_writes_what_we_write(pair, tmp_path):
     model, _ = pair
-    pipe = transformers.pipeline("text-generation", str(tmp_path / "model"), trust_remote_code=True)
+    folder = tmp_path / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    options = {"tokenizer": tokenizer, "trust_remote_code": True}
+    pipe = transformers.pipeline("text-generation", str(folder), **options)
     prompts = ["def f", "import torch"]  # two lengths in one batch
     answers = pipe(prompts, batch_size=2, max_new_tokens=12, do_sample=False)
     for prompt, (answer,) in zip(prompts, answers, strict=True):
