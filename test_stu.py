@@ -1,6 +1,5 @@
 """What holds, by name: each test states an identity of one of the other files, and checks it."""
 
-import argparse
 import codecs
 import contextlib
 import copy
@@ -38,6 +37,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": hf_home.name}
 import lds as lds_module
 import prepare_data
 import stu
+from experiments import recall
 from lds import LDS, MiniSTU, random_LDS, sample, train_stu_on_lds, unseen_error, white_filters
 from stu import (
     STU,
@@ -1357,64 +1357,64 @@ print(*optional & set(sys.modules), "FlashSTUForCausalLM" in vars(stu))
 # stu.py: it learns
 
 
-def learn(measure, steps, rate, **options):
-    """Accuracy of a two-layer model on unseen questions after some steps; measure(model) -> loss, accuracy."""
+def learn(questions, steps, rate, **options):
+    """Share of right answers of a two-layer model after some steps; questions(n) -> ids, labels."""
     torch.manual_seed(0)
-    model = FlashSTU(small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options))
-    descend(model, measure, steps, rate)
+    config = small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options)
+    model = FlashSTU(config)
+    recall.train("", model, questions, 64, steps, recall.Progress(steps), rate)
     with torch.no_grad():
-        return measure(model)[1].item()
+        return recall.ask(model, questions, 64)[1].item()
 
 
 def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
-    """The STU hands each value its key (the token before), attention finds it: two layers and 100 steps are
-    enough."""
+    """The STU hands each value its key, the token before; attention finds it."""
     options = {"n_embd": 64, "seq_len": 32, "window_size": 32, "num_eigh": 16, "mlp_scale": 1}
-    measure = lambda model: quiz(model, "associative recall", 64)
-    kinds = ({}, {"use_stu": False}, {"use_attn": False})
-    hybrid, attention, spectral = (learn(measure, 100, 1e-2, **options, **kind) for kind in kinds)
+    questions = recall.associative_recall
+    hybrid = learn(questions, 100, 1e-2, **options)
+    attention = learn(questions, 100, 1e-2, **options, use_stu=False)
+    spectral = learn(questions, 100, 1e-2, **options, use_attn=False)
     assert hybrid > 0.99 and attention < 0.5 and spectral < 0.5, (hybrid, attention, spectral)
 
 
-@pytest.mark.parametrize("task", ["associative recall", "induction", "selective copying"])
+@pytest.mark.parametrize("task", list(recall.TASKS))
 def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
+    """What is asked for at t came after the last time that the `back` tokens up to t were there."""
+    questions, _ = recall.TASKS[task]
     back = 2 if task == "induction" else 1
+    right = []
+    for row, labels in zip(*(tensor.tolist() for tensor in questions(50))):
+        copied = [token for token in row if token < recall.NOISE]
+        for t, label in enumerate(labels):
+            if label == recall.IGNORED:
+                continue
+            if task == "selective copying":
+                answer = copied[t - 48]
+            else:
+                seen = [
+                    u
+                    for u in range(back - 1, t)
+                    if row[u + 1 - back : u + 1] == row[t + 1 - back : t + 1]
+                ]
+                answer = row[seen[-1] + 1] if seen else None
+            right.append(answer == label)
+    assert np.mean(right) > 0.9
 
-    def follower(row, t):  # what came after the last time that the `back` tokens up to t were there
-        seen = (
-            s
-            for s in range(t - 1, back - 2, -1)
-            if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
-        )
-        return next((row[s + 1] for s in seen), 0)
 
-    def oracle(ids):
-        answers = torch.tensor(
-            [[follower(row, t) for t in range(len(row))] for row in ids.tolist()]
-        )
-        if task == "selective copying":
-            answers[:, 48:] = ids[ids < 62].view(-1, 8)
-        return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
-
-    assert quiz(oracle, task, 50)[1] > 0.9
-
-
-def memory(model, n=8, T=512, decay=0.99):
+def signs_and_their_average(n, T=512, decay=0.99):
     """Random signs; the label is the octile of their exponential average, a memory of some 300 steps."""
-    signs = 2 * torch.randint(2, (n, T)) - 1
+    signs = 2 * torch.randint(2, (min(n, 8), T)) - 1
     weights = (1 - decay**2) ** 0.5 * decay ** torch.arange(T)
-    average = convolve(signs[..., None].float(), weights[:, None])[:, 100:, 0].contiguous()
+    average = stu.fft_conv(signs[:, None].float(), weights[None])[:, 0]
     labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
-    logits = model((signs + 1) // 2).logits[:, 100:]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), (
-        logits.argmax(-1) == labels
-    ).float().mean()
+    labels[:, :100] = recall.IGNORED
+    return (signs + 1) // 2, labels
 
 
 def test_the_hybrid_remembers_beyond_the_attention_window():
     options = {"n_embd": 32, "seq_len": 512, "window_size": 64, "num_eigh": 24, "mlp_scale": 2}
-    hybrid = learn(memory, 150, 2e-2, **options)
-    attention = learn(memory, 150, 2e-2, **options, use_stu=False)
+    hybrid = learn(signs_and_their_average, 150, 2e-2, **options)
+    attention = learn(signs_and_their_average, 150, 2e-2, **options, use_stu=False)
     assert hybrid > 0.85 and attention < 0.65, (hybrid, attention)
 
 
