@@ -1,6 +1,5 @@
 """What holds, by name: each test states an identity of one of the other files, and checks it."""
 
-import argparse
 import codecs
 import contextlib
 import copy
@@ -1355,65 +1354,82 @@ print(*optional & set(sys.modules), "FlashSTUForCausalLM" in vars(stu))
 # stu.py: it learns
 
 
-def learn(measure, steps, rate, **options):
-    """Accuracy of a two-layer model on unseen questions after some steps; measure(model) -> loss, accuracy."""
+def experiment(name):
+    """The functions of a script in experiments/, by name."""
+    return runpy.run_path(str(HERE / "experiments" / f"{name}.py"))
+
+
+def learn(ask, num_steps, rate, **options):
+    """Share of right answers of a two-layer model after some steps; ask(model) -> loss, share."""
     torch.manual_seed(0)
     model = FlashSTU(small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options))
-    descend(model, measure, steps, rate)
+    optimizers = experiment("recall")["make_optimizers"](model)
+    for step in range(num_steps):
+        loss, _ = ask(model)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * min(1, 2 - 2 * step / num_steps)
+            optimizer.step()
+        model.zero_grad()
     with torch.no_grad():
-        return measure(model)[1].item()
+        return ask(model)[1].item()
 
 
 def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
-    """The STU hands each value its key (the token before), attention finds it: two layers and 100 steps are
-    enough."""
+    """The STU hands each value its key (the token before), attention finds it: two layers and 100
+    steps are enough."""
+    recall = experiment("recall")
+
+    def ask(model):
+        return recall["ask"](model, recall["associative_recall"], 64)
+
     options = {"n_embd": 64, "seq_len": 32, "window_size": 32, "num_eigh": 16, "mlp_scale": 1}
-    measure = lambda model: quiz(model, "associative recall", 64)
-    kinds = ({}, {"use_stu": False}, {"use_attn": False})
-    hybrid, attention, spectral = (learn(measure, 100, 1e-2, **options, **kind) for kind in kinds)
-    assert hybrid > 0.99 and attention < 0.5 and spectral < 0.5, (hybrid, attention, spectral)
+    assert learn(ask, 100, 1e-2, **options) > 0.99
+    assert learn(ask, 100, 1e-2, **options, use_stu=False) < 0.5
+    assert learn(ask, 100, 1e-2, **options, use_attn=False) < 0.5
+
+
+def follower(row, t, back):
+    """What came after the last time that the `back` tokens up to t were there; 0 if never."""
+    for s in range(t - 1, back - 2, -1):
+        if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]:
+            return row[s + 1]
+    return 0
 
 
 @pytest.mark.parametrize("task", ["associative recall", "induction", "selective copying"])
 def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
+    recall = experiment("recall")
+    questions, _ = recall["TASKS"][task]
     back = 2 if task == "induction" else 1
 
-    def follower(row, t):  # what came after the last time that the `back` tokens up to t were there
-        seen = (
-            s
-            for s in range(t - 1, back - 2, -1)
-            if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
-        )
-        return next((row[s + 1] for s in seen), 0)
-
     def oracle(ids):
-        answers = torch.tensor(
-            [[follower(row, t) for t in range(len(row))] for row in ids.tolist()]
-        )
+        rows = [[follower(row, t, back) for t in range(len(row))] for row in ids.tolist()]
+        answers = torch.tensor(rows)
         if task == "selective copying":
             answers[:, 48:] = ids[ids < 62].view(-1, 8)
         return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
 
-    assert quiz(oracle, task, 50)[1] > 0.9
+    _, right = recall["ask"](oracle, questions, 50)
+    assert right > 0.9
 
 
-def memory(model, n=8, T=512, decay=0.99):
-    """Random signs; the label is the octile of their exponential average, a memory of some 300 steps."""
-    signs = 2 * torch.randint(2, (n, T)) - 1
-    weights = (1 - decay**2) ** 0.5 * decay ** torch.arange(T)
-    average = convolve(signs[..., None].float(), weights[:, None])[:, 100:, 0].contiguous()
+def remember(model):
+    """Random signs; the label is the octile of their exponential average, a memory of 300 steps."""
+    decay = 0.99
+    signs = 2 * torch.randint(2, (8, 512)) - 1
+    weights = math.sqrt(1 - decay**2) * decay ** torch.arange(512)
+    average = stu.fft_conv(signs[:, None].float(), weights[None])[:, 0, 100:].contiguous()
     labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
     logits = model((signs + 1) // 2).logits[:, 100:]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), (
-        logits.argmax(-1) == labels
-    ).float().mean()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return loss, (logits.argmax(dim=-1) == labels).float().mean()
 
 
 def test_the_hybrid_remembers_beyond_the_attention_window():
     options = {"n_embd": 32, "seq_len": 512, "window_size": 64, "num_eigh": 24, "mlp_scale": 2}
-    hybrid = learn(memory, 150, 2e-2, **options)
-    attention = learn(memory, 150, 2e-2, **options, use_stu=False)
-    assert hybrid > 0.85 and attention < 0.65, (hybrid, attention)
+    assert learn(remember, 150, 2e-2, **options) > 0.85
+    assert learn(remember, 150, 2e-2, **options, use_stu=False) < 0.65
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1846,6 +1862,161 @@ def test_training_that_diverges_says_so():
         train_stu_on_lds(
             random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=900.0, verbose=False
         )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# experiments
+
+
+@pytest.mark.parametrize(
+    "script, flags, said",
+    [
+        ("filters.py", "--seq_len 64", "largest error"),
+        ("ringing.py", "--seq_len 16 --num_filters 4", "r = 0.5"),
+        ("linear_systems.py", "--state_dim 6 --seq_len 32 --steps 4", "diagonal system"),
+        ("recall.py", "--steps 5 --batch_size 4", "selective copying    attention"),
+        ("cost.py", "--tiny", "full attention"),
+    ],
+)
+def test_an_experiment_prints_and_draws(tmp_path, monkeypatch, capsys, script, flags, said):
+    monkeypatch.chdir(tmp_path)
+    run_as_main(monkeypatch, f"experiments/{script}", f"{flags} --out picture.png")
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    assert said in capsys.readouterr().out
+
+
+def test_the_benchmark_prints_a_row_for_each_comparison(monkeypatch, capsys):
+    run_as_main(monkeypatch, "experiments/bench.py", "--tiny")
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5
+    assert "errors 2e-07" in rows[2]  # ours is exact, eigh is not
+    assert "differ by" in rows[3]
+    assert "differ by" in rows[4]
+
+
+def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, capsys):
+    reason = 'needs pip install "gymnasium[mujoco]"'
+    gymnasium = pytest.importorskip("gymnasium", reason=reason)
+    pytest.importorskip("mujoco", reason=reason)
+    monkeypatch.chdir(tmp_path)
+    flags = "--trajectories 10 --seconds 0.01 --out picture.png"
+    run_as_main(monkeypatch, "experiments/ant.py", flags)
+    data = torch.load("data/ant-10.pt")
+    assert data.shape == (10, 129, 35)
+    assert data.isfinite().all()
+    assert data[..., 27:].abs().max() <= 1
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(gymnasium, "make", None)  # what is there is not simulated again
+    run_as_main(monkeypatch, "experiments/ant.py", flags)
+    printed = capsys.readouterr().out
+    for name in ("STU-T", "full STU", "hybrid", "attention", "Mamba-2", "no change", "50 alone"):
+        assert name in printed
+
+
+def test_the_robot_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="pip install"):
+        run_as_main(monkeypatch, "experiments/ant.py", "")
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A small model of bytes, saved, and a text for it."""
+    monkeypatch.chdir(tmp_path)
+    config = small_config(seq_len=16, window_size=4, num_eigh=8, vocab_size=256)
+    model = FlashSTU(config).eval()
+    model.save_pretrained("model")
+    Path("book.txt").write_text("All that is read is remembered. " * 20)
+    return model
+
+
+def test_loss_by_position_reads_a_model_or_a_run(reader, monkeypatch, capsys):
+    Path("run").mkdir()
+    config = reader.config.to_dict()
+    checkpoint = {"model": reader.state_dict(), "config": config, "tokenizer": "bytes"}
+    torch.save(checkpoint, "run/checkpoint_2.pt")
+    torch.save({}, "run/checkpoint_1.pt")
+    flags = "--data book.txt --texts 2"
+    run_as_main(monkeypatch, "experiments/loss_by_position.py", f"--model model {flags}")
+    of_model = capsys.readouterr().out
+    run_as_main(monkeypatch, "experiments/loss_by_position.py", f"--model run {flags}")
+    of_run = capsys.readouterr().out
+    assert of_run == of_model.replace("read by model", "read by run")
+    assert of_run.count("128-256") == 3
+    assert Path("context.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_by_position_forgets_what_it_says(reader):
+    losses_by_position = experiment("loss_by_position")["losses_by_position"]
+    x = torch.randint(1, 256, (2, 49))
+    carried = losses_by_position(reader, x, "state carried on")
+    forgotten = losses_by_position(reader, x, "all forgotten")
+    half = losses_by_position(reader, x, "STU's state forgotten")
+    with torch.no_grad():
+        logits = reader(x[:, :-1]).logits
+    whole = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").sum(dim=0)
+    assert torch.allclose(carried, whole, atol=1e-3)
+    windows = [reader(x[:, i : i + 17], labels=x[:, i : i + 17]).loss for i in (0, 16, 32)]
+    assert torch.allclose(forgotten.view(3, 16).mean(dim=1), 2 * torch.stack(windows), atol=1e-3)
+    for other in (forgotten, half):
+        assert torch.allclose(other[:16], carried[:16], atol=1e-4)
+        assert not torch.allclose(other[16:], carried[16:], atol=1e-4)
+    assert not torch.allclose(half[16:], forgotten[16:], atol=1e-4)
+
+
+def test_loss_by_position_says_what_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="holds no checkpoint and no model"):
+        run_as_main(monkeypatch, "experiments/loss_by_position.py", "--model .")
+
+
+def test_the_baselines_are_causal_and_learn():
+    linear_systems = experiment("linear_systems")
+    system = random_LDS(4, 10, 5, spectral_radius=0.8)
+    system.C.data *= 4
+    progress = linear_systems["Progress"](10**9)
+    for name, make in linear_systems["MAKERS"].items():
+        x = torch.randn(1, 30, 10, requires_grad=True)
+        output = make(30)(x)[0, 12].sum()
+        reach = torch.autograd.grad(output, x)[0][0].abs().amax(dim=-1)
+        assert reach[13:].max() < 1e-5 * reach.max(), name
+        assert (reach[:13] > 0).all(), name
+        _, losses = linear_systems["train"](name, system, 30, 1e-2, 80, 0, progress)
+        assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10]), name
+
+
+def test_the_robots_models_are_causal():
+    ant = experiment("ant")
+    for kind in ant["KINDS"]:
+        model = ant["make_model"](kind, 27)
+        x = torch.randn(1, 30, 35, requires_grad=True)
+        reach = torch.autograd.grad(model(x)[0, 12].sum(), x)[0][0].abs().amax(dim=-1)
+        assert reach[13:].max() < 1e-5 * reach.max(), kind
+        assert (reach[:13] > 0).all(), kind
+
+
+def test_mamba_2_equals_its_recurrence():
+    linear_systems = experiment("linear_systems")
+    layer = linear_systems["Mamba2"](width=8, N=4, heads=2).double()
+    x = torch.randn(2, 20, 10, dtype=torch.float64)
+    gate, v, dt = layer.encode(x).split(layer.encoded, dim=-1)
+    padded = F.pad(v, (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, channels, 4]
+    v = F.silu((padded * layer.conv.weight[:, 0]).sum(dim=-1) + layer.conv.bias)
+    u, B, C = v.split([8, 4, 4], dim=-1)
+    dt = F.softplus(dt + layer.log_dt)
+    A = layer.log_A.exp()
+    h = torch.zeros(2, 2, 4, 4, dtype=torch.float64)  # [B, heads, N, width / heads]
+    outputs = []
+    for t in range(20):
+        u_t = u[:, t].view(2, 2, 4)
+        update = torch.einsum("bh,bn,bhd->bhnd", dt[:, t], B[:, t], u_t)
+        decay = torch.exp(-dt[:, t] * A)
+        h = decay[:, :, None, None] * h + update
+        outputs.append(torch.einsum("bn,bhnd->bhd", C[:, t], h).flatten(1))
+    y = torch.stack(outputs, dim=1)
+    expected = layer.decode((y + layer.D * u) * F.silu(gate))
+    assert relative_error(layer(x), expected) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3064,214 +3235,3 @@ def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
 def test_the_losses_of_several_runs_are_drawn_in_one_picture(data, trained, tmp_path):
     code, output = run_train(data, tmp_path / "pictures", f"--draw {trained},{trained}")
     assert code == 0 and (tmp_path / "pictures" / "loss.png").stat().st_size > 5000, output
-
-
-def test_the_benchmark_prints_and_draws(tmp_path, capsys):
-    benchmark_filters(64)
-    for approx in (True, False):
-        benchmark_filtering(2, 60, 8, approx, "cpu")
-    seconds, speeds = (
-        benchmark_generation([20, 90], "cpu", torch.float32),
-        benchmark_length([64, 130], "cpu", "float32"),
-    )
-    draw_costs(tmp_path / "cost.png", [20, 90], seconds, [64, 130], speeds)
-    assert (tmp_path / "cost.png").stat().st_size > 5000 and len(speeds) == 4
-    assert (
-        capsys.readouterr().out.count("\n") == 11 and stu.windowed_attention is windowed_attention
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# python test_stu.py: stu.py against the usual route, on this machine
-
-
-def timed(run, repeats=6):
-    """Median seconds of run(), and what it returns; of several runs the first is a warm-up."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return np.median(times[1:] or times).item(), result
-
-
-def peak_bytes(run):
-    """The most memory that run() holds at once, beyond what was held before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with open(os.devnull) as nowhere, os.fdopen(os.dup(2)) as stderr:
-        os.dup2(nowhere.fileno(), 2)  # the profiler logs its start and stop there
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as p:
-            run()
-        os.dup2(stderr.fileno(), 2)
-    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
-
-
-def row(what, ours, usual, *notes):
-    """A line of the table: what, the seconds of both routes, notes."""
-    times = f"{ours * 1e3:>9.1f} ms {usual * 1e3:>9.1f} ms {usual / ours:>6.1f}x"
-    print(f"{what:<44} {times}   {', '.join(notes)}", flush=True)
-
-
-def benchmark_filters(L, K=24):
-    """Against `eigh` of the Hankel matrix; the error is that of the worst filter, each scaled to norm 1."""
-    ours, filters = timed(lambda: get_spectral_filters(L, K, dtype=torch.float64))
-    eigh = lambda: torch.linalg.eigh(get_hankel(L)).eigenvectors[:, -K:].flip(1)
-    usual, usual_filters = timed(eigh, 2 if L < 8192 else 1)
-    unit = [phi / phi.norm(dim=0) * phi[0].sign() for phi in (filters, usual_filters)]
-    notes = [f"differ by {(unit[0] - unit[1]).abs().max():.0e}"]
-    if L == 64:
-        exact = reference_filters(L, K, False)
-        notes = [f"{(phi - exact / exact.norm(dim=0)).abs().max():.0e}" for phi in unit]
-    row(f"{K} filters, L = {L}", ours, usual, *notes)
-
-
-def benchmark_filtering(B, T, d, approx, device):
-    """Forward and backward of a layer's convolution on the same weights; the error is relative to float64."""
-    layer = STU(d, d, T, use_approx=approx).to(device)
-    x, grad = torch.randn(2, B, T, d, device=device)
-    x.requires_grad_()
-    M, (filters, _) = (layer.M_filters if approx else layer.M), layer.bank.on(x)
-    phi = filters[:, :24]
-    exact = usual_stu(x[:1].detach().double(), phi.double(), M.detach().double())
-    routes = (lambda: layer.convolve(x, filters, M, x.dtype)), (lambda: usual_stu(x, phi, M))
-    notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
-    steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
-    notes.append(
-        "peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps))
-    )
-    ours, usual = (timed(step)[0] for step in steps)
-    moved = (
-        4 * x.numel() * x.element_size()
-    )  # the least: input and output, and the gradient of each
-    notes.append(f"{moved / ours / 1e9:.1f} GB/s of the least traffic")
-    row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", ours, usual, *notes)
-
-
-KINDS_OF_MODEL = {  # of about the same size
-    "hybrid": {}, "STU only": {"use_attn": False}, "window attention": {"use_stu": False, "mlp_scale": 2.25},
-    "full attention": {"use_stu": False, "mlp_scale": 2.25},
-}  # fmt: skip
-
-
-def benchmark_length(lengths, device, dtype):
-    """Tokens a second of training steps on one sequence of each length -> for each kind of model."""
-    sizes = {
-        "n_embd": 192,
-        "n_layers": 6,
-        "n_heads": 6,
-        "window_size": 128,
-        "vocab_size": 256,
-        "softcap": 0.0,
-    }
-    windowed, speeds = stu.windowed_attention, {name: [] for name in KINDS_OF_MODEL}
-    print(f"\n{'tokens/s of a training step at length':<44}", *(f"{T:>9,}" for T in lengths))
-    for name, options in KINDS_OF_MODEL.items():
-        if name == "full attention":  # torch's own
-            stu.windowed_attention = lambda q, k, v, *_: F.scaled_dot_product_attention(
-                q, k, v, is_causal=True
-            )
-        for T in lengths:
-            if name == "full attention" and T > 2**14 and device == "cpu":
-                break  # minutes
-            config = FlashSTUConfig(
-                **(sizes | {"seq_len": T, "mlp_scale": 2.75, "torch_dtype": dtype} | options)
-            )
-            model, ids = FlashSTU(config).to(device), torch.randint(256, (1, T + 1), device=device)
-            seconds, _ = timed(
-                lambda m=model, ids=ids: m(ids, labels=ids).loss.backward(), 4 if T < 2**14 else 2
-            )
-            speeds[name].append(T / seconds)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(
-            f"{f'{name}, {size:.1f}M parameters':<44}",
-            *(f"{s:>9,.0f}" for s in speeds[name]),
-            flush=True,
-        )
-    stu.windowed_attention = windowed
-    return speeds
-
-
-def benchmark_generation(contexts, device, dtype):
-    """One token from the state, against reading the context again -> seconds of both for each context."""
-    config = FlashSTUConfig(
-        n_embd=256,
-        n_layers=4,
-        n_heads=4,
-        seq_len=2048,
-        window_size=256,
-        vocab_size=256,
-        torch_dtype=dtype,
-    )
-    model, seconds = FlashSTU(config).to(device), []
-    for context in contexts:
-        ids, state = torch.randint(256, (1, context), device=device), []
-        reading, _ = timed(
-            lambda ids=ids, state=state: model.generate(ids, max_new_tokens=0, state=state), 1
-        )
-        tokens = model.stream(ids[:, :0], 33, state=state)
-        seconds.append((timed(lambda tokens=tokens: next(tokens), 32)[0], reading))
-        row(f"next token at context {context}", *seconds[-1])
-    return seconds
-
-
-def draw_costs(path, contexts, seconds, lengths, speeds):
-    with lds_module.picture(path, 10, 4) as figure:
-        left, right = figure.subplots(1, 2)
-        for times, label in zip(zip(*seconds), ("from the state", "reading it again")):
-            left.loglog(contexts, np.array(times) * 1e3, marker="o", label=label)
-        for name, values in speeds.items():
-            right.semilogx(lengths[: len(values)], values, marker="o", label=name)
-        left.set(title="A token costs the same at any context", ylim=(1, None))
-        left.set(xlabel="context (tokens)", ylabel="milliseconds per token")
-        right.set(title="Training: nearly the same cost a token at any length", ylim=(0, None))
-        right.set(xlabel="length (tokens)", ylabel="tokens per second")
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Time stu.py against the usual route, two minutes on a CPU."
-    )
-    parser.add_argument(
-        "--full", action="store_true", help="with eigh at L = 8192 and lengths to 32,768"
-    )
-    parser.add_argument(
-        "--draw", metavar="FILE", help="only the costs of context and length, drawn to FILE"
-    )
-    args = parser.parse_args()
-    if args.draw:
-        open(args.draw, "ab").close()  # fails before the work, not after it
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}")
-    print(f"\n{'':<44} {'stu.py':>12} {'usual route':>12} {'ratio':>7}   error: ours, usual")
-    if not args.draw:
-        for L in (64, 2048, 8192) if args.full else (64, 2048):
-            benchmark_filters(L)
-        small, large = (
-            [(2, 4096, 512), (8, 512, 256)],
-            [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)],
-        )
-        for shape in large if cuda else small:
-            benchmark_filtering(*shape, True, device)
-        benchmark_filtering(8, 1024, 128, False, device)
-    contexts = [512, 2048, 8192, 32768, 131072]
-    lengths = [2**i for i in range(10, 16 if args.full or args.draw or cuda else 14)]
-    seconds, speeds = (
-        benchmark_generation(contexts, device, dtype),
-        benchmark_length(lengths, device, dtype),
-    )
-    if args.draw:
-        draw_costs(args.draw, contexts, seconds, lengths, speeds)
-
-
-if __name__ == "__main__":
-    main()
