@@ -249,11 +249,14 @@ class MiniSTU(nn.Module):
         if phi.shape != (seq_len, num_filters):
             raise ValueError(f"filters must be [{seq_len}, {num_filters}], got {list(phi.shape)}")
         # White coordinates magnify the weak filters, and with them the error of the recurrence
-        # (stu.py, section 7), to about 1e-4, and what it does after seq_len, where a MiniSTU takes
-        # no input. So we tolerate more than a bank does by default.
-        white = white_filters(phi, use_hankel_L)
+        # (stu.py, section 7), to about 1e-4. So we tolerate more than a bank does by default. What
+        # comes after seq_len does not matter, because inputs are no longer than that.
         bank = FilterBank(
-            white, fade=1e-6, tolerance=1e-2, most_ringing=math.inf, max_angle=max_angle
+            white_filters(phi, use_hankel_L),
+            fade=1e-6,
+            tolerance=1e-2,
+            most_ringing=math.inf,
+            max_angle=max_angle,
         )
         self.stu = STU(
             input_dim,

@@ -37,7 +37,6 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": hf_home.name}
 import lds as lds_module
 import prepare_data
 import stu
-from experiments import recall
 from lds import LDS, MiniSTU, random_LDS, sample, train_stu_on_lds, unseen_error, white_filters
 from stu import (
     STU,
@@ -1357,65 +1356,82 @@ print(*optional & set(sys.modules), "FlashSTUForCausalLM" in vars(stu))
 # stu.py: it learns
 
 
-def learn(questions, steps, rate, **options):
-    """Share of right answers of a two-layer model after some steps; questions(n) -> ids, labels."""
+def experiment(name):
+    """The functions of a script in experiments/, by name."""
+    return runpy.run_path(str(HERE / "experiments" / f"{name}.py"))
+
+
+def learn(ask, num_steps, rate, **options):
+    """Share of right answers of a two-layer model after some steps; ask(model) -> loss, share."""
     torch.manual_seed(0)
-    config = small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options)
-    model = FlashSTU(config)
-    recall.train("", model, questions, 64, steps, recall.Progress(steps), rate)
+    model = FlashSTU(small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options))
+    optimizers = experiment("recall")["make_optimizers"](model)
+    for step in range(num_steps):
+        loss, _ = ask(model)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * min(1, 2 - 2 * step / num_steps)
+            optimizer.step()
+        model.zero_grad()
     with torch.no_grad():
-        return recall.ask(model, questions, 64)[1].item()
+        return ask(model)[1].item()
 
 
 def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
-    """The STU hands each value its key, the token before; attention finds it."""
+    """The STU hands each value its key (the token before), attention finds it: two layers and 100
+    steps are enough."""
+    recall = experiment("recall")
+
+    def ask(model):
+        return recall["ask"](model, recall["associative_recall"], 64)
+
     options = {"n_embd": 64, "seq_len": 32, "window_size": 32, "num_eigh": 16, "mlp_scale": 1}
-    questions = recall.associative_recall
-    hybrid = learn(questions, 100, 1e-2, **options)
-    attention = learn(questions, 100, 1e-2, **options, use_stu=False)
-    spectral = learn(questions, 100, 1e-2, **options, use_attn=False)
-    assert hybrid > 0.99 and attention < 0.5 and spectral < 0.5, (hybrid, attention, spectral)
+    assert learn(ask, 100, 1e-2, **options) > 0.99
+    assert learn(ask, 100, 1e-2, **options, use_stu=False) < 0.5
+    assert learn(ask, 100, 1e-2, **options, use_attn=False) < 0.5
 
 
-@pytest.mark.parametrize("task", list(recall.TASKS))
+def follower(row, t, back):
+    """What came after the last time that the `back` tokens up to t were there; 0 if never."""
+    for s in range(t - 1, back - 2, -1):
+        if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]:
+            return row[s + 1]
+    return 0
+
+
+@pytest.mark.parametrize("task", ["associative recall", "induction", "selective copying"])
 def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
-    """What is asked for at t came after the last time that the `back` tokens up to t were there."""
-    questions, _ = recall.TASKS[task]
+    recall = experiment("recall")
+    questions, _ = recall["TASKS"][task]
     back = 2 if task == "induction" else 1
-    right = []
-    for row, labels in zip(*(tensor.tolist() for tensor in questions(50))):
-        copied = [token for token in row if token < recall.NOISE]
-        for t, label in enumerate(labels):
-            if label == recall.IGNORED:
-                continue
-            if task == "selective copying":
-                answer = copied[t - 48]
-            else:
-                seen = [
-                    u
-                    for u in range(back - 1, t)
-                    if row[u + 1 - back : u + 1] == row[t + 1 - back : t + 1]
-                ]
-                answer = row[seen[-1] + 1] if seen else None
-            right.append(answer == label)
-    assert np.mean(right) > 0.9
+
+    def oracle(ids):
+        rows = [[follower(row, t, back) for t in range(len(row))] for row in ids.tolist()]
+        answers = torch.tensor(rows)
+        if task == "selective copying":
+            answers[:, 48:] = ids[ids < 62].view(-1, 8)
+        return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
+
+    _, right = recall["ask"](oracle, questions, 50)
+    assert right > 0.9
 
 
-def signs_and_their_average(n, T=512, decay=0.99):
-    """Random signs; the label is the octile of their exponential average, a memory of some 300 steps."""
-    signs = 2 * torch.randint(2, (min(n, 8), T)) - 1
-    weights = (1 - decay**2) ** 0.5 * decay ** torch.arange(T)
-    average = stu.fft_conv(signs[:, None].float(), weights[None])[:, 0]
+def remember(model):
+    """Random signs; the label is the octile of their exponential average, a memory of 300 steps."""
+    decay = 0.99
+    signs = 2 * torch.randint(2, (8, 512)) - 1
+    weights = math.sqrt(1 - decay**2) * decay ** torch.arange(512)
+    average = stu.fft_conv(signs[:, None].float(), weights[None])[:, 0, 100:].contiguous()
     labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
-    labels[:, :100] = recall.IGNORED
-    return (signs + 1) // 2, labels
+    logits = model((signs + 1) // 2).logits[:, 100:]
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return loss, (logits.argmax(dim=-1) == labels).float().mean()
 
 
 def test_the_hybrid_remembers_beyond_the_attention_window():
     options = {"n_embd": 32, "seq_len": 512, "window_size": 64, "num_eigh": 24, "mlp_scale": 2}
-    hybrid = learn(signs_and_their_average, 150, 2e-2, **options)
-    attention = learn(signs_and_their_average, 150, 2e-2, **options, use_stu=False)
-    assert hybrid > 0.85 and attention < 0.65, (hybrid, attention)
+    assert learn(remember, 150, 2e-2, **options) > 0.85
+    assert learn(remember, 150, 2e-2, **options, use_stu=False) < 0.65
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1848,6 +1864,161 @@ def test_training_that_diverges_says_so():
         train_stu_on_lds(
             random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=900.0, verbose=False
         )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# experiments
+
+
+@pytest.mark.parametrize(
+    "script, flags, said",
+    [
+        ("filters.py", "--seq_len 64", "largest error"),
+        ("ringing.py", "--seq_len 16 --num_filters 4", "r = 0.5"),
+        ("linear_systems.py", "--state_dim 6 --seq_len 32 --steps 4", "diagonal system"),
+        ("recall.py", "--steps 5 --batch_size 4", "selective copying    attention"),
+        ("cost.py", "--tiny", "full attention"),
+    ],
+)
+def test_an_experiment_prints_and_draws(tmp_path, monkeypatch, capsys, script, flags, said):
+    monkeypatch.chdir(tmp_path)
+    run_as_main(monkeypatch, f"experiments/{script}", f"{flags} --out picture.png")
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    assert said in capsys.readouterr().out
+
+
+def test_the_benchmark_prints_a_row_for_each_comparison(monkeypatch, capsys):
+    run_as_main(monkeypatch, "experiments/bench.py", "--tiny")
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5
+    assert "errors 2e-07" in rows[2]  # ours is exact, eigh is not
+    assert "differ by" in rows[3]
+    assert "differ by" in rows[4]
+
+
+def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, capsys):
+    reason = 'needs pip install "gymnasium[mujoco]"'
+    gymnasium = pytest.importorskip("gymnasium", reason=reason)
+    pytest.importorskip("mujoco", reason=reason)
+    monkeypatch.chdir(tmp_path)
+    flags = "--trajectories 10 --seconds 0.01 --out picture.png"
+    run_as_main(monkeypatch, "experiments/ant.py", flags)
+    data = torch.load("data/ant-10.pt")
+    assert data.shape == (10, 129, 35)
+    assert data.isfinite().all()
+    assert data[..., 27:].abs().max() <= 1
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(gymnasium, "make", None)  # what is there is not simulated again
+    run_as_main(monkeypatch, "experiments/ant.py", flags)
+    printed = capsys.readouterr().out
+    for name in ("STU-T", "full STU", "hybrid", "attention", "Mamba-2", "no change", "50 alone"):
+        assert name in printed
+
+
+def test_the_robot_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="pip install"):
+        run_as_main(monkeypatch, "experiments/ant.py", "")
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A small model of bytes, saved, and a text for it."""
+    monkeypatch.chdir(tmp_path)
+    config = small_config(seq_len=16, window_size=4, num_eigh=8, vocab_size=256)
+    model = FlashSTU(config).eval()
+    model.save_pretrained("model")
+    Path("book.txt").write_text("All that is read is remembered. " * 20)
+    return model
+
+
+def test_loss_by_position_reads_a_model_or_a_run(reader, monkeypatch, capsys):
+    Path("run").mkdir()
+    config = reader.config.to_dict()
+    checkpoint = {"model": reader.state_dict(), "config": config, "tokenizer": "bytes"}
+    torch.save(checkpoint, "run/checkpoint_2.pt")
+    torch.save({}, "run/checkpoint_1.pt")
+    flags = "--data book.txt --texts 2"
+    run_as_main(monkeypatch, "experiments/loss_by_position.py", f"--model model {flags}")
+    of_model = capsys.readouterr().out
+    run_as_main(monkeypatch, "experiments/loss_by_position.py", f"--model run {flags}")
+    of_run = capsys.readouterr().out
+    assert of_run == of_model.replace("read by model", "read by run")
+    assert of_run.count("128-256") == 3
+    assert Path("context.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_by_position_forgets_what_it_says(reader):
+    losses_by_position = experiment("loss_by_position")["losses_by_position"]
+    x = torch.randint(1, 256, (2, 49))
+    carried = losses_by_position(reader, x, "state carried on")
+    forgotten = losses_by_position(reader, x, "all forgotten")
+    half = losses_by_position(reader, x, "STU's state forgotten")
+    with torch.no_grad():
+        logits = reader(x[:, :-1]).logits
+    whole = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").sum(dim=0)
+    assert torch.allclose(carried, whole, atol=1e-3)
+    windows = [reader(x[:, i : i + 17], labels=x[:, i : i + 17]).loss for i in (0, 16, 32)]
+    assert torch.allclose(forgotten.view(3, 16).mean(dim=1), 2 * torch.stack(windows), atol=1e-3)
+    for other in (forgotten, half):
+        assert torch.allclose(other[:16], carried[:16], atol=1e-4)
+        assert not torch.allclose(other[16:], carried[16:], atol=1e-4)
+    assert not torch.allclose(half[16:], forgotten[16:], atol=1e-4)
+
+
+def test_loss_by_position_says_what_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="holds no checkpoint and no model"):
+        run_as_main(monkeypatch, "experiments/loss_by_position.py", "--model .")
+
+
+def test_the_baselines_are_causal_and_learn():
+    linear_systems = experiment("linear_systems")
+    system = random_LDS(4, 10, 5, spectral_radius=0.8)
+    system.C.data *= 4
+    progress = linear_systems["Progress"](10**9)
+    for name, make in linear_systems["MAKERS"].items():
+        x = torch.randn(1, 30, 10, requires_grad=True)
+        output = make(30)(x)[0, 12].sum()
+        reach = torch.autograd.grad(output, x)[0][0].abs().amax(dim=-1)
+        assert reach[13:].max() < 1e-5 * reach.max(), name
+        assert (reach[:13] > 0).all(), name
+        _, losses = linear_systems["train"](name, system, 30, 1e-2, 80, 0, progress)
+        assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10]), name
+
+
+def test_the_robots_models_are_causal():
+    ant = experiment("ant")
+    for kind in ant["KINDS"]:
+        model = ant["make_model"](kind, 27)
+        x = torch.randn(1, 30, 35, requires_grad=True)
+        reach = torch.autograd.grad(model(x)[0, 12].sum(), x)[0][0].abs().amax(dim=-1)
+        assert reach[13:].max() < 1e-5 * reach.max(), kind
+        assert (reach[:13] > 0).all(), kind
+
+
+def test_mamba_2_equals_its_recurrence():
+    linear_systems = experiment("linear_systems")
+    layer = linear_systems["Mamba2"](width=8, N=4, heads=2).double()
+    x = torch.randn(2, 20, 10, dtype=torch.float64)
+    gate, v, dt = layer.encode(x).split(layer.encoded, dim=-1)
+    padded = F.pad(v, (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, channels, 4]
+    v = F.silu((padded * layer.conv.weight[:, 0]).sum(dim=-1) + layer.conv.bias)
+    u, B, C = v.split([8, 4, 4], dim=-1)
+    dt = F.softplus(dt + layer.log_dt)
+    A = layer.log_A.exp()
+    h = torch.zeros(2, 2, 4, 4, dtype=torch.float64)  # [B, heads, N, width / heads]
+    outputs = []
+    for t in range(20):
+        u_t = u[:, t].view(2, 2, 4)
+        update = torch.einsum("bh,bn,bhd->bhnd", dt[:, t], B[:, t], u_t)
+        decay = torch.exp(-dt[:, t] * A)
+        h = decay[:, :, None, None] * h + update
+        outputs.append(torch.einsum("bn,bhnd->bhd", C[:, t], h).flatten(1))
+    y = torch.stack(outputs, dim=1)
+    expected = layer.decode((y + layer.D * u) * F.silu(gate))
+    assert relative_error(layer(x), expected) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------------------
