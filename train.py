@@ -30,7 +30,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
@@ -66,7 +70,7 @@ RUN_SETTINGS = """
 data               "data/stdlib"   a folder of prepare_data.py; this one is made if it is not there
 init_from          ""              start from the weights and sizes of another run or a saved model
 seed               1               of the first weights, the order of the data, dropout and samples
-optimizer          "muon"          muon: Muon for matrices of layers, AdamW for the rest; adamw: for all
+optimizer          "muon"          muon, with adamw for all but the matrices of layers, or only adamw
 batch_size         16              windows in a step, of all processes together
 micro_batch_size   0               windows that a process computes at once; 0: its whole share
 steps              400             length of the whole run
@@ -283,11 +287,18 @@ if only_reads or (args.init_from and not resumed):
     start = load_run_or_model(Path(args.init_from or args.out_dir))
 
 # A setting that is not given is as it was there. To tune a model, only what belongs to it is taken
+must_stay = ["init_from", "seed", "optimizer", "batch_size", *model_settings]
 if start:
     before = start["settings"] if resumed or only_reads else start["config"]
-    for name in kept_settings:
-        if name in before and name not in given:
-            setattr(args, name, before[name])
+    for name in before.keys() & kept_settings.keys():
+        now = given.get(name, before[name])
+        setattr(args, name, now)
+        if resumed and now != before[name]:
+            if name in must_stay:
+                sys.exit(
+                    f"{out_dir} has --{name} {before[name]}, not {now}: give another --out_dir"
+                )
+            say(f"--{name} was {before[name]} until here, and now is {now}")
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
@@ -443,7 +454,7 @@ def orthogonalize(matrices):
     is_tall = X.shape[1] > X.shape[2]
     if is_tall:
         X = X.mT  # X Xᵀ is then the smaller one of two possible products
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1
     for _ in range(5):
         gram = X @ X.mT
         X = 3.4445 * X + (-4.775 * gram + 2.0315 * gram @ gram) @ X
@@ -488,7 +499,7 @@ for name, p in model.named_parameters():
     else:
         of_adamw[p.ndim].append(p)
 groups = [{"params": parameters} for parameters in of_adamw.values()]
-optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")]
+optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 if of_muon:
     groups = [{"params": matrices} for matrices in of_muon.values()]
     optimizers.append(Muon(groups, {"lr": 0.0, "weight_decay": 0.0}))
@@ -513,22 +524,15 @@ def set_rates(step):
 in_one_piece = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process
 settings = {name: getattr(args, name) for name in kept_settings}
 data_checksum = zlib.crc32(json.dumps([meta["train"], meta["val"]]).encode())
-must_stay = ["init_from", "seed", "optimizer", "batch_size", *model_settings]
 start_step = 0
 if resumed:
-    for name, now in settings.items():
-        before = resumed["settings"].get(name, now)
-        if before != now and name in must_stay:
-            sys.exit(f"{out_dir} has --{name} {before}, not {now}: give another --out_dir")
-        if before != now:
-            say(f"--{name} was {before} until here, and now is {now}")
     if resumed.get("data_checksum", data_checksum) != data_checksum:
         sys.exit(f"{out_dir} was trained on other data than {args.data}: give another --out_dir")
     start_step = resumed["step"]
     if start_step > args.steps:
         sys.exit(f"{out_dir} is already at step {start_step}: give more --steps")
-    states = {"model_state_dict": resumed["model"], "optim_state_dict": resumed["optimizer"]}
-    set_state_dict(model, optimizers, **states, options=in_one_piece)
+    moments = {"state": resumed["optimizer"]["state"], "param_groups": []}  # rates are set anew
+    set_optimizer_state_dict(model, optimizers, moments, options=in_one_piece)
     if resumed["scaler"]:
         scaler.load_state_dict(resumed["scaler"])
     say(f"continuing {out_dir} after step {start_step}")
@@ -590,8 +594,9 @@ def save_checkpoint(step):
         "log": log_path.stat().st_size,
     }
     write_atomically(out_dir / f"checkpoint_{step}.pt", partial(torch.save, checkpoint))
-    older = [path for number, path in checkpoints(out_dir).items() if number < step]
-    for path in older[:-1]:  # one is kept, for the case that the new one gets damaged
+    for path in list(checkpoints(out_dir).values())[
+        :-2
+    ]:  # the one before is kept, in case of damage
         path.unlink()
 
 
