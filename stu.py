@@ -937,14 +937,17 @@ class LanguageModel(nn.Module):
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 
 
-def choose_decays(L, n_pairs, max_angle):
+def choose_decays(L, n_filters, n_pairs, max_angle):
     """Decays of both signs, ±α, and for a sector r e^(iθ) too, each with its mirror image."""
     # The real ones forget within 1/8 of a step up to L steps.
     memory = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_pairs))
     decays = list(np.exp(-1 / memory))
     # Those of a sector lie on arcs, that is, have a common memory, of L/3 steps or less. The angles
-    # it can tell apart differ by 1/memory or so. (The factors 3 and 1.65 were found by trial.)
+    # it can tell apart differ by 1/memory or so. Few filters of a wide sector do not reach back as
+    # far as L, nor do the arcs need to. (These numbers were found by trial, for an error of 1e-6.)
     arc = L / 3
+    if max_angle > 0:
+        arc = min(arc, (0.6 * n_filters + 60) / max_angle)
     while arc * max_angle > 1.5:
         n_angles = round(arc * max_angle / 3)
         for angle in np.linspace(0, max_angle, n_angles + 1)[1:]:
@@ -970,7 +973,7 @@ def fit_recurrence(
     L = len(bank)
     if n_pairs is None:
         n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
-    decays = choose_decays(L, n_pairs, math.radians(max_angle))
+    decays = choose_decays(L, bank.shape[1], n_pairs, math.radians(max_angle))
     n = len(decays) + sum(p.imag != 0 for p in decays)
     if n > 512:
         return None
@@ -1266,7 +1269,7 @@ def filters_of_a_sector(G, K, max_angle):
 
     Since cos θt cos θs + sin θt sin θs = cos θ(t-s), each entry Z_ts is multiplied by the average of
     cos θ(t-s) over |θ| <= max_angle. The weight stays (1-r)²: with |1-α|² or none, poles of radius
-    0.999 would take 2 to 8% fewer filters, and poles of radius 0.9 up to 45% more.
+    0.999 would take 3 to 10% fewer filters, and poles of radius 0.9 up to 45% more.
     """
     # The average over θ is a sum over Gauss-Legendre's angles from 0 to max_angle, which is exact
     # from a few more than L · max_angle / 4 of them on. Written as E Eᵀ, E has a column for each
