@@ -438,13 +438,13 @@ def curve(values, final_length, columns=40):
     """A curve of the logarithms of the values, in a line of text: ▇▅▃▂▁···"""
     blocks = "▁▂▃▄▅▆▇█"
     logs = [math.log(max(value, 1e-30)) for value in values]
-    lowest = min(logs)
-    height = max(1.0, max(logs) - lowest)
+    highest = max(logs)
+    height = max(1.0, highest - min(logs))
     text = ""
     for column in range(columns):
         i = column * final_length // columns
         if i < len(logs):
-            text += blocks[round(7 * (logs[i] - lowest) / height)]
+            text += blocks[round(7 - 7 * (highest - logs[i]) / height)]
         else:
             text += "·"
     return text
