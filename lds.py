@@ -12,8 +12,8 @@ with a few fixed signals whose sums come close to every decay α^s (stu.py, sect
 a linear map of what comes out. So its loss is a parabola, with a bottom that one can also compute.
 
 What it can learn are real eigenvalues of both signs, such as every symmetric A has. What it misses
-are systems that ring for long: complex eigenvalues near the unit circle, far from 1 and -1. How
-much it misses, and how other models do, shows experiments/linear_systems.py.
+are systems that ring for long, with complex eigenvalues near the unit circle, far from 1 and -1
+(experiments/ringing.py), unless max_angle adds filters for them.
 """
 
 import argparse
@@ -325,12 +325,11 @@ class MiniSTU(nn.Module):
         if len(self.mlp) > 0 or bank.lds is None:
             raise ValueError("to_lds wants no use_mlp=True, and filters that are sums of decays")
         A = bank.lds.powers[1]
-        if not torch.equal(A, A.tril()):  # a pair of decays that ring is a block of 2 x 2
+        if not torch.equal(A, A.tril()):  # decays that ring are blocks of 2 x 2
             raise ValueError("to_lds wants real decays, max_angle=0")
         L = self.seq_len
         d_in = self.input_dim
-        M = self.stu.M.double().cpu()
-        response = bank.filters @ M.flatten(1)  # [L, input_dim · output_dim]
+        response = bank.filters @ self.stu.M.double().cpu().flatten(1)  # [L, d_in · output_dim]
         poles = A.diagonal()  # A is triangular, so these are its eigenvalues
         # Past L the response is asked to fade, with little weight, at 300 lags between L and 40 L.
         far = (L * 40 ** torch.linspace(0, 1, 300)).round()
@@ -340,9 +339,9 @@ class MiniSTU(nn.Module):
         target = F.pad(response, (0, 0, 0, 300))
         # rcond bounds the residues, which are large and cancel.
         residues = torch.linalg.lstsq(decays, target, rcond=1e-14, driver="gelsd").solution
-        residues = residues.reshape(len(poles) * d_in, self.output_dim)
-        # For each pole and each input there is one state.
-        lds = LDS(len(poles) * d_in, d_in, self.output_dim, dtype=torch.float64)
+        residues = residues.reshape(-1, self.output_dim)  # [n · d_in, output_dim]
+        # There is one state for each pole and each input.
+        lds = LDS(len(residues), d_in, self.output_dim, dtype=torch.float64)
         lds.A.copy_(poles.repeat_interleave(d_in))
         lds.B.copy_(torch.eye(d_in).repeat(len(poles), 1))
         lds.C.copy_(residues.T)
@@ -389,9 +388,15 @@ def train_stu_on_lds(
     check_integer("number of steps", num_steps, least=0)
     check_integer("batch_size", batch_size)
     check_number("learning_rate", learning_rate, most=1000)
-    options["dtype"] = lds.dtype
-    options["device"] = lds.device
-    model = MiniSTU(seq_len, num_filters, lds.input_dim, lds.output_dim, **options)
+    model = MiniSTU(
+        seq_len,
+        num_filters,
+        lds.input_dim,
+        lds.output_dim,
+        dtype=lds.dtype,
+        device=lds.device,
+        **options,
+    )
     optimizer = torch.optim.Adam(model.parameters())
     losses = []
     start = time.perf_counter()
@@ -433,13 +438,13 @@ def curve(values, final_length, columns=40):
     """A curve of the logarithms of the values, in a line of text: ▇▅▃▂▁···"""
     blocks = "▁▂▃▄▅▆▇█"
     logs = [math.log(max(value, 1e-30)) for value in values]
-    lowest = min(logs)
-    height = max(1.0, max(logs) - lowest)
+    highest = max(logs)
+    height = max(1.0, highest - min(logs))
     text = ""
     for column in range(columns):
         i = column * final_length // columns
         if i < len(logs):
-            text += blocks[round(7 * (logs[i] - lowest) / height)]
+            text += blocks[round(7 - 7 * (highest - logs[i]) / height)]
         else:
             text += "·"
     return text
@@ -469,8 +474,8 @@ def draw(figure, losses, num_steps, best, system, learned):
     left, right = figure.subplots(1, 2)
     left.semilogy(losses, color="C3", label="gradient descent")
     left.axhline(best, color="C0", linestyle="--", label="least squares, at once")
-    left.set(title="The loss falls to the rounding of float32", xlabel="step")
-    left.set(ylabel="mean squared error", xlim=(0, num_steps + 1), ylim=(best / 10, 100))
+    left.set(title="The loss falls to the rounding of float32", ylim=(best / 10, 100))
+    left.set(xlabel="step", ylabel="mean squared error", xlim=(0, num_steps + 1))
     left.legend(loc="upper right")
     right.semilogy(abs(system), color="0.75", linewidth=6, label="the system")
     right.semilogy(abs(learned), color="C3", label="the STU")
@@ -525,7 +530,7 @@ def main():
     print(f"loss on new sequences: {best:.1e}")
     converted = solved.to_lds()
     loss = unseen_error(converted, system, L)
-    print(f"loss of the same map as an LDS of {converted.state_dim} states: {loss:.1e}")
+    print(f"loss of the same as an LDS of {converted.state_dim} states: {loss:.1e}")
 
     print("gradient descent:")
     every = max(1, args.steps // 80)

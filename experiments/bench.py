@@ -28,18 +28,18 @@ K = 24
 # ---- To measure
 
 
-def timed(run, repeats=6):
-    """Median seconds of run(), and what it returns; of several runs the first is a warm-up."""
+def timed(runs, repeats=6):
+    """Median seconds of each run. They take turns, so that both see the same load of the machine."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        if ON_CUDA:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    if repeats > 1:
-        times = times[1:]
-    return np.median(times).item(), result
+        times.append([])
+        for run in runs:
+            start = time.perf_counter()
+            run()
+            if ON_CUDA:
+                torch.cuda.synchronize()
+            times[-1].append(time.perf_counter() - start)
+    return np.median(times[1:], axis=0)  # the first turn is a warm-up
 
 
 def peak_mebibytes(run):
@@ -65,7 +65,8 @@ def peak_mebibytes(run):
     return most / 2**20
 
 
-def print_row(what, ours, usual, note=""):
+def print_row(what, seconds, note=""):
+    ours, usual = seconds
     times = f"{ours * 1e3:9.1f} ms {usual * 1e3:9.1f} ms {usual / ours:7.1f}"
     print(f"{what:42} {times}   {note}", flush=True)
 
@@ -116,20 +117,25 @@ def usual_stu(x, phi, M):
 
 
 def compare_filters(L):
-    """The note is the worst error of a filter of norm 1, of both ways."""
-    ours, phi = timed(lambda: get_spectral_filters(L, K, dtype=torch.float64))
-    repeats = 2 if L < 8192 else 1
-    usual, (_, vectors) = timed(lambda: torch.linalg.eigh(hankel_matrix(L)), repeats)
+    """At length 64 the note is the worst error of a filter of norm 1, of both ways."""
+
+    def ours():
+        return get_spectral_filters(L, K, dtype=torch.float64)
+
+    def usual():
+        return torch.linalg.eigh(hankel_matrix(L)).eigenvectors[:, -K:].flip(1)
+
     note = ""
     if L == 64:
         exact = exact_filters(L)
         errors = []
-        for filters in (phi, vectors[:, -K:].flip(1)):
-            unit = filters / filters.norm(dim=0)
+        for phi in (ours(), usual()):
+            unit = phi / phi.norm(dim=0)
             sign = (unit * exact).sum(dim=0).sign()
             errors.append((sign * unit - exact).abs().max().item())
         note = "errors {:.0e}, {:.0e}".format(*errors)
-    print_row(f"{K} filters of length {L}", ours, usual, note)
+    seconds = timed([ours, usual], repeats=6 if L < 8192 else 2)
+    print_row(f"{K} filters of length {L}", seconds, note)
 
 
 def compare_layers(B, T, d, use_approx):
@@ -148,13 +154,12 @@ def compare_layers(B, T, d, use_approx):
         torch.autograd.grad(route(x), [x, *layer.parameters()], grad)
 
     difference = (layer(x) - usual(x)).norm() / usual(x).norm()
-    ours, _ = timed(lambda: step(layer))
-    theirs, _ = timed(lambda: step(usual))
+    seconds = timed([lambda: step(layer), lambda: step(usual)])
     our_memory = peak_mebibytes(lambda: step(layer))
     their_memory = peak_mebibytes(lambda: step(usual))
     name = "STU-T" if use_approx else "full STU"
     note = f"{our_memory:.0f}, {their_memory:.0f} MiB, differ by {difference:.0e}"
-    print_row(f"{name} {B} x {T} x {d}, with backward", ours, theirs, note)
+    print_row(f"{name} {B} x {T} x {d}, with backward", seconds, note)
 
 
 def main():
