@@ -90,6 +90,9 @@ use_gradient_checkpointing  false  compute the layers again going backward, to s
 d_in_tile          null            input channels that a full STU takes at once; null: all
 d_out_tile         null            output channels that an STU takes at once; null: all
 use_flash_fft      true            use FlashFFTConv where it is installed
+dtype              "auto"          float32, bfloat16 or float16; auto: 16 bits on CUDA, else 32
+compile            "auto"          true or false: compile the layers; auto: on CUDA
+engine             "ddp"           each process has the whole model (ddp) or a part of it (fsdp)
 """
 
 # Of this command alone
@@ -105,9 +108,6 @@ temperature        0.8             of sampling; 0 takes the most likely token
 top_k              50              sample from so many of the most likely tokens; 0: from all
 top_p              1.0             sample from the likely tokens that together have this probability
 device             "auto"          cpu, cuda or mps; auto: a GPU where there is one
-dtype              "auto"          float32, bfloat16 or float16; auto: 16 bits on CUDA, else 32
-compile            "auto"          true or false: compile the layers; auto: on CUDA
-engine             "ddp"           each process has the whole model (ddp) or a part of it (fsdp)
 wandb              ""              also log to this project of Weights & Biases
 """
 
@@ -179,6 +179,8 @@ given = vars(given)
 for name, value in given.items():
     if isinstance(value, int | float) and not 0 <= value < math.inf:
         parser.error(f"--{name} is {value}, but must be finite and not negative")
+    if name == "top_p" and value > 1:
+        parser.error(f"--top_p is a probability, at most 1, not {value}")
     if value == 0 and name in not_zero.split():
         parser.error(f"--{name} must not be 0")
 args = argparse.Namespace(**defaults | given)  # all settings
@@ -249,8 +251,10 @@ def load_checkpoint(folder):
     """The newest checkpoint of a run that is not damaged, or None where there is none at all."""
     found = checkpoints(folder)
     for path in reversed(found.values()):
-        with open(path, "rb") as file:  # a zip file, in which every part has a checksum
-            is_whole = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip() is None
+        try:  # it is a zip file, in which every part has a checksum
+            is_whole = zipfile.ZipFile(path).testzip() is None
+        except zipfile.BadZipFile:
+            is_whole = False
         if is_whole:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         say(f"{path} is damaged, so the one before it is taken")
@@ -525,11 +529,13 @@ def set_rates(step):
 in_one_piece = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process
 settings = {name: getattr(args, name) for name in kept_settings}
 data_checksum = zlib.crc32(json.dumps([meta["train"], meta["val"]]).encode())
-start_step = 0
+start_step = resumed["step"] if resumed else 0
+mean_step = mean_over_processes(start_step)
+if mean_over_processes(start_step != mean_step) > 0:
+    sys.exit(f"the processes found different checkpoints in {out_dir}: do they share this folder?")
 if resumed:
     if resumed.get("data_checksum", data_checksum) != data_checksum:
         sys.exit(f"{out_dir} was trained on other data than {args.data}: give another --out_dir")
-    start_step = resumed["step"]
     if start_step > args.steps:
         sys.exit(f"{out_dir} is already at step {start_step}: give more --steps")
     moments = {"state": resumed["optimizer"]["state"], "param_groups": []}  # rates are set anew
@@ -537,14 +543,12 @@ if resumed:
     if resumed["scaler"]:
         scaler.load_state_dict(resumed["scaler"])
     say(f"continuing {out_dir} after step {start_step}")
-if mean_over_processes(start_step) != start_step:
-    sys.exit(f"the processes found different checkpoints in {out_dir}: do they share this folder?")
 
 log_path = out_dir / "log.jsonl"
 if is_main:
     owner = lock(out_dir)  # for as long as this process lives
     if args.fresh and checkpoints(out_dir):
-        beside = time.strftime(f"{out_dir}.%Y-%m-%d_%H-%M-%S")
+        beside = f"{out_dir}.{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         out_dir.rename(beside)
         say(f"the run that was in {out_dir} is now in {beside}")
         owner = lock(out_dir)
@@ -656,7 +660,8 @@ for step in range(start_step, args.steps + 1):
     # Evaluate, save, show a sample; where a run is resumed this was done before
     orphaned = world_size > 1 and os.getppid() != torchrun
     stop = step == args.steps or mean_over_processes(stop_requested or orphaned) > 0
-    if (stop or step % args.eval_interval == 0) and not step == start_step > 0:
+    just_resumed = resumed and step == start_step
+    if (stop or step % args.eval_interval == 0) and not just_resumed:
         validate(step)
         if step > 0:
             save_checkpoint(step)
@@ -701,7 +706,7 @@ for step in range(start_step, args.steps + 1):
 # The end: a folder for FlashSTU.from_pretrained and for transformers, and a picture of the losses
 
 if step < args.steps:
-    say(f"stopped after step {step}, and saved; the same command continues")
+    say(f"stopped after step {step}; the same command continues from the last checkpoint")
 elif is_main:
     restore_model(load_checkpoint(out_dir)).save_pretrained(out_dir / "model")
     config_path = out_dir / "model" / "config.json"
