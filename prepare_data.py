@@ -1,319 +1,640 @@
 """
 Text in, token shards out: what train.py reads.
 
-    python prepare_data.py                                   the source of Python's standard library, as bytes
-    python prepare_data.py book.txt notes/ --out data/mine   files, folders: text, .jsonl, .jsonl.gz, .parquet
-    python prepare_data.py tinystories --val_fraction 0.01     or fineweb-edu, from the Hugging Face Hub
+    python prepare_data.py                                   Python's standard library, as bytes
+    python prepare_data.py book.txt notes/ --out data/mine   files, and folders of files
+    python prepare_data.py tinystories --val_fraction 0.01   or fineweb-edu, from the Hub
 
-The folder --out receives train_00000.npy, val_00000.npy, ... (flat uint16 or uint32 token ids, an end-of-text
-token after each document) and meta.json (the request, the files read, counts, checksums), which lists a shard
-when it is whole: the same command continues an interrupted run, and checks a finished one.
+A file is one text. But .json, .jsonl, .ndjson and .parquet files hold records, each with a text in
+the field that --field names. What ends in .gz is unpacked. The Hub is that of Hugging Face.
+
+The folder --out receives train_00000.npy, val_00000.npy, ... and meta.json. A shard is a flat array
+of token ids, uint16 or uint32, with an end-of-text token after each text. meta.json holds what was
+asked for, the files that were read, and the size and checksums of every shard that is complete. So
+the same command continues after an interruption, and checks a folder that is finished.
 """
 
 import gzip
-import importlib
 import json
 import os
 import re
+import secrets
 import sys
 import sysconfig
 import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-HUB = {  # name -> a repository of the Hugging Face Hub, and which of its files
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+# A corpus -> its repository on the Hugging Face Hub, and which files of that
+HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
     "tinystories": ("roneneldan/TinyStories", "data/train-*.parquet"),
 }
-LOCK = ".flash_stu.lock"  # in each folder that prepare_data.py or train.py writes to
-BLOCK = 1 << 20  # bytes of a shard that have one checksum
-SPLITS, END = ("train", "val"), "<|endoftext|>"
+SPLITS = ("train", "val")
+END_OF_TEXT = "<|endoftext|>"
+
+# ------------------------------------------------------------------------------------------------
+# Files and folders that survive an interruption
+
+LOCK = ".flash_stu.lock"  # is in each folder that prepare_data.py or train.py writes to
+TEMPORARY = ".flash_stu.tmp"  # ends the name of a file that is not yet complete
 
 
-@contextmanager
-def told(trouble: str, remedy: str = ""):
-    """What goes wrong with a user's files is one sentence."""
+def write_atomically(path, write):
+    """Let `write(file)` fill a temporary file, then rename it: `path` is never half written."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise SystemExit(f"cannot write {path}: a link, a folder or a device has this name")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        yield
-    except Exception as e:  # noqa: BLE001 (libraries have many)
-        raise SystemExit(f"{trouble}: {e!s:.200}{remedy}") from None
+        with open(temporary, "xb") as file:  # x: only if there is nothing of this name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        trouble = f"cannot write {path}: {error}. What was written before is intact."
+        raise SystemExit(trouble) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()  # it is still there only if something failed
 
 
-def need(module: str):
-    with told(f"an optional module is needed:  pip install {module.partition('.')[0]}"):
-        return importlib.import_module(module)
-
-
-def write_atomically(path: Path, write: Callable) -> None:
-    """`write` to a temporary file, then rename it: `path` is never half written."""
-    tmp = path.with_name(path.name + ".tmp")
-    with told(f"cannot write {path}", ". What was written before is intact."), ExitStack() as at_the_end:
-        at_the_end.callback(tmp.unlink, missing_ok=True)  # a full disk needs its space
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-
-
-def lock(folder: str | Path, wait: bool = False):
-    """Own a folder while the result is open; the operating system ends it with the process."""
+def lock(folder, wait=False):
+    """Own a folder while the returned file is open: until the process ends, in whatever way."""
     path = Path(folder) / LOCK
-    with told(f"cannot write to {folder}"):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")  # noqa: SIM115 (the caller holds it)
-        with suppress(ImportError):  # Windows has no such lock
-            fcntl = importlib.import_module("fcntl")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise SystemExit(f"{folder} is in use by process {path.read_text()}") from None
+        if fcntl:
+            at_once = 0 if wait else fcntl.LOCK_NB  # NB: raise BlockingIOError rather than wait
+            fcntl.flock(file, fcntl.LOCK_EX | at_once)
+            for leftover in path.parent.glob("*" + TEMPORARY):  # of a process that was killed
+                leftover.unlink()
         path.write_text(str(os.getpid()))
-        return file
+    except BlockingIOError:
+        raise SystemExit(f"{folder} is in use by process {path.read_text()}") from None
+    except OSError as error:
+        raise SystemExit(f"cannot write to {folder}: {error}") from None
+    return file
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# ------------------------------------------------------------------------------------------------
+# Tokenizers. encode(text) gives ids, int32 as torch likes them, decode(ids) the text without ends
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8. Byte 0 ends a text."""
+
+    name = "bytes"
+    n_vocab = 256
+    eot = 0
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int32)
+
+    def decode(self, tokens):
+        # a model may have more outputs than there are tokens
+        return bytes(token for token in tokens if 0 < token < 256).decode(errors="replace")
 
 
 class TiktokenTokenizer:
-    """bytes (of UTF-8; 0 ends a document), or an encoding that tiktoken fetches or has in TIKTOKEN_CACHE_DIR."""
+    """gpt2 or o200k_base, which tiktoken downloads, or finds in the folder TIKTOKEN_CACHE_DIR."""
 
-    def __init__(self, name: str):
-        if name not in ("bytes", "gpt2", "o200k_base"):
-            raise SystemExit(f"unknown tokenizer {name!r}: it is bytes, gpt2 or o200k_base")
-        ranks, tiktoken = {bytes([i]): i for i in range(256)}, need("tiktoken")
-        ours = {"pat_str": r"[\s\S]{1,64}", "mergeable_ranks": ranks, "special_tokens": {END: 0}}
-        with told(f"no network, and no {name} in TIKTOKEN_CACHE_DIR? tiktoken"):
-            encoding = tiktoken.Encoding(name, **ours) if name == "bytes" else tiktoken.get_encoding(name)
-        self.encoding, self.n_vocab, self.eot = encoding, encoding.n_vocab, encoding.eot_token
+    def __init__(self, name):
+        import tiktoken
 
-    def encode(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text.encode(errors="replace").decode(), disallowed_special=())
+        try:
+            self.encoding = tiktoken.get_encoding(name)
+        except OSError as error:
+            trouble = (
+                f"no network, and no {name} in TIKTOKEN_CACHE_DIR? tiktoken: {str(error)[:200]}"
+            )
+            raise SystemExit(trouble) from None
+        self.name = name
+        self.n_vocab = self.encoding.n_vocab
+        self.eot = self.encoding.eot_token
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        ranks = len(self.encoding._mergeable_ranks)  # not every id above is a token's
-        special = self.encoding.is_special_token
-        return self.encoding.decode([t for t in tokens if t != self.eot and (t < ranks or special(t))])
+    def encode(self, text):
+        text = text.encode(errors="replace").decode()  # tiktoken takes no lone surrogates
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+
+    def decode(self, tokens):
+        parts = []
+        for token in tokens:
+            if token != self.eot:
+                with suppress(KeyError):  # not every id below n_vocab is a token
+                    parts.append(self.encoding.decode_single_token_bytes(token))
+        return b"".join(parts).decode(errors="replace")
 
 
-get_tokenizer = TiktokenTokenizer  # by name
+def get_tokenizer(name):
+    if name == "bytes":
+        return ByteTokenizer()
+    if name in ("gpt2", "o200k_base"):
+        return TiktokenTokenizer(name)
+    raise SystemExit(f"unknown tokenizer {name!r}: it is bytes, gpt2 or o200k_base")
 
 
-def save_tokenizer(tokenizer: TiktokenTokenizer, folder: str | Path) -> None:
-    """Write it as transformers reads it, with the same ids, into a saved model's folder. Padding is byte FF,
-    which no text holds, on the right, to train; batches to generate from want padding_side="left"."""
-    transformers = need("transformers")
-    special, eot = dict(tokenizer.encoding._special_tokens), tokenizer.eot
-    ranks = {token: i for token, i in tokenizer.encoding._mergeable_ranks.items() if i != eot}
-    pad = special["<|padding|>"] = ranks.pop(b"\xff")
-    make = need("transformers.convert_slow_tokenizer").TikTokenConverter(pattern=tokenizer.encoding._pat_str)
-    make.load_tiktoken_bpe = lambda _: ranks | {name.encode(): i for name, i in special.items()}
+def save_tokenizer(tokenizer, folder):
+    """Write a tokenizer, with the same ids, into the folder of a saved model for transformers.
+
+    It pads on the right, for training; to generate from a batch set padding_side="left".
+    """
+    import transformers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    if isinstance(tokenizer, ByteTokenizer):
+        pattern = r"[\s\S]{1,64}"  # no token is longer than a byte, so a text is cut anywhere
+        ids = {bytes([i]): i for i in range(1, 256)}
+        special_ids = {END_OF_TEXT: 0}
+    else:
+        pattern = tokenizer.encoding._pat_str
+        ids = dict(tokenizer.encoding._mergeable_ranks)
+        special_ids = dict(tokenizer.encoding._special_tokens)
+    padding = ids.pop(b"\xff")  # no text in UTF-8 has this byte
+    special_ids["<|padding|>"] = padding
+    for token, i in special_ids.items():
+        ids[token.encode()] = i
+
+    class Converter(TikTokenConverter):
+        def load_tiktoken_bpe(self, tiktoken_url):  # which would read a file
+            return ids
+
+    converted = Converter(pattern=pattern).converted()
+    converted.model.unk_token = END_OF_TEXT  # for byte 0: `encode` gives it the same id, 0
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=make.converted(), eos_token=END, pad_token="<|padding|>", padding_side="right",
-        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(folder)  # fmt: skip
-    transformers.GenerationConfig(eos_token_id=eot, pad_token_id=pad).save_pretrained(folder)
+        tokenizer_object=converted,
+        eos_token=END_OF_TEXT,
+        pad_token="<|padding|>",
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
+    settings = transformers.GenerationConfig(eos_token_id=tokenizer.eot, pad_token_id=padding)
+    settings.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sources -> files -> texts -> pieces -> tokens -> shards
+# ------------------------------------------------------------------------------------------------
+# From here on in the order of the work: sources -> files -> texts -> pieces -> tokens -> shards.
 #
-# A piece ends before a space or behind a newline, where no token reaches across. Where 2^17 characters hold
-# no such place it ends all the same: tiktoken gives up on a million spaces.
-PIECE = re.compile(r".{16384,131072}?(?:(?<=\S)(?= )|(?<=\S)\n(?=\w)|\Z)|.{1,131072}", re.DOTALL)
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what UTF-8 has no byte for, and the end of a document of bytes
+# Sources -> files. `left_out` collects what is not read: {reason: [names of files or records]}
 
 
-def walk(folder: Path, left_out: dict) -> Iterator[Path]:
-    """The files below a folder, in an order that stays."""
+def standard_library():
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    paths = sorted(root.rglob("*.py"))
+    return [path for path in paths if not skipped & set(path.relative_to(root).parts)]
+
+
+def download(name):
+    from huggingface_hub import snapshot_download
+
+    repository, pattern = HUB[name]
+    folder = snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
+    return sorted(Path(folder).glob(pattern))
+
+
+def walk(folder, left_out):
+    """The files in a folder and in those below it, in the order of their names."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
-            left_out.setdefault("hidden", []).append(path)
-        elif os.path.isfile(path):
+            left_out["hidden"].append(path)
+        elif os.path.isfile(path):  # unlike path.is_file() also where one may not look
             yield path
         elif path.is_symlink() or not os.path.isdir(path) or (path / LOCK).exists():
-            left_out.setdefault("linked folders, pipes, outputs of prepare_data.py", []).append(path)
+            left_out["linked folders, pipes, outputs of prepare_data.py"].append(path)
         else:
             yield from walk(path, left_out)
 
 
-def find_files(sources: list[str], left_out: dict) -> dict[str, list[int]]:
-    """{path: size and time} of each file, in the order in which they are read."""
+def files_of(source, left_out):
+    path = Path(source)
+    if source == "stdlib":
+        return standard_library()
+    if source in HUB:
+        return download(source)
+    if source and path.is_file():
+        return [path]
+    if source and path.is_dir() and not (path / LOCK).exists():
+        return walk(path, left_out)
+    raise SystemExit(f"{source!r} is no file or folder of texts, nor stdlib, {', '.join(HUB)}")
+
+
+def size_and_time(path):
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def find_files(sources, left_out):
+    """{path: its size and time} of all files, in the order in which they are read."""
     files = {}
+    known = set()
     for source in sources:
-        path = Path(source)
-        if source == "stdlib":
-            root = Path(sysconfig.get_paths()["stdlib"])
-            skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-            found = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
-        elif source in HUB:
-            fetch, (repo, pattern) = need("huggingface_hub").snapshot_download, HUB[source]
-            found = sorted(Path(fetch(repo, repo_type="dataset", allow_patterns=pattern)).glob(pattern))
-        elif source and path.is_file():
-            found = [path]
-        elif source and path.is_dir() and not (path / LOCK).exists():
-            found = walk(path, left_out)
-        else:
-            raise SystemExit(f"{source!r} is no file or folder of texts, nor stdlib, {', '.join(HUB)}")
-        files |= {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in found}
+        for path in files_of(source, left_out):
+            status = path.stat()
+            identity = (status.st_dev, status.st_ino)  # the same under each name that a file has
+            if identity in known:
+                left_out["named before, maybe under another name"].append(path)
+            else:
+                known.add(identity)
+                files[str(path)] = size_and_time(path)
     return files
 
 
-def read_texts(files: Iterable[str], field: str, left_out: dict) -> Iterator[str]:
+# Files -> records -> texts
+
+PACKED = (".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst", ".lz4")
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # byte 0, which ends texts, and surrogates
+
+
+def parse_json(data):
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # no JSON, or too many brackets in each other
+        return None
+
+
+def json_lines(file):
+    for line in file:
+        if line.strip():
+            yield parse_json(line)
+
+
+def json_list(file):
+    """A .json file is a list of records, or a record, or holds one a line as .jsonl does."""
+    whole = parse_json(file.read())
+    if isinstance(whole, list):
+        return whole
+    if isinstance(whole, dict):
+        return [whole]
+    file.seek(0)
+    return json_lines(file)
+
+
+def read_parquet(file, path, field):
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        table = ParquetFile(file)
+        fields = table.schema_arrow.names
+        if field not in fields:
+            raise SystemExit(f"{path!r} has no field {field!r}: give --field one of {fields}")
+        for batch in table.iter_batches(1000, columns=[field]):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise SystemExit(f"cannot read {path!r}: {error}") from None
+
+
+def read_records(path, field):
+    """What a file holds, each text in a record {field: text}."""
+    name = path.lower()
+    open_file = gzip.open if name.endswith(".gz") else open
+    name = name.removesuffix(".gz")
+    with open_file(path, "rb") as file:
+        if name.endswith(".parquet"):
+            yield from read_parquet(file, path, field)
+        elif name.endswith((".jsonl", ".ndjson")):
+            yield from json_lines(file)
+        elif name.endswith(".json"):
+            yield from json_list(file)
+        else:
+            yield {field: file.read()}
+
+
+def texts_of(path, field, left_out):
+    for number, record in enumerate(read_records(path, field), 1):
+        if not isinstance(record, dict):  # a number, a list, a line that is no JSON
+            record = {}
+        text = record.get(field)
+        if isinstance(text, bytes):
+            # what is no UTF-8 becomes surrogates, which NO_TEXT finds
+            text = text.decode("utf-8-sig", errors="surrogateescape")
+        if isinstance(text, str) and not NO_TEXT.search(text):
+            yield text
+        else:
+            name = f"{path}, record {number}"
+            if field not in record:
+                name += f" with the fields {list(record)}"
+            left_out[f"no UTF-8 text, or none in the field {field!r}"].append(name)
+
+
+def read_texts(files, field, left_out):
     """The text of each file, or of each record of a file."""
-    for path in files:
-        with told(f"cannot read {path}"), open(path, "rb") as f:
-            if path.lower().endswith(".parquet"):
-                batches = need("pyarrow.parquet").ParquetFile(f).iter_batches(1000, columns=[field])
-                texts = (text for batch in batches for text in batch[field].to_pylist())
-            elif path.lower().endswith((".jsonl", ".jsonl.gz")):
-                texts = filter(bytes.strip, gzip.GzipFile(fileobj=f) if path.lower().endswith(".gz") else f)
-            else:
-                texts = [f.read().decode("utf-8-sig", "surrogateescape")]
-            for number, text in enumerate(texts, 1):
-                if isinstance(text, bytes):  # a line of .jsonl
-                    with suppress(ValueError, LookupError, TypeError, RecursionError):
-                        text = json.loads(text.decode("utf-8-sig"))[field]
-                if isinstance(text, str) and not NO_TEXT.search(text):
-                    yield text
-                else:
-                    why = f"no UTF-8 text, or none in the field {field!r}"
-                    left_out.setdefault(why, []).append(f"{path}, record {number}")
+    for path, listed in files.items():
+        if path.lower().removesuffix(".gz").endswith(PACKED):
+            left_out["packed in another way than .gz: unpack it first"].append(path)
+            continue
+        try:
+            yield from texts_of(path, field, left_out)
+        except (OSError, EOFError, zlib.error) as error:  # the last two: of gzip
+            raise SystemExit(f"cannot read {path!r}: {error}") from None
+        if size_and_time(path) != listed:
+            raise SystemExit(f"{path!r} changed while it was read: start again")
 
 
-def split_pieces(texts: Iterable[str], val_fraction: float, few: bool) -> Iterator[tuple[str, str, bool]]:
-    """(split, piece, is it the last of its text): all cores share a long text. Of a few texts the end of each
-    is for validation, of many whole ones, chosen by their content: copies of a text are in one split."""
+# Texts -> pieces. All cores can share a long text when it comes in pieces. A piece ends where no
+# token reaches across, so the tokens are those of the whole text
+
+Piece = namedtuple("Piece", "split text ends_text")
+PIECE = re.compile(
+    r"""
+    .{16384,131072}?       # at least 2^14 characters, then on to the first of these places:
+    (?: (?<=\S)(?=[ ])     #     before a space that follows a visible character,
+      | (?<=\S)\n(?=\w)    #     behind a newline between a visible character and a letter,
+      | \Z )               #     at the end of the text;
+    | .{1,131072}          # or 2^17 with no such place: tiktoken fails on a million spaces
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def are_few(texts, val_fraction):
+    """Are the different texts too few to give about twenty of them to the smaller split?"""
+    enough = int(20 / min(val_fraction, 1 - val_fraction))
+    enough = min(enough, 1_000_000)  # what follows is kept in memory
+    different = {hash(text) for text in islice(texts, 2 * enough)}  # some of them are copies
+    return len(different) < enough
+
+
+def split_text(text, val_fraction, few):
+    """Of a few texts the end of each is for validation.
+
+    Of many, whole texts are, chosen by their content, so that copies of one are in the same split.
+    """
+    if few:
+        cut = int(len(text) * (1 - val_fraction))
+        return [("train", text[:cut]), ("val", text[cut:])]
+    place = zlib.crc32(text.encode()) / 2**32  # from 0 to 1, by chance, but the same for a copy
+    return [("val" if place < val_fraction else "train", text)]
+
+
+def make_pieces(texts, val_fraction, few):
     for text in texts:
-        train = 1 - val_fraction if few else zlib.crc32(text.encode()) >= val_fraction * 2**32
-        cut = int(len(text) * train)
-        for split, part in zip(SPLITS, (text[:cut], text[cut:])):
+        for split, part in split_text(text, val_fraction, few):
             pieces = PIECE.findall(part)
-            yield from ((split, piece, i == len(pieces)) for i, piece in enumerate(pieces, 1))
+            for number, piece in enumerate(pieces, 1):
+                yield Piece(split, piece, ends_text=number == len(pieces))
 
 
-def read_meta(folder: Path) -> dict | None:
-    """meta.json vouches for itself: with its checksum right, every entry is there and of its type."""
+# Pieces -> tokens
+
+
+def encode_pieces(pieces, tokenizer):
+    """Each piece with its tokens, in order. tiktoken works outside the interpreter's lock."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(islice(pieces, 256)):
+            encoded = pool.map(tokenizer.encode, [piece.text for piece in batch])
+            for piece, tokens in zip(batch, encoded):
+                if piece.ends_text:
+                    tokens = np.append(tokens, tokenizer.eot)
+                yield piece, tokens.astype(dtype)
+
+
+# Tokens -> shards, and meta.json, which lists them
+
+BLOCK = 1 << 20  # each so many bytes of a shard have a checksum
+
+
+def shard_path(folder, split, number):
+    return folder / f"{split}_{number:05d}.npy"
+
+
+def checksums(path, step=1):
+    """The size of a file, then the CRC-32 of each of its blocks, or of every `step`th."""
+    size = path.stat().st_size
+    sums = [size]
+    with open(path, "rb") as file:
+        for start in range(0, size, BLOCK * step):
+            file.seek(start)
+            sums.append(zlib.crc32(file.read(BLOCK)))
+    return sums
+
+
+def checksum_of(meta):
+    return zlib.crc32(json.dumps(meta).encode())
+
+
+def read_meta(folder):
+    """What meta.json holds, or None where there is none."""
     path = folder / "meta.json"
-    with told(f"cannot use {path}", f": delete {folder} and prepare it again"):
-        if path.exists():
-            meta = json.loads(path.read_bytes())
-            if meta.pop("checksum", None) != zlib.crc32(json.dumps(meta).encode()):
-                raise ValueError("damaged, edited, or of an earlier version of prepare_data.py")
-            return meta
+    if not path.is_file():
+        return None
+    meta = parse_json(path.read_bytes())
+    if not isinstance(meta, dict) or meta.pop("checksum", None) != checksum_of(meta):
+        trouble = f"cannot use {path}: damaged, edited, or of an early version of prepare_data.py"
+        raise SystemExit(f"{trouble}: delete {folder} and prepare it again")
+    return meta
 
 
-def checksums(path: Path, step: int = 1) -> list[int]:
-    """The size of a file, and the CRC-32 of every block, or of every `step`th."""
-    data = np.memmap(path, np.uint8, mode="r")
-    return [len(data), *(zlib.crc32(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK * step))]
+def write_meta(folder, meta):
+    text = json.dumps({"checksum": checksum_of(meta)} | meta)
+    write_atomically(folder / "meta.json", lambda file: file.write(text.encode()))
 
 
-def open_data(folder: str | Path, full: bool = False) -> tuple[dict, dict[str, list[np.memmap]]]:
-    """meta.json and the shards of a prepared folder, checked: some 32 MiB of each shard, or all of it."""
-    folder, opened = Path(folder), {split: [] for split in SPLITS}
-    meta = read_meta(folder)
-    if not meta or not meta["complete"]:
-        raise SystemExit(f"{folder} is not complete:  python prepare_data.py YOUR_FILES --out {folder}")
-    for split, shards in opened.items():
-        for i, sums in enumerate(meta[split]["shards"]):
-            path, step = folder / f"{split}_{i:05d}.npy", 1 if full else max(1, len(sums) // 32)
-            with told(f"cannot use {path}", f": delete {folder} and prepare it again"):
-                if checksums(path, step) != sums[:1] + sums[1::step]:
-                    raise ValueError("it is not what prepare_data.py wrote")
-                shards.append(np.load(path, mmap_mode="r"))
-    return meta, opened
-
-
-def write_shards(folder: Path, meta: dict, waiting: dict[str, list]) -> None:
-    """All tokens that wait, a shard for each split; then meta.json, which lists them."""
+def write_shards(folder, meta, waiting):
+    """Write the tokens that wait, a shard for each split, then meta.json, which lists them."""
     for split, arrays in waiting.items():
         if arrays:
-            path = folder / f"{split}_{len(meta[split]['shards']):05d}.npy"
-            write_atomically(path, lambda f, arrays=arrays: np.save(f, np.concatenate(arrays)))
-            meta[split]["shards"].append(checksums(path))
+            shards = meta[split]["shards"]
+            path = shard_path(folder, split, len(shards))
+            write_atomically(path, partial(np.save, arr=np.concatenate(arrays)))
+            shards.append(checksums(path))
             arrays.clear()
-    whole = {"checksum": zlib.crc32(json.dumps(meta).encode())} | meta
-    write_atomically(folder / "meta.json", lambda f: f.write(json.dumps(whole).encode()))
+    write_meta(folder, meta)
+
+
+def show_progress(meta):
+    """On one line, again and again; `prepare` ends that line."""
+    print(f"\r{meta['train']['tokens']:,} tokens to train", end="", file=sys.stderr, flush=True)
+
+
+def write_tokens(folder, meta, encoded, shard_tokens):
+    """Collect the tokens of both splits, and write them whenever there are `shard_tokens`."""
+    waiting = {split: [] for split in SPLITS}
+    n_waiting = 0
+    for piece, tokens in encoded:
+        waiting[piece.split].append(tokens)
+        n_waiting += len(tokens)
+        counts = meta[piece.split]
+        counts["tokens"] += len(tokens)
+        counts["bytes"] += len(piece.text.encode())
+        if piece.ends_text:
+            counts["bytes"] += 1  # the end-of-text token counts as one byte
+        meta["pieces"] += 1
+        if meta["pieces"] % 256 == 0:
+            show_progress(meta)
+        if n_waiting >= shard_tokens:
+            write_shards(folder, meta, waiting)
+            n_waiting = 0
+    show_progress(meta)
+    meta["complete"] = all(meta[split]["tokens"] for split in SPLITS)
+    if meta["complete"]:
+        write_shards(folder, meta, waiting)
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole way
+
+
+def start_or_continue(folder, request):
+    """The meta.json of an earlier run with the same request, or that of a new one."""
+    progress = {split: {"tokens": 0, "bytes": 0, "shards": []} for split in SPLITS}
+    progress["complete"] = False
+    progress["pieces"] = 0  # how many are in the shards
+    meta = read_meta(folder)
+    if not meta:
+        return request | progress
+    for name in sorted(set(request | meta) - set(progress)):
+        before = meta.get(name, "absent")
+        now = request.get(name, "absent")
+        if before != now:
+            trouble = f"{folder} was made with {name!r}: {before}, now {now}"
+            raise SystemExit(f"{trouble}: choose another --out")
+    return meta
 
 
 def prepare(
-    sources: list[str] | None = None, out: str | Path = "data/stdlib", tokenizer: str = "bytes",
-    field: str = "text", val_fraction: float = 0.1, shard_tokens: int = 100_000_000,
-) -> dict:  # fmt: skip
-    """Write the shards of the sources to `out` -> what meta.json holds. Safe to interrupt and to repeat.
-    No sources: the default data; once complete it is good; another process that makes it is waited for."""
-    folder, tok, left_out, default = Path(out), get_tokenizer(tokenizer), {}, sources is None
-    if default and (meta := read_meta(folder)) and meta["complete"]:
-        return meta
-    sources = sources or ["stdlib"]
-    if shard_tokens < 1 or not 0 < val_fraction < 1:
-        raise SystemExit(f"need {shard_tokens = } of at least 1, {val_fraction = } between 0 and 1")
+    sources=None,
+    out="data/stdlib",
+    tokenizer="bytes",
+    field="text",
+    val_fraction=0.1,
+    shard_tokens=100_000_000,
+):
+    """Write the shards of the sources to the folder `out`, and return what its meta.json holds.
+
+    Without sources it makes the default data, for train.py: if another process is making them it
+    waits, and once complete they are good, whichever Python they come from.
+    """
+    folder = Path(out)
+    default = sources is None
+    if default:
+        sources = ["stdlib"]
+        meta = read_meta(folder)
+        if meta and meta["complete"]:
+            return meta
+    if shard_tokens < 1:
+        raise SystemExit(f"shard_tokens is {shard_tokens}, but must be at least 1")
+    if not 0 < val_fraction < 1:
+        raise SystemExit(f"val_fraction is {val_fraction}, but must be between 0 and 1")
     if folder.resolve() in [Path(source).resolve() for source in sources]:
         raise SystemExit(f"{folder} is to be written, it cannot be a source")
+    encoder = get_tokenizer(tokenizer)
+    left_out = defaultdict(list)
     with lock(folder, wait=default):
-        files = find_files(sources, left_out)
-        request = {"sources": sources, "tokenizer": tokenizer, "val_fraction": val_fraction, "field": field}
-        request |= {"vocab_size": tok.n_vocab, "eot": tok.eot} | {f"file {f}": s for f, s in files.items()}
-        new = {s: {"tokens": 0, "bytes": 0, "shards": []} for s in SPLITS} | {"complete": False, "pieces": 0}
-        meta = read_meta(folder) or request | new
-        for name in sorted((request | meta).keys() - new):
-            if (was := meta.get(name, "absent")) != (now := request.get(name, "absent")):
-                raise SystemExit(f"{out} was made with {name}: {was}, now {now}: choose another --out")
+        try:
+            files = find_files(sources, left_out)
+        except OSError as error:
+            raise SystemExit(f"cannot read {sources}: {str(error)[:300]}") from None
+        request = {
+            "sources": sources,
+            "tokenizer": tokenizer,
+            "val_fraction": val_fraction,
+            "field": field,
+            "vocab_size": encoder.n_vocab,
+            "eot": encoder.eot,
+        }
+        request |= {f"file {path}": stamp for path, stamp in files.items()}
+        meta = start_or_continue(folder, request)
         if meta["complete"]:
             return meta
-        n = int(min(20 / min(val_fraction, 1 - val_fraction), 1e6))  # texts give about 20 to a split
-        few = len(set(map(hash, islice(read_texts(files, field, {}), 2 * n)))) < n
-        pieces = split_pieces(read_texts(files, field, left_out), val_fraction, few)
-        todo = islice(pieces, meta["pieces"], None)  # what no shard holds yet
-        waiting, waits = {split: [] for split in SPLITS}, 0
-        eot = np.array([tok.eot], np.uint16 if tok.n_vocab <= 2**16 else np.uint32)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter lock
-            while batch := list(islice(todo, 256)):
-                encoded = pool.map(tok.encode, [piece for _, piece, _ in batch])
-                for (split, piece, last), ids in zip(batch, encoded):
-                    waiting[split] += [ids.astype(eot.dtype), eot[:last]]
-                    waits += len(ids) + last
-                    meta[split]["tokens"] += len(ids) + last
-                    meta[split]["bytes"] += len(piece.encode()) + last
-                    meta["pieces"] += 1
-                    if waits >= shard_tokens:
-                        write_shards(folder, meta, waiting)
-                        waits = 0
-                print(f"\r{meta['train']['tokens']:,} tokens to train", end="", file=sys.stderr, flush=True)
+        few = are_few(read_texts(files, field, defaultdict(list)), val_fraction)
+        pieces = make_pieces(read_texts(files, field, left_out), val_fraction, few)
+        missing = islice(pieces, meta["pieces"], None)  # those that no shard holds yet
+        try:
+            write_tokens(folder, meta, encode_pieces(missing, encoder), shard_tokens)
+        finally:
+            print(file=sys.stderr)  # ends the line of the progress, whatever comes next
         for reason, names in left_out.items():
-            print(f"\nleft out {len(names)}: {reason} ({names[0]})", end="", file=sys.stderr)
-        meta["complete"] = all(meta[split]["tokens"] for split in SPLITS)
-        if not meta["complete"]:
-            raise SystemExit(f"\n{', '.join(sources)}: not enough text for two splits, train and val")
-        write_shards(folder, meta, waiting)
-        return meta
+            print(f"left out {len(names)}: {reason} ({str(names[0])!r})", file=sys.stderr)
+    if not meta["complete"]:
+        raise SystemExit(f"{sources}: not enough text for two splits, train and val")
+    return meta
 
 
-def main() -> None:
+# ------------------------------------------------------------------------------------------------
+# The way back: what train.py reads
+
+
+def open_data(folder, full=False):
+    """What meta.json holds, and {split: [its shards]}.
+
+    They are checked: if `full` every byte, else some 32 MiB of a shard, so that it opens fast.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if not meta or not meta["complete"]:
+        command = f"python prepare_data.py YOUR_FILES --out {folder}"
+        raise SystemExit(f"{folder} is not complete:  {command}")
+    opened = {split: [] for split in SPLITS}
+    for split, shards in opened.items():
+        for number, (size, *sums) in enumerate(meta[split]["shards"]):
+            path = shard_path(folder, split, number)
+            step = 1 if full else max(1, len(sums) // 32)  # check every so many blocks
+            if not path.is_file() or checksums(path, step) != [size, *sums[::step]]:
+                trouble = f"cannot use {path}: it is not what prepare_data.py wrote"
+                raise SystemExit(f"{trouble}: delete {folder} and prepare it again")
+            shards.append(np.load(path, mmap_mode="r"))
+    return meta, opened
+
+
+def read_tokens(shards, start, stop):
+    """Tokens `start` to `stop` of a split, as if its shards were one long array."""
+    parts = []
+    for shard in shards:
+        if start < len(shard) and stop > 0:
+            parts.append(shard[max(0, start) : stop])
+        start -= len(shard)  # now they count from the beginning of the next shard
+        stop -= len(shard)
+    return np.concatenate(parts)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="*", default=["stdlib"], help="files, folders, or a name from above")
-    parser.add_argument("--out", help="folder for the shards (default: data/<first source>)")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, gpt2 or o200k_base")
-    parser.add_argument("--field", default="text", help="holds the text in .jsonl, .parquet and Hub data")
-    parser.add_argument("--val_fraction", type=float, default=0.1, help="share of the validation split")
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens a shard")
+    add = parser.add_argument
+    add("sources", nargs="*", default=["stdlib"], help="files, folders, or a name from above")
+    add("--out", help="folder for the shards (default: data/<first source>)")
+    add("--tokenizer", default="bytes", help="bytes, gpt2 or o200k_base")
+    add("--field", default="text", help="holds the text in records of JSON, .parquet and the Hub")
+    add("--val_fraction", type=float, default=0.1, help="share of the validation split")
+    add("--shard_tokens", type=int, default=100_000_000, help="tokens of a shard")
     args = parser.parse_args()
-    coding = "" if args.tokenizer == "bytes" else f"-{args.tokenizer}"
-    args.out = args.out or f"data/{Path(args.sources[0]).resolve().stem}{coding}"
+    if not args.out:
+        name = Path(args.sources[0]).resolve().stem
+        args.out = "data/" + re.sub(r"[^\w.-]", "_", name)  # the command below can be pasted
+        if args.tokenizer != "bytes":
+            args.out += f"-{args.tokenizer}"
     try:
-        prepare(**vars(args))
-        open_data(args.out, full=True)
-    except (OSError, KeyboardInterrupt) as e:
-        raise SystemExit(str(e) or "interrupted: the same command continues") from None
-    print(f"\n{args.out} is ready: python train.py --data {args.out}", file=sys.stderr)
+        meta = prepare(**vars(args))
+        open_data(args.out, full=True)  # read every byte back, also of a folder made long ago
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command continues") from None
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"this needs:  pip install {error.name}") from None
+    shortest = min(meta[split]["tokens"] for split in SPLITS)
+    if shortest <= 256:  # train.py reads 256 tokens at once, unless told otherwise
+        print(f"a short text: --seq_len can be at most {shortest - 1}", file=sys.stderr)
+    print(f"{args.out} is ready: python train.py --data {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,59 @@
-"""Flash STU in one file: spectral transform units, sliding-window attention, from filters to language model.
+"""
+Flash STU in one file: a language model of spectral transform units and sliding-window attention.
 
-    from stu import STU    one layer, [B, T, d_in] -> [B, T, d_out]; needs torch and numpy, nothing else
+    from stu import STU, FlashSTU, FlashSTUConfig
 
-The idea. A linear dynamical system with state matrix eigenvalue α answers an impulse with 1, α, α², ... To
-learn such systems without learning α, filter the input with the few signals that span all of these decays:
-the top eigenvectors of the sum over α of their outer products, each weighted by (1-α)², which is a fixed
-Hankel matrix. Only linear maps are learned; the memory (thousands of steps) is in the fixed filters.
-Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.10489), "SpectraLDS" (2505.17868).
+It needs PyTorch and NumPy (to save and load a model also safetensors).
+
+The idea. A linear dynamical system turns inputs x into outputs y through a hidden state h,
+    h_t = A h_{t-1} + B x_t,    y_t = C h_t.
+After an impulse the state is B, A B, A² B, ..., so along an eigenvector of A with eigenvalue α it
+decays as 1, α, α², α³, ... A recurrent layer has to learn these α, which is hard when the memory is
+long. A spectral transform unit (STU) does not learn them. It filters its input with a few fixed
+signals, of which every decay is very nearly a weighted sum, and it learns only linear maps around
+them. Section 2 finds the best such signals: they are the top eigenvectors of one fixed matrix.
+
+How to read this file. Sections 1 to 6 are a complete language model that trains: settings, filters,
+convolution, the STU layer, attention, block and model. Sections 7 to 11 are what a user wants
+besides: to go on from a state, to write text, variants, saving and loading, Hugging Face.
+
 The letters, everywhere in this file:
-    B batch    T length of this input    L seq_len, the length of the filters    d, d_in, d_out channels
-    K  number of eigenvectors φ_1..φ_K of the Hankel matrix Z (`num_eigh`), each a signal of length L
-    Φ  the filter bank [L, F]: F = 2K filters φ_k(t), (-1)^t φ_k(t); Hankel-L has both signs inside: F = K
-    M  what is learned, [F, d_in, d_out]: M_f takes the output of filter f to the layer's output
-    A, b, C  the same bank as a linear dynamical system with n states: Φ[t, f] = C_f A^t b
-    S  the state of that system, [B, n, d]: what an STU layer remembers (no system fits: its last L inputs)
-    w  attention window: a token sees itself and the w tokens before it; [B, H, T, hd] are H heads of size hd
-F is also torch.nn.functional; check(right, wanted, given) raises unless right. It and settings: section 7."""
+    B  batch size
+    T  length of the input at hand
+    d  number of channels; a layer maps d_in channels to d_out
+    L  length of the filters, `seq_len`
+    K  number of eigenvectors, `num_eigh`
+    φ  the eigenvectors, signals of length L: phi [L, K]
+    Φ  the filter bank [L, 2K]: each φ_k(t), and its alternating twin (-1)^t φ_k(t). (The filters
+       of "Hankel-L", section 2, have both signs in themselves. There Φ is φ.)
+    M  the weights of an STU
 
+Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.10489), "SpectraLDS"
+(2505.17868).
+"""
+
+import cmath
 import json
+import math
 import shutil
 import sys
+import tempfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
-from math import ceil, inf, log, log2
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, arange, cat, einsum, nn
+from numpy.polynomial import legendre
+from torch import nn
 from torch.fft import irfft, rfft
 from torch.utils.checkpoint import checkpoint
 
-try:  # optional, CUDA only: plain PyTorch gives the same results. (transformers requires what has no `try`)
+# Two optional libraries for CUDA. Plain PyTorch gives the same results without them.
+try:
     from flash_attn import flash_attn_func
 except ImportError:
     flash_attn_func = None
@@ -41,134 +61,394 @@ try:
     from flashfftconv import FlashFFTConv
 except ImportError:
     FlashFFTConv = None
-on_cuda_16_bit = lambda t: t.is_cuda and t.element_size() == 2  # what these two take
-# By length, not kept in a layer: its buffers would enter the state_dict
-flash_fft = lru_cache(maxsize=16)(lambda n, dtype, device: FlashFFTConv(n, dtype=dtype).to(device))
 
-SpectralLDS = namedtuple("SpectralLDS", "powers b C")  # A^0 .. A^chunk [chunk + 1, n, n], b [n], C [F, n]
-LayerState = namedtuple("LayerState", "tensors owner seen")  # [B, ...] each; of which layer; inputs so far
-Output = namedtuple("Output", "loss logits state")  # one of loss and logits [B, T, vocab_size]; see `hidden`
+# ---- 1. Settings ---------------------------------------------------------------------------------
 
 
-# ---- 1. The filters: eigenvectors of a Hankel matrix that is never built -----------------------------------
-# Z_ij = 2 / ((i+j)^3 - (i+j)) = ∫_0^1 (1-α)² α^(i+j-2) dα, i, j = 1..L, is a sum over decays α of rank-one
-# terms; Hankel-L is a sum over decays of both signs: Z_ij = ∫_-1^1 (1-α²)² α^(i+j-2) dα (2312.06837, app.).
-# Substitute α = exp(-e^x), and the trapezoid rule over x converges exponentially: Z = G Gᵀ with one column of
-# G for each decay, G[t, m] = √dα_m (1-α_m) α_m^t. The left singular vectors of G are the eigenvectors of Z.
-# `eigh(Z)` would give noise after 16 filters (L = 40; 20 at 128), whose eigenvalues are 1e-16 of the largest.
-# Singular values, their roots, fall half as fast: filters are right to 1e-5 up to K = 24 (L = 40), 26 (64).
-def get_spectral_filters(seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32):
-    """The top K eigenvectors of Z, each times (its eigenvalue)^¼ (the papers' scale): [seq_len, K]."""
-    c = FlashSTUConfig(seq_len=seq_len, num_eigh=K, use_hankel_L=use_hankel_L)  # checks them
-    L, K, signs = c.seq_len, c.num_eigh, 2 if c.use_hankel_L else 1
-    # e^x = -ln α, from where α = 0 (e^-45) to where α^L = 1 (1 - e^-12) or (1-α)² dα ~ (e^-21)³ is nothing
-    rate = np.exp(np.arange(3.8, max(-12 - log(L), -21), -0.1))  # [m], in steps dx = 0.1
-    d_alpha = 0.1 * rate * np.exp(-rate)  # |dα| = e^x α dx
-    weight = -np.expm1(-signs * rate) * np.sqrt(d_alpha)  # √dα (1-α); Hankel-L: √dα (1-α²)
-    G = torch.from_numpy(np.exp(-np.arange(L)[:, None] * rate) * weight)  # [L, m]
-    Q, R = torch.linalg.qr(both_signs(G) if c.use_hankel_L else G)  # [L, m], [m, m], in O(L m²); 2m for both
-    U, sigma, _ = torch.linalg.svd(R)  # [m, m]: G = (Q U) diag(σ) Vᵀ
-    wanted = f"length {L} has {len(sigma)} filters, of floating-point dtype"
-    check(len(sigma) >= K and dtype.is_floating_point, wanted, f"{K = }, {dtype}")
-    phi = Q @ U[:, :K] * sigma[:K].sqrt()  # √σ = λ^¼
-    phi = phi * phi[:signs].sum(0).sign()  # positive at the first lag; Hankel-L: the first two, one of them 0
+def check_integer(name, value, least=1):
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return int(value)
+
+
+def check_number(name, value, most):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
+        raise ValueError(f"{name} must be a number from 0 to {most:g}, got {value!r}")
+    return float(value)
+
+
+def check_flag(name, value):
+    if value is not True and value is not False:
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_window(value):
+    """A window w, which may also be written as flash-attn does, (w, 0) -> w."""
+    if isinstance(value, tuple | list) and len(value) == 2 and value[1] == 0:
+        value = value[0]
+    return check_integer("window_size", value, least=0)
+
+
+def check_heads(d_model, n_heads):
+    if d_model % (2 * n_heads) != 0:
+        raise ValueError(f"{d_model} channels are not {n_heads} heads of the same even size")
+
+
+def check_floating(dtype):
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating-point, got {dtype}")
+
+
+@dataclass
+class FlashSTUConfig:
+    n_embd: int = 1536  # width d of the model
+    n_layers: int = 26  # layers 0, 2, 4, ... are STU, layers 1, 3, 5, ... attention
+    n_heads: int = 8  # of an attention layer
+    seq_len: int = 8192  # length of the filters; inputs may be longer
+    window_size: int = 1024  # how many tokens before itself a token attends to
+    num_eigh: int = 24  # number of eigenvectors
+    vocab_size: int = 200064
+    mlp_scale: float = 4.0  # hidden width of the MLP, as a multiple of n_embd
+    bias: bool = False  # in the linear layers
+    dropout: float = 0.0
+    use_hankel_L: bool = False  # the other Hankel matrix of the paper, see section 2
+    use_approx: bool = True  # the smaller of two kinds of STU, STU-T; see section 4
+    use_tensorized: bool = False  # filters made of short ones, see section 9
+    use_flash_fft: bool = True  # FlashFFTConv, where it is installed
+    use_stu: bool = True  # False: attention in every layer
+    use_attn: bool = True  # False: STU in every layer
+    softcap: float = 50.0  # bound on attention logits; 0 turns it off
+    stu_enable_mlp_sandwich: bool = False  # an STU between two linear layers, see FlashSTUBlock
+    stu_mlp_hidden_size: int | None = None  # its width there; None: that of the MLP
+    d_in_tile: int | None = None  # these two bound the memory of the convolution,
+    d_out_tile: int | None = None  # the smaller the less; the results are the same
+    use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
+    torch_dtype: str = "bfloat16"  # of the weights; to train, choose "float32" and autocast
+    max_angle: float = 0.0  # in degrees; > 0: filters also for systems that oscillate, section 2
+
+    def __post_init__(self):
+        for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
+            setattr(self, name, check_integer(name, getattr(self, name)))
+        for name in ("stu_mlp_hidden_size", "d_in_tile", "d_out_tile"):
+            if getattr(self, name) is not None:
+                setattr(self, name, check_integer(name, getattr(self, name)))
+        self.mlp_scale = check_number("mlp_scale", self.mlp_scale, most=1e6)
+        self.dropout = check_number("dropout", self.dropout, most=1.0)
+        self.softcap = check_number("softcap", self.softcap, most=1e6)
+        self.max_angle = check_number("max_angle", self.max_angle, most=90.0)
+        for name in ("use_stu", "use_attn", "use_approx", "use_hankel_L", "use_tensorized"):
+            check_flag(name, getattr(self, name))
+        for name in ("use_flash_fft", "use_gradient_checkpointing", "stu_enable_mlp_sandwich"):
+            check_flag(name, getattr(self, name))
+        check_flag("bias", self.bias)
+        self.window_size = check_window(self.window_size)
+        self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")  # text, as JSON wants it
+        if self.torch_dtype not in ("float64", "float32", "bfloat16", "float16"):
+            raise ValueError(f"torch_dtype must be a floating-point dtype, got {self.torch_dtype}")
+        if not self.use_stu and not self.use_attn:
+            raise ValueError("use_stu and use_attn are both False: no layer is left")
+        if self.use_attn:
+            check_heads(self.n_embd, self.n_heads)
+
+    def to_dict(self):
+        return asdict(self)
+
+
+# ---- 2. The filters ------------------------------------------------------------------------------
+#
+# Which few signals does one need, so that weighted sums of them come close to every decay? Write the
+# decay of α as a vector a = (1, α, α², ...). As in a principal component analysis, the best signals
+# are the top eigenvectors of the sum of all a aᵀ. With the paper's weight (1-α)², under which slow
+# decays do not outweigh the others, this sum has a closed form, the Hankel matrix
+#     Z_ij = ∫ (1-α)² α^(i-1) α^(j-1) dα = 2 / ((i+j)^3 - (i+j)),    α from 0 to 1, i, j = 1..L.
+# The second Hankel matrix of the paper, "Hankel-L", has α from -1 to 1 and the weight (1-α²)².
+#
+# We never build Z. An integral is nearly a sum over many values of α, so Z = G Gᵀ, where G has a
+# column for each of these α, with the entries √dα (1-α) α^t, t = 0..L-1. The left singular vectors
+# of G are the eigenvectors of Z, and the eigenvalues of Z are the squares of its singular values.
+# This is not only cheaper, it is also what makes the filters right. In float64 one cannot see an
+# eigenvalue of Z that is 1e-16 of the largest, and at L = 64 all but the first 18 are smaller. For
+# singular values, the square roots, that limit is reached only after twice as many.
+
+
+def get_spectral_filters(
+    seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32, max_angle=0.0
+):
+    """The top K eigenvectors of the Hankel matrix, leading one first: phi [seq_len, K].
+
+    As in the papers each is multiplied by the fourth root of its eigenvalue. With max_angle, in
+    degrees, the integral is over decays r e^(iθ), |θ| <= max_angle, and systems that ring can be
+    learned too. They take about K = 20 + seq_len · max_angle / 180 filters.
+    """
+    L = check_integer("seq_len", seq_len)
+    K = check_integer("num_eigh", K)
+    max_angle = check_number("max_angle", max_angle, most=90.0)
+    check_floating(dtype)
+    # The decays are α = exp(-rate), and log(rate) is evenly spaced. For a smooth function that goes
+    # to zero at both ends, as ours then does, such a sum is as good as the integral: with half the
+    # spacing no filter that is used changes by more than 1e-12. The fastest decay has
+    # forgotten everything after one step. The slowest is constant over L lags, or so slow that the
+    # weight (1-α)² dα is less than 1e-26.
+    spacing = 0.1
+    lowest_log_rate = max(-12 - math.log(L), -21)
+    rate = np.exp(np.arange(3.8, lowest_log_rate, -spacing))
+    d_alpha = spacing * rate * np.exp(-rate)  # since dα = -α rate d(log rate)
+    exponent = 2 if use_hankel_L else 1
+    one_minus = -np.expm1(-exponent * rate)  # 1-α, or 1-α² for Hankel-L
+    weight = np.sqrt(d_alpha) * one_minus
+    t = np.arange(L)
+    G = torch.from_numpy(np.exp(-np.outer(t, rate)) * weight)  # [L, number of decays]
+    if use_hankel_L:
+        G = both_signs(G)
+    # The SVD of a tall matrix by way of a small one: G = Q R = Q (U diag(σ) Vᵀ).
+    Q, R = torch.linalg.qr(G)
+    U, sigma, _ = torch.linalg.svd(R)
+    phi = Q @ U
+    if max_angle > 0:
+        seen = sigma > 1e-16 * sigma[0]
+        G = (phi * sigma)[:, seen]  # Z = G Gᵀ, with fewer columns than before
+        phi, sigma = filters_of_a_sector(G, K, math.radians(max_angle))  # section 9
+    if K > len(sigma):
+        raise ValueError(f"num_eigh must be at most {len(sigma)} at length {L}, got {K}")
+    phi = phi[:, :K]
+    phi = phi * sigma[:K].sqrt()  # the eigenvalue is σ², its fourth root √σ
+    # An eigenvector has no sign of its own. We make each positive at its first lag. (Those of
+    # Hankel-L are zero at every second lag, so there we look at the first two.)
+    first = phi[0]
+    if use_hankel_L:
+        first = phi[:2].sum(dim=0)
+    phi = phi * first.sign()
     return phi.to(device=device, dtype=dtype)
 
 
 def both_signs(phi):
-    """φ [L, K] -> the bank Φ = [φ, (-1)^t φ], [L, 2K]."""
-    sign = (-1) ** arange(len(phi), device=phi.device)[:, None]
-    return cat([phi, sign * phi], dim=1)
+    """Decays α^t become decays of both signs, α^t and (-α)^t: [L, K] -> [L, 2K]."""
+    sign = (-1) ** torch.arange(len(phi), device=phi.device)
+    return torch.cat([phi, sign[:, None] * phi], dim=1)
 
 
 def stu_formula(x, bank, M):
-    """The papers' layer (2312.06837, section 2; 2409.10489, equation 1); all that follows is this, faster:
-        y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk,  U⁺_tk = Σ_i φ_k(i) x_{t-i},  U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
-    x [B, T, d_in], bank Φ [>= T, F], M [F, d_in, d_out] = M⁺_1..M⁺_K, M⁻_1..M⁻_K -> y [B, T, d_out]."""
-    y = []
+    """The layer as the papers define it (2312.06837, section 2; 2409.10489, equation 1):
+
+        y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk
+        U⁺_tk = Σ_i φ_k(i) x_{t-i},    U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
+
+    x [B, T <= L, d_in], bank [L, 2K], M [2K, d_in, d_out] (all M⁺, then all M⁻) -> y [B, T, d_out].
+    This function is here to be read, and for the tests. The layer below computes it faster.
+    """
+    outputs = []
     for t in range(x.shape[1]):
-        past = x[:, : t + 1].flip(1)  # x_t, x_{t-1}, ..., x_0: [B, t + 1, d_in]
-        y.append(einsum("if,bid,fdo->bo", bank[: t + 1], past, M))
-    return torch.stack(y, dim=1)
+        past = x[:, : t + 1].flip(1)  # x_t, x_{t-1}, ..., x_0
+        U = torch.einsum("ik,bid->bkd", bank[: t + 1], past)  # k over all 2K filters
+        outputs.append(torch.einsum("bkd,kdo->bo", U, M))
+    return torch.stack(outputs, dim=1)
 
 
-# ---- 2. The same as a convolution: FFT over the whole sequence, for training -------------------------------
+class FilterBank:
+    """The filters Φ [L, 2K] of a layer, in float64, and the same as a recurrence (section 7).
+
+    A bank is no part of a module, because a module that is cast to 16 bits must keep its filters.
+    """
+
+    def __init__(self, filters, **fit_options):
+        if not isinstance(filters, torch.Tensor) or filters.ndim != 2:
+            raise ValueError("filters must be a tensor [seq_len, number of filters]")
+        check_floating(filters.dtype)
+        if not filters.isfinite().all() or not filters.any():
+            raise ValueError("filters must be finite, and not all zero")
+        self.filters = filters.detach().double().cpu()
+        self.lds = fit_recurrence(self.filters, **fit_options)  # None if no recurrence fits
+        self.copies = {}
+        self.recipe = (partial(FilterBank, **fit_options), (self.filters,))
+
+    def __reduce__(self):  # a pickled bank is the recipe to make it
+        return self.recipe
+
+    # A compiler takes the result, which is the same at every call, for a constant.
+    @torch.compiler.assume_constant_result
+    def on(self, device, dtype):
+        """Copies of the filters and the recurrence for inputs of this dtype, float32 or better."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        if (device, dtype) not in self.copies:
+            # Under inference_mode the copies could never be used to train. And each is a copy, also
+            # where there is nothing to convert, so that nobody can change the original.
+            with torch.inference_mode(False):
+                filters = self.filters.to(device, dtype, copy=True)
+                lds = None
+                if self.lds is not None:
+                    lds = SpectralLDS(*(t.to(device, dtype, copy=True) for t in self.lds))
+            self.copies[device, dtype] = (filters, lds)
+        return self.copies[device, dtype]
+
+
+@lru_cache(maxsize=32)
+def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False, max_angle=0.0):
+    """The bank of eigenvectors; all layers with the same filters share it."""
+    if use_tensorized and max_angle > 0:
+        raise ValueError(f"with use_tensorized=True max_angle must be 0, got {max_angle}")
+    if use_tensorized:
+        phi = get_tensorized_spectral_filters(seq_len, K, use_hankel_L, dtype=torch.float64)
+    else:
+        phi = get_spectral_filters(seq_len, K, use_hankel_L, None, torch.float64, max_angle)
+    bank = FilterBank(phi if use_hankel_L else both_signs(phi), max_angle=max_angle)
+    bank.recipe = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
+    return bank
+
+
+# ---- 3. The convolution --------------------------------------------------------------------------
+
+
 def fft_size(n):
-    """The smallest 2^a, 3·2^a, 5·2^a, 9·2^a or 15·2^a that is >= n: the lengths on which FFTs are fast."""
-    return min(m << max(0, ceil(log2(n / m))) for m in (1, 3, 5, 9, 15))
+    """A length of at least n for which FFTs are fast: a power of two, or three quarters of one."""
+    power = 2 ** math.ceil(math.log2(n))
+    shorter = power * 3 // 4
+    return shorter if shorter >= n else power
 
 
-class RealFFT(torch.autograd.Function):
-    # apply(x, n, None): rfft of x on n points; apply(x_f, n, T): the first T values of the signal of x_f.
-    # Each is the derivative of the other. (PyTorch's of rfft takes a complex FFT of full length.) The weights
-    # per frequency that this leaves out, n and 1 or 2, cancel only when a signal goes there and back.
-    generate_vmap_rule = True  # for torch.func
+def fft_conv(u, h, most_channels=None):
+    """Causal convolution of each channel with a filter of its own: y_t = Σ_i h_i u_{t-i}.
 
-    @staticmethod
-    def forward(x, n, T):
-        return rfft(x, n=n) if T is None else irfft(x, n=n)[..., :T]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.n, T = inputs
-        ctx.T = x.shape[-1] if T is None else None
-
-    @staticmethod
-    def backward(ctx, grad):
-        return RealFFT.apply(grad, ctx.n, ctx.T), None, None
+    u [B, d, T], h [d, at most T] -> y [B, d, T]. most_channels: so many are computed at a time.
+    """
+    B, d, T = u.shape
+    n = fft_size(T + h.shape[1] - 1)  # on fewer points the end would wrap around to the beginning
+    # A few channels at a time: measured, this is fastest while their spectra fit into the cache.
+    points = 2**24 if u.is_cuda else 2**19
+    tile = min(most_channels or d, points // (B * n))
+    tile = max(tile, 1)
+    outputs = []
+    for u_tile, h_tile in zip(u.split(tile, dim=1), h.split(tile, dim=0)):
+        y_f = rfft(u_tile.to(h.dtype), n=n) * rfft(h_tile, n=n)
+        outputs.append(irfft(y_f, n=n)[..., :T])
+    return torch.cat(outputs, dim=1)
 
 
-def fft_conv(u, h, tile):
-    """Causal convolution of each channel, u [B, d, T], h [d, <= T], as many at a time as the cache holds."""
-    n, y = fft_size(u.shape[2] + h.shape[1] - 1), []  # on fewer points the end wraps around
-    tile = max(1, min(tile, (2**24 if u.is_cuda else 2**19) // (len(u) * n)))
-    for u_i, h_i in zip(u.split(tile, dim=1), h.split(tile)):
-        y_f = RealFFT.apply(u_i, n, None) * RealFFT.apply(h_i, n, None)
-        y.append(RealFFT.apply(y_f, n, u.shape[2]))
-    return cat(y, dim=1)
+def recompute(function, *inputs):
+    """function(*inputs), of which the backward pass computes the intermediate results again."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False)
 
 
-# ---- 3. The STU layer --------------------------------------------------------------------------------------
-# By `stu_formula` all branches are one sum over the bank Φ:  y = Σ_f (Φ_f * x) M_f.
-# STU-T:  M_f = M_inputs · diag(M_filters[f]), hence y = (x M_inputs) * (Φ M_filters): one filter a channel.
-# Each branch has its own rows of M_filters: with M⁺ = M⁻ the kernel is ∝ 1 + (-1)^t, blind to odd lags.
-class Mixer(nn.Module):  # what the layers of both kinds share; each defines `mix`
-    def forward(self, x, state=None, use_cache=False, attention_mask=None):
-        """x [B, T, d_in] -> y, or (y, state) with use_cache. attention_mask [B, >= past + T], 0 at
-        padding, the last columns count. `mix` gives y and the tensors to remember."""
-        right = x.ndim == 3 and x.shape[1] >= 1 and x.shape[2] == self.d_in and x.is_floating_point()
-        check(right, f"input must be floating-point [batch, length >= 1, {self.d_in} channels]", x)
-        T, own = x.shape[1], f"{len(x)} sequences in a layer ({self.extra_repr()})"
-        tensors, owner, seen = state or (None, own, 0)
-        check(owner == own, f"this layer wants a state of {own}", f"one of {owner}")
-        mask = check_mask(attention_mask, len(x), seen + T)
-        if mask is not None:
-            x = x.masked_fill(~mask[:, -T:, None], 0)  # whatever stood there
-        y, tensors = self.mix(x, tensors, seen, mask, use_cache)
-        if not use_cache:
-            return y
-        return y, LayerState(tuple(t.clone() for t in tensors), own, seen + T)  # a slice would hold all of x
+def full_stu_conv(x, filters, M, most_entries):
+    """The full STU, y = Σ_k (Φ_k convolved with x) M_k.
+
+    x [B, T, d_in], filters [at most T, 2K], M [2K, d_in, d_out] -> y [B, T, d_out].
+    In the frequency domain a convolution is a product. So at each frequency ω the whole layer is
+    one matrix Σ_k Φ_k(ω) M_k, and the outputs of all filters, [B, T, 2K, d_in], are never formed.
+    At most `most_entries` entries of these matrices exist at a time.
+    """
+    T = x.shape[1]
+    _, d_in, d_out = M.shape
+    n = fft_size(T + len(filters) - 1)
+    x_f = rfft(x.to(filters.dtype), n=n, dim=1).transpose(0, 1)  # [frequencies, B, d_in]
+    filters_f = rfft(filters, n=n, dim=0)  # [frequencies, 2K]
+
+    def multiply(x_band, filters_band):
+        matrices = filters_band @ M.flatten(1).to(filters_band.dtype)  # [band, d_in · d_out]
+        return x_band @ matrices.view(-1, d_in, d_out)  # [band, B, d_out]
+
+    band = max(1, most_entries // (d_in * d_out))  # so many frequencies at a time
+    outputs = []
+    for x_band, filters_band in zip(x_f.split(band), filters_f.split(band)):
+        outputs.append(recompute(multiply, x_band, filters_band))
+    y_f = torch.cat(outputs).transpose(0, 1)  # [B, frequencies, d_out]
+    return irfft(y_f, n=n, dim=1)[:, :T]
 
 
-class STU(Mixer):
-    """Spectral transform unit: [B, T, d_in] -> [B, T, d_out] for any T >= 1, causal. `options` are fields of
-    FlashSTUConfig; precomputed_filters: base filters of your own [seq_len, K], or a FilterBank. In pieces of
-    any size: stu(x, state, use_cache=True) -> (y, state), from state None. Pieces, and T > seq_len, recur
-    where a recurrence fits; for the rest, backend "fft" convolves, "lds" recurs, "auto" takes the faster."""
+# ---- 4. The STU layer ----------------------------------------------------------------------------
 
-    def __init__(self, d_in, d_out, seq_len=None, num_eigh=24, *, precomputed_filters=None, backend="auto",
-                 config=None, **options):  # fmt: skip
+# What a layer remembers of the tokens before (section 7): tensors [B, ...], and how many tokens it
+# has read, a tensor without dimensions.
+LayerState = namedtuple("LayerState", "memory position")
+
+
+def check_input(x, channels):
+    if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != channels or not x.is_floating_point():
+        wanted = f"floating-point [batch, length >= 1, {channels} channels]"
+        raise ValueError(f"input must be {wanted}, got {x.dtype} {list(x.shape)}")
+
+
+def check_mask(mask, B, T):
+    """attention_mask, 1 at tokens and 0 at padding, as booleans [B, T].
+
+    In generation transformers gives a mask of all tokens so far, so it may be longer than the
+    input at hand: only its last T columns count.
+    """
+    right = mask.ndim == 2 and len(mask) == B and mask.shape[1] >= T
+    if right and mask.dtype != torch.bool and not torch.compiler.is_compiling():
+        right = ((mask == 0) | (mask == 1)).all()
+    if not right:
+        wanted = f"[{B}, at least {T}], 1 at tokens and 0 at padding"
+        raise ValueError(f"attention_mask must be {wanted}, got {mask.dtype} {list(mask.shape)}")
+    return mask[:, -T:].bool()
+
+
+class STU(nn.Module):
+    """Spectral transform unit: [B, T, d_in] -> [B, T, d_out] for any T >= 1, causal.
+
+    The full STU (use_approx=False) has a matrix M [2K, d_in, d_out], a linear map for each filter.
+    STU-T has fewer weights, M_k = M_inputs · diag(M_filters[k]). Then the layer is a projection
+    x M_inputs, and a convolution of each channel with a filter of its own, a column of Φ M_filters.
+    In M and M_filters φ_k and its alternating twin have separate rows. With one row for both, as in
+    the published code, φ_k(t) + (-1)^t φ_k(t) is zero at every odd lag.
+
+    precomputed_filters: other filters than the eigenvectors, phi [seq_len, K] or a FilterBank.
+    backend: "fft" convolves if the whole input is given and is no longer than seq_len, "lds" runs
+    the recurrence of section 7 also then. For the other options see FlashSTUConfig.
+    """
+
+    def __init__(
+        self,
+        d_in,
+        d_out,
+        seq_len,
+        num_eigh=24,
+        *,
+        use_approx=True,
+        use_hankel_L=False,
+        use_tensorized=False,
+        max_angle=0.0,
+        use_flash_fft=True,
+        d_in_tile=None,
+        d_out_tile=None,
+        precomputed_filters=None,
+        backend="fft",
+    ):
         super().__init__()
-        c = config or FlashSTUConfig(seq_len=seq_len, num_eigh=num_eigh, use_attn=False, **options)
-        self.d_in, self.d_out = setting("d_in", d_in, int), setting("d_out", d_out, int)
-        self.config, self.backend, bank = c, backend, precomputed_filters
-        if bank is None:
-            bank = standard_bank(c.seq_len, c.num_eigh, c.use_hankel_L, c.use_tensorized)
-        self.bank = bank if isinstance(bank, FilterBank) else FilterBank(bank, c.use_hankel_L)
+        self.d_in = check_integer("d_in", d_in)
+        self.d_out = check_integer("d_out", d_out)
+        self.seq_len = check_integer("seq_len", seq_len)
+        self.d_in_tile = check_integer("d_in_tile", d_in if d_in_tile is None else d_in_tile)
+        self.d_out_tile = check_integer("d_out_tile", d_out if d_out_tile is None else d_out_tile)
+        check_flag("use_approx", use_approx)
+        check_flag("use_hankel_L", use_hankel_L)
+        check_flag("use_tensorized", use_tensorized)
+        self.use_approx = use_approx
+        self.use_flash_fft = use_flash_fft
+        self.backend = backend
+        if backend not in ("fft", "lds"):
+            raise ValueError(f'backend must be "fft" or "lds", got {backend!r}')
+
+        self.has_own_filters = precomputed_filters is not None
+        if precomputed_filters is None:
+            self.bank = standard_bank(
+                self.seq_len, num_eigh, use_hankel_L, use_tensorized, max_angle
+            )
+        elif isinstance(precomputed_filters, FilterBank):
+            self.bank = precomputed_filters
+        elif use_hankel_L:
+            self.bank = FilterBank(precomputed_filters)
+        else:
+            self.bank = FilterBank(both_signs(precomputed_filters))
         L, n_filters = self.bank.filters.shape
-        check(L == c.seq_len, f"the filters must have length seq_len = {c.seq_len}", L)
-        check(backend in ("auto", "fft", "lds"), 'backend must be "auto", "fft" or "lds"', repr(backend))
-        if c.use_approx:
+        if L != seq_len:
+            raise ValueError(f"filters must have the length {seq_len = }, got {L}")
+        # Filters that were given are saved and loaded with the weights (section 10).
+        self.register_state_dict_post_hook(save_own_filters)
+        self.register_load_state_dict_pre_hook(load_own_filters)
+
+        if use_approx:
             self.M_inputs = nn.Parameter(torch.empty(d_in, d_out))
             self.M_filters = nn.Parameter(torch.empty(n_filters, d_out))
         else:
@@ -176,585 +456,1244 @@ class STU(Mixer):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """White input of unit variance gives output of about unit variance, whatever the filters' scales."""
-        std, gain = self.d_in**-0.5, self.bank.gain
-        for name, p in self.named_parameters():
-            nn.init.normal_(p, std={"M_inputs": std, "M_filters": 1 / gain, "M": std / gain}[name])
+        """White input of unit variance gives output of about unit variance.
 
-    def extra_repr(self):
-        kind, (L, n_filters) = "STU-T" if self.config.use_approx else "full STU", self.bank.filters.shape
-        return f"{kind}, {self.d_in} -> {self.d_out}, {n_filters} filters of length {L}"
-
-    def mix(self, x, state, seen, mask, use_cache):
-        c, T, (S,) = self.config, x.shape[1], state or (None,)
-        u, M = (x @ self.M_inputs, self.M_filters) if c.use_approx else (x, self.M)
-        dtype, (filters, lds) = u.dtype, self.bank.on(u)  # [L, F]; [] where no recurrence fits (section 4)
-        # For few sequences (measured) the full STU recurs: its convolution's matrices cost the same for any B
-        few = self.backend == "auto" and not c.use_approx and 64 * len(x) <= self.d_out
-        with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
-            u, M = u.to(filters.dtype), M.to(filters.dtype)  # at least float32 (on CUDA in TF32, if allowed)
-            if lds and (few or self.backend == "lds" or state or use_cache or T > c.seq_len):
-                y, S = recur(u, S, lds, M)
-            else:  # a convolution; where no recurrence fits, the state S is the inputs before
-                u = u if S is None else cat([S, u], dim=1)
-                y, S = self.convolve(u, filters[: u.shape[1]], M, dtype), u[:, -c.seq_len :]
-        return y[:, -T:].to(dtype), (S,)
-
-    def convolve(self, u, filters, M, dtype):
-        """Σ_f (Φ_f * u) M_f, with M [F, d] for STU-T; dtype is what u had before."""
-        c, tile = self.config, self.config.d_out_tile or self.d_out
-        if len(u) == 0:  # FFTs refuse an empty batch
-            return u @ u.new_zeros(u.shape[2], self.d_out)
-        if not c.use_approx:
-            return full_conv(u, filters, M, tile * (c.d_in_tile or self.d_in))
-        u, h = u.transpose(1, 2), M.T @ filters.T  # [B, d, T], [d, <= T]
-        if c.use_flash_fft and FlashFFTConv and on_cuda_16_bit(u.to(dtype)):
-            return flash_fft_conv(u.to(dtype), h).transpose(1, 2)
-        return fft_conv(u, h, tile).transpose(1, 2)
-
-
-# ---- 4. The same filters as a linear dynamical system, for input in pieces and past seq_len ----------------
-# A filter is a mixture of decays, so a bank of them is the impulse response of one system with poles ±α:
-#     S_t = A S_{t-1} + b u_t,   y_t = C S_t,   that is   Φ[t] = C A^t b.
-# With a diagonal A the states of slow poles are large, nearly equal, and cancel in y: float32 loses the
-# weakest filters. So we take orthonormal coordinates (the Takenaka-Malmquist basis): a chain of all-pass
-# sections, one for each pole p. Section i holds S_i; v_i enters it, v_{i+1} leaves for the next; v_1 is u:
-#     S_i ← p_i S_i + g_i v_i,     v_{i+1} = g_i S_i - p_i v_i     (the old S_i in both), g_i = √(1-p_i²).
-# Unrolled, with P_i = Π_{j<i} (-p_j):  A_ij = g_i P_i · g_j / P_{j+1} for j < i,  A_ii = p_i,  b_i = g_i P_i.
-# The n states answer an impulse with signals ψ(t) = A^t b that are orthonormal on t = 0..∞: |C_f| is the norm
-# of filter f, never large, and float32 is right to 1e-6. As Σ_{t<L} ψ(t)ψ(t)ᵀ = I - A^L A^Lᵀ, one linear
-# solve gives the least-squares fit on t < L with a penalty of `fade`² on the energy past L (it may grow).
-class FilterBank:
-    """Base filters φ [L, K], with both signs unless Hankel-L, as bank Φ [L, F] and as recurrence, None where
-    none fits: one object for all layers that use it, in float64 on the CPU; `on` hands out copies."""
-
-    def __init__(self, phi, use_hankel_L=False, **fit):
-        self.filters = (phi if use_hankel_L else both_signs(phi)).detach().double().cpu()
-        self.gain = np.linalg.norm(self.filters)  # √ Σ_f |Φ_f|²
-        self.lds, self.copies = fit_recurrence(self.filters, **fit), {}
-
-    def on(self, u):
-        """Filters and recurrence for an input u. Never below float32: poles near 1 would coincide."""
-        key = u.device, torch.promote_types(u.dtype, torch.float32)
-        if key in self.copies:
-            return self.copies[key]
-        with torch.inference_mode(False):  # wherever this is called first, one can train afterwards
-            filters, *lds = (t.to(*key, copy=True) for t in (self.filters, *(self.lds or ())))
-        if type(filters) is Tensor:  # not a fake one, of torch.compile or of a dry run
-            self.copies[key] = filters, lds
-        return filters, lds
-
-
-@lru_cache(maxsize=32)
-def standard_bank(seq_len, K, use_hankel_L, use_tensorized):
-    make = get_tensorized_spectral_filters if use_tensorized else get_spectral_filters
-    return FilterBank(make(seq_len, K, use_hankel_L, dtype=torch.float64), use_hankel_L)
-
-
-def fit_recurrence(filters, n_pairs=0, chunk=64, fade=1e-5, tolerance=1e-6):
-    """The system of n = 2 n_pairs states (0: enough for any K) that answers an impulse with `filters` [L, F];
-    None where it errs by more than `tolerance` of the largest value or does not fade: Kronecker products."""
-    phi, L = filters.numpy(), len(filters)
-    n_pairs = n_pairs or max(56, round(5 * log(8 * L)))
-    decay = np.exp(-np.exp(np.linspace(-log(L), log(8), n_pairs)))  # memories: L to 1/8 steps
-    p = np.stack([decay, -decay], axis=1).ravel()
-    g, P = np.sqrt((1 - p) * (1 + p)), np.cumprod([1, *-p])
-    b = g * P[:-1]
-    A, psi = np.diag(p) + np.tril(np.outer(b, g / P[1:]), -1), [b]
-    while len(psi) < L:
-        psi.append(A @ psi[-1])
-    psi, A_L = np.stack(psi), np.linalg.matrix_power(A, L)  # [L, n], [n, n]
-    C = np.linalg.solve(np.eye(len(A)) - (1 - fade**2) * A_L @ A_L.T, psi.T @ phi).T
-    error = np.abs(psi @ C.T - phi).max() / np.abs(phi).max()
-    past_L = np.linalg.norm(C @ A_L, axis=1).max() / np.linalg.norm(phi, axis=0).max()
-    if error <= tolerance and past_L <= 5e4 * tolerance:
-        powers = np.stack([np.linalg.matrix_power(A, i) for i in range(chunk + 1)])
-        return SpectralLDS(*map(torch.from_numpy, (powers, b, C)))
-
-
-def recur(u, S, lds, M):
-    """Σ_f (Φ_f * u) M_f as a recurrence over chunks: u [B, T, d], S [B, n, d] (None: 0) -> y [B, T, d_out],
-    S after the last input. M is [F, d] (STU-T: filter Σ_f M[f, c] Φ_f for channel c) or [F, d, d_out]."""
-    (powers, b, C), T = lds, u.shape[1]
-    size = min(T, len(powers) - 1)  # of a chunk
-    psi = powers[:size] @ b  # [size, n], ψ(t) = A^t b
-    S = u.new_zeros(len(u), len(b), u.shape[2]) if S is None else S
-    chunks = []  # of each, its inputs (zeros after the last) and the state S before it: [B, size + n, d]
-    for piece in u.split(size, dim=1):
-        r = piece.shape[1]
-        chunks.append(cat([F.pad(piece, (0, 0, 0, size - r)), S], dim=1))
-        S = powers[r] @ S + psi[:r].flip(0).T @ piece  # A^r S + Σ_i A^(r-1-i) b u_i: [n, r] @ [B, r, d]
-    # Within a chunk y_t = Σ_{i<=t} C A^(t-i) b u_i + C A^(t+1) S: one matrix for inputs and state
-    t = arange(size, device=u.device)
-    toeplitz = F.pad(psi @ C.T, (0, 0, 0, size))[t[:, None] - t]  # [t, i, F]; lags < 0 find the zeros
-    to_filters = cat([toeplitz.transpose(1, 2), C @ powers[1 : size + 1]], dim=2)  # [t, F, size + n]
-    if M.ndim == 2:  # all chunks at once: [chunks, B, size, d]
-        to_outputs = einsum("tfi,fd->tid", to_filters, M)
-        y = einsum("tid,cbid->cbtd", to_outputs, torch.stack(chunks)).unbind()
-    else:  # one by one, for the filter outputs of a chunk are large: [B, size, F·d] @ [F·d, d_out]
-        mix = lambda v: einsum("tfi,bid->btfd", to_filters, v).flatten(2) @ M.flatten(0, 1)
-        y = piece_by_piece(mix, chunks)
-    return cat(y, dim=1)[:, :T], S
-
-
-# ---- 5. Sliding-window attention ---------------------------------------------------------------------------
-def rotary(x, start):
-    """Rotate channels (i, i + hd/2) of x [B, H, T, hd] by angles proportional to the position start + t."""
-    half = x.shape[-1] // 2
-    exact = torch.float32 if x.device.type == "mps" else torch.float64  # float32 drifts past 10^5 tokens
-    rate = 10000.0 ** (-arange(half, device=x.device, dtype=exact) / half)
-    angle = arange(start, start + x.shape[2], device=x.device)[:, None] * rate  # [T, hd/2]
-    cos, sin = angle.cos().float(), angle.sin().float()
-    x1, x2 = x.split(half, dim=-1)
-    return cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
-
-
-def windowed_attention(q, k, v, window, softcap=0.0, attention_mask=None):
-    """q [B, H, T, hd]; k, v [B, H, past + T, hd]: query i sees key past + i and the `window` keys before it.
-    Logits q·k/√hd pass through softcap·tanh(·/softcap) if softcap > 0. attention_mask [B, >= past + T] is
-    False at padding, which its own query alone sees (a softmax over nothing is NaN). O(T·w) in time."""
-    tile = 512 if q.is_cuda else 128  # of queries
-    q_tiles, y = q.split(tile, dim=2), []
-    cuts = [k.shape[2] - q.shape[2], *(q_i.shape[2] for q_i in q_tiles)]  # the past, then as the queries
-    k_tiles, v_tiles = k.split(cuts, dim=2), v.split(cuts, dim=2)  # once: a slice's gradient is as long
-    for i, q_i in enumerate(q_tiles):
-        near = slice(max(0, i + 1 - ceil(window / tile)), i + 2)  # of keys: 0 is the past, i + 1 is its own
-        k_i, v_i = cat(k_tiles[near], dim=2), cat(v_tiles[near], dim=2)
-        position = arange(k_i.shape[2], device=q.device)  # of the keys; the queries are the last of them
-        lag = position[-q_i.shape[2] :, None] - position  # [queries, keys]
-        visible = (lag >= 0) & (lag <= window)
-        if attention_mask is not None:  # [B, 1, queries, keys]
-            mask_tiles = attention_mask[:, None, None, -k.shape[2] :].split(cuts, dim=3)
-            visible = visible & cat(mask_tiles[near], dim=3) | (lag == 0)
-        if softcap == 0:
-            y.append(F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=visible))
+        For u = x M_inputs this is so with weights of variance 1 / d_in. The filter of a channel,
+        Σ_k Φ_k(t) M_filters[k], then has to have Σ_t of its squares 1, on average.
+        """
+        gain = self.bank.filters.norm().item()  # √(Σ_k |Φ_k|²)
+        if self.use_approx:
+            nn.init.normal_(self.M_inputs, std=self.d_in**-0.5)
+            nn.init.normal_(self.M_filters, std=1 / gain)
         else:
-            logits = softcap * torch.tanh(q_i @ k_i.transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap))
-            y.append(logits.masked_fill(~visible, -inf).softmax(-1) @ v_i)
-    return cat(y, dim=2)
-
-
-class SlidingWindowAttention(Mixer):
-    """Causal multi-head attention over oneself and the `window_size` tokens before, called as an STU is."""
-
-    def __init__(self, d_model=None, n_heads=None, window_size=1024, softcap=50.0, config=None, **options):
-        super().__init__()
-        self.config = c = config or FlashSTUConfig(
-            n_embd=d_model, n_heads=n_heads, window_size=window_size, softcap=softcap, **options
-        )
-        self.d_in = c.n_embd
-        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, c.bias)
-        self.c_proj = nn.Linear(c.n_embd, c.n_embd, c.bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.n_embd // c.n_heads, eps=1e-6) for _ in "qk")
-
-    def extra_repr(self):
-        return f"{self.config.n_embd} channels, {self.config.n_heads} heads, window {self.config.window_size}"
-
-    def mix(self, x, state, seen, mask, use_cache):
-        c, w = self.config, self.config.window_size
-        q, k, v = self.c_attn(x).unflatten(-1, (3, c.n_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, hd]
-        q, k = (rotary(t, seen).to(v.dtype) for t in (self.q_norm(q), self.k_norm(k)))
-        if state:
-            k, v = (cat(pair, dim=2) for pair in zip(state, (k, v)))
-        if flash_attn_func and on_cuda_16_bit(q) and mask is None:
-            q_k_v = (t.transpose(1, 2) for t in (q, k, v))  # it wants [B, T, H, hd]
-            y = flash_attn_func(*q_k_v, causal=True, window_size=(w, 0), softcap=c.softcap)
-        else:
-            y = windowed_attention(q, k, v, w, c.softcap, mask).transpose(1, 2)
-        return self.c_proj(y.flatten(2)), [t[:, :, max(0, t.shape[2] - w) :] for t in (k, v)]
-
-
-# ---- 6. Variants: the full STU as a convolution, Kronecker filters, FlashFFTConv ---------------------------
-def piece_by_piece(function, *tensors):
-    """[function(a_i, b_i, ...) for the pieces of `tensors`], each recomputed in backward, to save memory."""
-    if len(tensors[0]) > 1 and torch.is_grad_enabled():
-        function = partial(checkpoint, function, use_reentrant=False)
-    return [function(*pieces) for pieces in zip(*tensors)]
-
-
-def full_conv(x, filters, M, tile):
-    """Σ_f (Φ_f * x) M_f for x [B, T, d_in], filters [<= T, F], M [F, d_in, d_out] -> [B, T, d_out]: at each
-    frequency ω one matrix Σ_f Φ_f(ω) M_f, so the filter outputs [B, T, F, d_in] are never formed."""
-    matrices = lambda filters_f: (filters_f @ M.flatten(1).to(filters_f.dtype)).unflatten(1, M.shape[1:])
-    mix = lambda x_f, filters_f: x_f @ matrices(filters_f)  # [band, B, d_in], [band, F] -> [band, B, d_out]
-    n, band = fft_size(x.shape[1] + len(filters) - 1), max(1, 64 * tile // M[0].numel())
-    x_f, filters_f = rfft(x, n=n, dim=1).transpose(0, 1), rfft(filters, n=n, dim=0)
-    y_f = cat(piece_by_piece(mix, x_f.split(band), filters_f.split(band)))
-    return irfft(y_f.transpose(0, 1), n=n, dim=1)[:, : x.shape[1]]
-
-
-def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
-    """φ_i ⊗ φ_j of k' = min(k, side) filters of length side = ⌈√(n-2)⌉ (as published: 0 past side²)."""
-    side = ceil(max(n - 2, 1) ** 0.5)
-    small = get_spectral_filters(side, min(k, side), use_hankel_L, device, torch.float64)
-    bank = torch.kron(small, small)[:n]  # [min(side², n), k'²]
-    return F.pad(bank, (0, 0, 0, n - len(bank))).to(dtype)  # [n, k'²]
-
-
-def flash_fft_conv(u, h):
-    """fft_conv by FlashFFTConv for u in 16 bits: n points, a power of two >= 256; channels in sixteens."""
-    (_, d, T), n = u.shape, 2 ** max(8, (2 * u.shape[2] - 1).bit_length())
-    u, h = (F.pad(t, (0, n // 2 - t.shape[-1], 0, -d % 16)).contiguous() for t in (u, h))
-    return flash_fft(n, u.dtype, u.device)(u, h)[:, :d, :T]
-
-
-# ---- 7. Settings, and the doors at which what is given is checked ------------------------------------------
-SETTINGS = {  # annotation -> kinds of numpy's dtypes that may be given, least value, how that is called
-    bool: ("b", False, "True or False"),
-    int: ("iu", 1, "a positive integer"),
-    int | tuple: ("iu", 0, "w or (w, 0), w >= 0 tokens before"),
-    float: ("iuf", 0, "a finite number >= 0"),
-}
-
-
-def check(right, wanted, given):
-    """Unless it is right, an error that says what was wanted and given (of a tensor, dtype and shape)."""
-    if not right:
-        got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else given
-        raise ValueError(f"{wanted}, got {got}")
-
-
-def setting(name, given, annotation):
-    """The Python number or bool that was given, as such or as numpy's; an error if it is none of these."""
-    value, (kinds, least, wanted) = np.asarray(given), SETTINGS[annotation]
-    right = value.ndim == 0 and value.dtype.kind in kinds and least <= value < inf
-    check(right, f"{name} must be {wanted}", repr(given))
-    return value.item()
-
-
-@dataclass
-class FlashSTUConfig:
-    n_embd: int = 1536  # width d
-    n_layers: int = 26  # even layers are STU, odd layers attention
-    n_heads: int = 8  # of the attention layers
-    seq_len: int = 8192  # length of the filters; longer inputs are legal, the filters fade out past it
-    window_size: int | tuple = 1024  # w, or flash-attn's (w, 0), kept as w
-    num_eigh: int = 24  # K
-    vocab_size: int = 200064
-    mlp_scale: float = 4.0  # SwiGLU's hidden width over n_embd
-    bias: bool = False  # of the linear layers
-    dropout: float = 0.0  # after the embedding and on both branches of a block
-    use_hankel_L: bool = False  # the Hankel matrix of decays of both signs
-    use_approx: bool = True  # STU-T; False: the full STU
-    use_tensorized: bool = False  # Kronecker filters, min(K, √seq_len)² of them
-    use_flash_fft: bool = True  # FlashFFTConv where installed
-    use_stu: bool = True  # False: attention in every layer
-    use_attn: bool = True  # False: STU in every layer
-    softcap: float = 50.0  # of attention logits; 0 turns it off
-    stu_enable_mlp_sandwich: bool = False  # up-project, SiLU, STU at that width, down-project
-    stu_mlp_hidden_size: int = None  # the sandwich's width; None: n_embd · mlp_scale
-    d_in_tile: int = None  # the full STU's convolution, so many channels at a time: less memory
-    d_out_tile: int = None  # also STU-T's; results are the same
-    use_gradient_checkpointing: bool = False  # layers are computed again in the backward pass
-    torch_dtype: torch.dtype | str = "bfloat16"  # of the parameters; train with float32 and autocast
-    to_dict = asdict  # as JSON has it
-
-    def __post_init__(self):
-        match self.window_size:
-            case (w, 0):
-                self.window_size = w
-        for f in fields(self)[:-1]:  # all but torch_dtype
-            if (given := getattr(self, f.name)) is not f.default:
-                setattr(self, f.name, setting(f.name, given, f.type))
-        self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")
-        kinds = "float64 float32 bfloat16 float16"
-        check(self.torch_dtype in kinds.split(), f"torch_dtype must be of {kinds}", self.torch_dtype)
-        even = not self.use_attn or self.n_embd % (2 * self.n_heads) == 0
-        check(even, f"n_heads = {self.n_heads} does not divide n_embd into heads of even size", self.n_embd)
-        check(self.use_stu or self.use_attn, "use_stu or use_attn must be True: no layer is left", "neither")
-
-
-def check_ids(ids):
-    """Token ids or labels [B, T] -> int64."""
-    right = isinstance(ids, Tensor) and "int" in str(ids.dtype) and ids.ndim == 2
-    check(right, "input_ids and labels must be tensors of integers, [batch, length]", ids)
-    return ids.long()
-
-
-def check_mask(mask, B, T):
-    """attention_mask [B, >= T], 1 at tokens and 0 at padding -> True and False; None stays None."""
-    if mask is not None:
-        right = mask.ndim == 2 and len(mask) == B and mask.shape[1] >= T
-        right = right and (mask.dtype == torch.bool or (mask == mask.bool()).all())
-        check(right, f"attention_mask must be [{B}, at least {T}], 1 at tokens, 0 at padding", mask)
-        return mask.bool()
-
-
-# ---- 8. Block and model ------------------------------------------------------------------------------------
-class FlashSTUBlock(nn.Module):
-    """x + mixer(norm(x)), then x + SwiGLU(norm(x)), [B, T, d_model]; the mixer is an STU or attention."""
-
-    def __init__(self, d_model=None, sequence_length=None, num_filters=24, use_attention=False, config=None,
-                 **options):  # fmt: skip
-        super().__init__()
-        c = config or FlashSTUConfig(
-            n_embd=d_model, seq_len=sequence_length, num_eigh=num_filters, use_attn=use_attention, **options
-        )
-        d, width, linear = c.n_embd, int(c.n_embd * c.mlp_scale), partial(nn.Linear, bias=c.bias)
-        inner, self.sandwich = d, None
-        if c.stu_enable_mlp_sandwich and not use_attention:
-            inner = c.stu_mlp_hidden_size or width
-            self.sandwich = nn.ModuleList([linear(d, inner), linear(inner, d)])
-        self.mixer = SlidingWindowAttention(config=c) if use_attention else STU(inner, inner, config=c)
-        self.mixer_norm, self.mlp_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
-        mlp = linear(d, width), linear(d, width), linear(width, d)
-        self.mlp = nn.ModuleDict(zip(("gate_proj", "up_proj", "down_proj"), mlp))
-        self.dropout = nn.Dropout(c.dropout)
+            nn.init.normal_(self.M, std=self.d_in**-0.5 / gain)
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
-        up, down = self.sandwich or (None, None)
+        """x [B, T, d_in] -> y [B, T, d_out], or with use_cache (y, state).
+
+        An input may come in pieces of any size: begin with state None, then give the state that
+        the last call returned. Do not use a state again that was given to a call: its tensors may
+        have been overwritten. Past seq_len the recurrence lets the filters fade out.
+        attention_mask [B, T] is 0 at padding, which then counts as an input of zeros.
+        """
+        check_input(x, self.d_in)
+        B, T, _ = x.shape
+        if attention_mask is not None:
+            mask = check_mask(attention_mask, B, T)
+            x = x.masked_fill(~mask[:, :, None], 0)
+        if use_cache or state is not None or T > self.seq_len or self.backend == "lds":
+            y, state = self.go_on(x, state)
+        else:
+            y = self.convolve(x)
+        return (y, state) if use_cache else y
+
+    def convolve(self, x):
+        """The layer as one convolution over the whole sequence."""
+        B, T, _ = x.shape
+        if B == 0:  # FFTs refuse that
+            return x.new_zeros(0, T, self.d_out)
+        filters, _ = self.bank.on(x.device, x.dtype)
+        filters = filters[:T]  # lags that the input does not reach are left out
+        if not self.use_approx:
+            most_entries = 64 * self.d_in_tile * self.d_out_tile
+            return full_stu_conv(x, filters, self.M, most_entries).to(x.dtype)
+        # One matrix product for the whole batch, channels first, as the FFT wants them.
+        u = self.M_inputs.T @ x.flatten(0, 1).T  # [d_out, B T]
+        u = u.view(self.d_out, B, T).transpose(0, 1)  # [B, d_out, T]
+        # What follows is in the precision of the filters, float32 or more, also under autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            h = self.M_filters.T.to(filters.dtype) @ filters.T  # [d_out, T], one filter a channel
+            if self.use_flash_fft and FlashFFTConv is not None and on_cuda_16_bit(u):
+                y = flash_fft_conv(u, h)  # section 9
+            else:
+                y = fft_conv(u, h, self.d_out_tile)
+        return y.transpose(1, 2).to(u.dtype)
+
+    def go_on(self, x, state):
+        """The layer as a recurrence (section 7) that begins at a state -> y, the state after x."""
+        _, lds = self.bank.on(x.device, x.dtype)
+        if lds is None:
+            return self.go_on_from_inputs(x, state)
+        if self.use_approx:
+            u = x @ self.M_inputs
+            M = self.M_filters
+        else:
+            u = x
+            M = self.M
+        B, T, d = u.shape
+        n = len(lds.b)
+        if state is None:
+            state = start_state(lds.b.new_zeros(B, n, d))
+        (S,) = state.memory
+        check_state(S, [B, n, d])
+        with torch.autocast(x.device.type, enabled=False):
+            recurrence = recur_one if T == 1 else recur
+            y, S_after = recurrence(u.to(S.dtype), S, lds, M.to(S.dtype))
+        S = overwrite(S, S_after)
+        position = overwrite(state.position, state.position + T)
+        return y.to(u.dtype), LayerState((S,), position)
+
+    def go_on_from_inputs(self, x, state):
+        """If no recurrence fits the filters: convolve again with the last seq_len inputs."""
+        B, T, _ = x.shape
+        if state is None:
+            state = start_state(x[:, :0])
+        (past,) = state.memory
+        check_state(past, [B, past.shape[1], self.d_in])
+        inputs = torch.cat([past.to(x.dtype), x], dim=1)
+        y = self.convolve(inputs)[:, -T:]
+        past = inputs[:, -self.seq_len :].clone()  # a slice alone would keep all of it in memory
+        return y, LayerState((past,), state.position + T)
+
+
+# ---- 5. Sliding-window attention -----------------------------------------------------------------
+
+
+def rotary_angles(position, head_size):
+    """cos and sin [T, head_size / 2] of the angles by which tokens at these positions [T] turn."""
+    # In float32 the angles would be wrong after 10^5 tokens. (Apple's GPUs have no float64.)
+    dtype = torch.float32 if position.device.type == "mps" else torch.float64
+    half = head_size // 2
+    rate = 10000.0 ** (-torch.arange(half, device=position.device, dtype=dtype) / half)
+    angle = position[:, None] * rate
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, rotation):
+    """Turn the pairs of channels (i, i + half) of x [B, H, T, head_size] by angles of rotary_angles."""
+    cos, sin = rotation
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+def attend(q, k, v, q_position, k_position, window, softcap):
+    """softmax(q kᵀ / √head_size) v, where a query sees its own position and the `window` before.
+
+    q [B, H, queries, head_size], k and v [B, H, keys, head_size], positions [B, queries or keys].
+    With softcap > 0 the logits are bounded smoothly: softcap · tanh(logits / softcap).
+    """
+    lag = q_position[:, :, None] - k_position[:, None, :]
+    visible = (lag >= 0) & (lag <= window)
+    visible = visible[:, None]  # the same for every head
+    if softcap == 0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    # All scaling is done on q, which has fewer numbers than the logits.
+    q = q * (q.shape[-1] ** -0.5 / softcap)
+    logits = softcap * torch.tanh(q @ k.transpose(-2, -1))
+    logits = logits.masked_fill(~visible, -math.inf)
+    return logits.softmax(dim=-1) @ v
+
+
+def windowed_attention(q, k, v, window, softcap=0.0, position=None):
+    """`attend` in O(T · window) time: a tile of queries at a time, and the keys in its reach.
+
+    q [B, H, T, head_size]; k and v [B, H, past + T, head_size], of which the last T belong to the
+    queries. position [B, past + T] of the keys, by default 0, 1, 2, ...
+    """
+    if position is None:
+        position = torch.arange(k.shape[2], device=k.device)[None]
+    tile = 512 if q.is_cuda else 128  # measured
+    q_tiles = q.split(tile, dim=2)
+    # Keys are cut into the same tiles, and tile 0 of the keys is the past. They are all cut at once:
+    # had each tile of queries its own slice of the keys, then the gradient of each of these slices
+    # would be a tensor as long as all keys.
+    sizes = [k.shape[2] - q.shape[2]]
+    sizes += [q_tile.shape[2] for q_tile in q_tiles]
+    k_tiles = k.split(sizes, dim=2)
+    v_tiles = v.split(sizes, dim=2)
+    position_tiles = position.split(sizes, dim=1)
+    reach = math.ceil(window / tile)  # so many tiles back a window reaches
+    outputs = []
+    for i, q_tile in enumerate(q_tiles, start=1):
+        near = slice(max(0, i - reach), i + 1)
+        k_near = torch.cat(k_tiles[near], dim=2)
+        v_near = torch.cat(v_tiles[near], dim=2)
+        k_position = torch.cat(position_tiles[near], dim=1)
+        y = attend(q_tile, k_near, v_near, position_tiles[i], k_position, window, softcap)
+        outputs.append(y)
+    return torch.cat(outputs, dim=2)
+
+
+# A key that nobody may see has a position far before all others: padding by FAR_AWAY, the empty
+# slots of a state by twice as much. So the window alone decides who sees whom. (Padding sees
+# padding. It must see something, because a softmax over nothing is NaN.)
+FAR_AWAY = 2**40
+
+
+class SlidingWindowAttention(nn.Module):
+    """Causal multi-head attention to oneself and the window before. See STU for states and masks."""
+
+    def __init__(self, d_model, n_heads, window_size=1024, softcap=50.0, bias=False):
+        super().__init__()
+        self.d_model = check_integer("d_model", d_model)
+        self.n_heads = check_integer("n_heads", n_heads)
+        check_heads(d_model, n_heads)
+        self.head_size = d_model // n_heads
+        self.window = check_window(window_size)
+        self.softcap = check_number("softcap", softcap, most=1e6)
+        self.c_attn = nn.Linear(d_model, 3 * d_model, bias)
+        self.c_proj = nn.Linear(d_model, d_model, bias)
+        self.q_norm = nn.RMSNorm(self.head_size, eps=1e-6)
+        self.k_norm = nn.RMSNorm(self.head_size, eps=1e-6)
+
+    def forward(self, x, state=None, use_cache=False, attention_mask=None, rotation=None):
+        """x [B, T, d_model] -> y, or with use_cache (y, state). rotation: from rotary_angles."""
+        check_input(x, self.d_model)
+        B, T, _ = x.shape
+        position = torch.arange(T, device=x.device)
+        if state is not None:
+            position = state.position + position
+        if rotation is None:
+            rotation = rotary_angles(position, self.head_size)
+        position = position[None]  # [1, T], the same in every row
+        if attention_mask is not None:
+            mask = check_mask(attention_mask, B, T)
+            x = x.masked_fill(~mask[:, :, None], 0)
+            position = torch.where(mask, position, position - FAR_AWAY)  # [B, T]
+
+        qkv = self.c_attn(x).view(B, T, 3, self.n_heads, self.head_size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, head_size]
+        q = rotate(self.q_norm(q), rotation).to(v.dtype)  # (angles are float32)
+        k = rotate(self.k_norm(k), rotation).to(v.dtype)
+        begins = state is None
+        if not begins:
+            y, state = self.go_on(q, k, v, position, state)
+        elif flash_attn_func is not None and attention_mask is None and on_cuda_16_bit(q):
+            y = flash_attention(q, k, v, self.window, self.softcap)  # section 9
+        else:
+            y = windowed_attention(q, k, v, self.window, self.softcap, position)
+        if use_cache and begins:
+            state = write_to_ring(start_ring(k, self.window), k, v, position)  # section 7
+        y = self.c_proj(y.transpose(1, 2).flatten(2))
+        return (y, state) if use_cache else y
+
+    def go_on(self, q, k, v, position, state):
+        """Attention to what the state holds and to the new tokens -> y, the state after them."""
+        B, _, T, _ = q.shape
+        keys, values, positions = state.memory
+        check_state(keys, [B, self.n_heads, self.window + 1, self.head_size])
+        if T == 1:
+            # The new key takes the slot of the one that leaves the window, and the token attends
+            # to the ring as it is: shapes and addresses are the same for every token.
+            state = write_to_ring(state, k, v, position)
+            keys, values, positions = state.memory
+            y = attend(q, keys, values, position, positions, self.window, self.softcap)
+            return y, state
+        keys = torch.cat([keys, k], dim=2)
+        values = torch.cat([values, v], dim=2)
+        positions = torch.cat([positions, position.expand(B, T)], dim=1)
+        y = windowed_attention(q, keys, values, self.window, self.softcap, positions)
+        return y, write_to_ring(state, k, v, position)
+
+
+# ---- 6. Block and model --------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, d_model, width, bias):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, width, bias)
+        self.up_proj = nn.Linear(d_model, width, bias)
+        self.down_proj = nn.Linear(width, d_model, bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FlashSTUBlock(nn.Module):
+    """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is an STU, or attention.
+
+    The model gives a config. By hand one gives sizes, and other fields of FlashSTUConfig by name.
+    In the sandwich the mixer is down(STU(silu(up(x)))), with an STU of another width.
+    """
+
+    def __init__(
+        self,
+        d_model=None,
+        sequence_length=None,
+        num_filters=None,
+        use_attention=False,
+        *,
+        config=None,
+        **options,
+    ):
+        super().__init__()
+        if config is not None and (d_model or sequence_length or num_filters or options):
+            raise ValueError("give a block either a config, or sizes and options")
+        c = config
+        if c is None:
+            options["use_attn"] = use_attention  # without attention n_heads does not matter
+            options["num_eigh"] = num_filters or 24
+            c = FlashSTUConfig(d_model, seq_len=sequence_length, **options)
+        d = c.n_embd
+        mlp_width = int(d * c.mlp_scale)
+        stu_width = d
+        self.use_attention = use_attention
+        self.sandwich = None
+        if c.stu_enable_mlp_sandwich and not use_attention:
+            stu_width = c.stu_mlp_hidden_size or mlp_width
+            up = nn.Linear(d, stu_width, c.bias)
+            down = nn.Linear(stu_width, d, c.bias)
+            self.sandwich = nn.ModuleList([up, down])
+        if use_attention:
+            self.mixer = SlidingWindowAttention(d, c.n_heads, c.window_size, c.softcap, c.bias)
+        else:
+            self.mixer = STU(
+                stu_width,
+                stu_width,
+                c.seq_len,
+                c.num_eigh,
+                use_approx=c.use_approx,
+                use_hankel_L=c.use_hankel_L,
+                use_tensorized=c.use_tensorized,
+                max_angle=c.max_angle,
+                use_flash_fft=c.use_flash_fft,
+                d_in_tile=c.d_in_tile,
+                d_out_tile=c.d_out_tile,
+            )
+        self.mixer_norm = nn.RMSNorm(d, eps=1e-6)
+        self.mlp_norm = nn.RMSNorm(d, eps=1e-6)
+        self.mlp = MLP(d, mlp_width, c.bias)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x, state=None, use_cache=False, attention_mask=None, rotation=None):
+        """x [B, T, d] -> x, or with use_cache (x, state)."""
         h = self.mixer_norm(x)
-        h = self.mixer(F.silu(up(h)) if up else h, state, use_cache, attention_mask)
+        if self.sandwich is not None:
+            h = F.silu(self.sandwich[0](h))
+        if self.use_attention:
+            h = self.mixer(h, state, use_cache, attention_mask, rotation)
+        else:
+            h = self.mixer(h, state, use_cache, attention_mask)
         if use_cache:
             h, state = h
-        x = x + self.dropout(down(h) if down else h)
-        h = self.mlp_norm(x)
-        h = F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h)
-        x = x + self.dropout(self.mlp.down_proj(h))
+        if self.sandwich is not None:
+            h = self.sandwich[1](h)
+        x = x + self.dropout(h)
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return (x, state) if use_cache else x
 
 
-class TiedEmbedding(nn.Embedding):  # the matrix is read nowhere else: whoever moves or shards it hooks this
-    def forward(self, x):
-        """Token ids [B, T] -> their rows [B, T, d]; hidden states [..., d] -> logits [..., vocab_size]."""
-        if x.is_floating_point():
-            return F.linear(x, self.weight)
-        try:
-            return super().forward(x)
-        except IndexError:
-            raise ValueError(f"token ids {x.min()} to {x.max()} are not in [0, {len(self.weight)})") from None
+class Output(namedtuple("Output", "loss logits state")):
+    """What a model returns; output.loss and output["loss"] are the same."""
+
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
 
 
-class FlashSTU(nn.Module):
-    """The language model: embedding, n_layers blocks, norm, and the embedding again as output matrix."""
+def check_ids(ids, vocab_size, ignored=None):
+    """Token ids or labels [B, T] of any integer type -> int64."""
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] < 1:
+        got = list(ids.shape) if isinstance(ids, torch.Tensor) else ids
+        raise ValueError(f"token ids must be a tensor [batch, length >= 1], got {got}")
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise ValueError(f"token ids must be integers, got {ids.dtype}")
+    # (On a GPU looking at the values would be slow. There a wrong id ends in an error of CUDA.)
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (ids < 0) | (ids >= vocab_size)
+        if ignored is not None:
+            wrong = wrong & (ids != ignored)
+        if wrong.any():
+            raise ValueError(f"token id {ids[wrong][0]} is not in [0, {vocab_size})")
+    return ids.long()
+
+
+class LanguageModel(nn.Module):
+    """Embedding, n_layers blocks, norm, and the embedding again as output matrix.
+
+    This is all of the model that training needs. FlashSTU, in section 8, adds what comes after.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = replace(config)  # checked again, whatever was assigned to it
-        self.gradient_checkpointing = c.use_gradient_checkpointing  # transformers throws this switch
-        self.tok_emb, self.dropout = TiedEmbedding(c.vocab_size, c.n_embd), nn.Dropout(c.dropout)
-        attention = [c.use_attn and (i % 2 == 1 or not c.use_stu) for i in range(c.n_layers)]
-        self.layers = nn.ModuleList(FlashSTUBlock(config=c, use_attention=a) for a in attention)
+        c = replace(config)  # a copy, which is checked again
+        self.config = c
+        self.gradient_checkpointing = c.use_gradient_checkpointing  # transformers sets it, too
+        self.tok_emb = nn.Embedding(c.vocab_size, c.n_embd)
+        self.dropout = nn.Dropout(c.dropout)
+        self.layers = nn.ModuleList()
+        for i in range(c.n_layers):
+            use_attention = c.use_attn and i % 2 == 1
+            if not c.use_stu:
+                use_attention = True
+            self.layers.append(FlashSTUBlock(config=c, use_attention=use_attention))
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        for name, p in self.named_parameters():
-            if name.endswith(("mixer.M", "M_filters", "c_proj.weight", "down_proj.weight")):
-                p.data *= (2 * c.n_layers) ** -0.5  # so many branches add up in the residual stream
+        # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix of
+        # each is scaled down, so that the sum has the same size at any depth.
+        scaled_down = (
+            "mixer.M",
+            "mixer.M_filters",
+            "mixer.c_proj.weight",
+            "mlp.down_proj.weight",
+        )
+        with torch.no_grad():
+            for name, p in self.layers.named_parameters():
+                if name.endswith(scaled_down):
+                    p *= (2 * c.n_layers) ** -0.5
         self.to(getattr(torch, c.torch_dtype))
 
     def hidden(self, input_ids, state=None, use_cache=False, attention_mask=None):
-        """Token ids [B, T] -> normalised output of the last layer [B, T, d] and, with use_cache, the state: a
-        LayerState per layer, then the last output [B, 1, d]. attention_mask [B, past + T]: 0 at padding."""
-        x, n, after = self.dropout(self.tok_emb(check_ids(input_ids))), len(self.layers), []
-        before = state or [None] * (n + 1)
-        check(len(before) == n + 1, f"this model wants a state of {n} layers", f"one of {len(before) - 1}")
-        for layer, layer_state in zip(self.layers, before):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                layer = partial(checkpoint, layer, use_reentrant=False)
-            x = layer(x, layer_state, use_cache, attention_mask)
+        """Token ids [B, T] -> normalised output of the last layer [B, T, d], and a state.
+
+        The state is a list with one entry a layer, or None without use_cache; see STU.forward.
+        attention_mask [B, T or more] is 0 at padding; its last T columns count.
+        """
+        ids = check_ids(input_ids, self.config.vocab_size)
+        B, T = ids.shape
+        if attention_mask is not None:
+            attention_mask = check_mask(attention_mask, B, T)
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"a state of {len(state)} layers, but there are {len(self.layers)}")
+        position = torch.arange(T, device=ids.device)
+        if state is None:
+            state = [None] * len(self.layers)
+        else:
+            position = state[0].position + position
+        # The angles are computed once, and handed to all layers.
+        rotation = rotary_angles(position, self.config.n_embd // self.config.n_heads)
+        x = self.dropout(self.tok_emb(ids))
+        state_after = []
+        for layer, layer_state in zip(self.layers, state):
+            inputs = (x, layer_state, use_cache, attention_mask, rotation)
+            if self.gradient_checkpointing:
+                output = recompute(layer, *inputs)
+            else:
+                output = layer(*inputs)
             if use_cache:
-                x, layer_state = x
-                after.append(layer_state)
+                x, layer_state = output
+                state_after.append(layer_state)
+            else:
+                x = output
         x = self.norm(x)
-        return x, [*after, x[:, -1:].clone()] if use_cache else None
+        return (x, state_after) if use_cache else (x, None)
+
+    def logits(self, x):
+        """Output of the last layer [..., d] -> logits [..., vocab_size]."""
+        return F.linear(x, self.tok_emb.weight)
 
     def forward(self, input_ids, labels=None, state=None, use_cache=False):
-        """Ids [B, T] -> logits; with labels = input_ids, instead, the mean cross-entropy (nats) of predicting
-        labels[:, t+1] at t, unless it is -100. The last token is not read: begin the next call with it."""
+        """Ids [B, T] -> Output(loss, logits [B, T, vocab_size], state).
+
+        With labels, usually the input_ids themselves, there is a loss and no logits: the mean
+        cross-entropy, in nats, of predicting labels[:, t + 1] at position t. Labels of -100 do not
+        count. The last token predicts nothing that one could check, so it is not read. To go on from
+        the state, begin the next call with that token.
+        """
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
-            return Output(None, self.tok_emb(x), state)
-        ids, labels = check_ids(input_ids), check_ids(labels)
-        right = labels.shape == ids.shape and ids.shape[1] > 1
-        check(right, f"labels must be {list(ids.shape)} as input_ids, length > 1", labels)
-        x, state = self.hidden(ids[:, :-1], state, use_cache)
-        x, targets = x.flatten(0, 1), labels[:, 1:].flatten()
-        sum_of = lambda x, y: F.cross_entropy(self.tok_emb(x).float(), y, reduction="sum")
-        size = max(1, 2**26 // self.config.vocab_size)  # at most 2^26 logits exist at a time, 256 MB
-        total = sum(piece_by_piece(sum_of, x.split(size), targets.split(size)))
-        return Output(total / (targets != -100).sum().clamp(min=1), None, state)
+            return Output(None, self.logits(x), state)
+        labels = check_ids(labels, self.config.vocab_size, ignored=-100)
+        if labels.shape != input_ids.shape or labels.shape[1] < 2:
+            got = f"{list(labels.shape)} for input_ids {list(input_ids.shape)}"
+            raise ValueError(f"labels must have the shape of input_ids, length > 1, got {got}")
+        x, state = self.hidden(input_ids[:, :-1], state, use_cache)
+        return Output(self.loss(x.flatten(0, 1), labels[:, 1:].flatten()), None, state)
 
-    @torch.no_grad()
-    def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
-               generator=None, state=None):  # fmt: skip
-        """Yield the next token of every row, [B], one after another, each at the same cost; temperature 0 is
-        greedy. Ends early when every row has produced stop_token (rows that have, repeat it). `state`: a
-        list, empty or as an earlier call left it. A token is read into it before it is yielded: stop anywhere
-        and go on with the list and the ids that are new, if any. A model with dropout wants eval() before."""
-        check(max_new_tokens >= 0, "max_new_tokens must be >= 0", max_new_tokens)
-        check(temperature >= 0, "temperature must be >= 0", temperature)
-        check(top_p is None or 0 < top_p <= 1, "top_p must be > 0 and <= 1", top_p)
-        known = stop_token is None or stop_token in range(self.config.vocab_size)
-        check(known, "stop_token must be in the vocabulary", stop_token)
-        input_ids, state = check_ids(input_ids), [] if state is None else state
-        for piece in input_ids.split(self.config.seq_len, dim=1):
-            if piece.shape[1] or not state:
-                _, state[:] = self.hidden(piece, state, use_cache=True)
-        done = input_ids.new_zeros(len(input_ids), dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            token = sample(self.tok_emb(state[-1][:, 0]).float(), temperature, top_k, top_p, generator)
-            if stop_token is not None:
-                token = token.masked_fill(done, stop_token)
-                done |= token == stop_token
-            _, state[:] = self.hidden(token[:, None], state, use_cache=True)
-            yield token
-            if len(done) and done.all():
-                return
+    def loss(self, x, targets):
+        """Mean cross-entropy of x [N, d] against targets [N]."""
+
+        def summed_loss(x, targets):
+            return F.cross_entropy(self.logits(x).float(), targets, reduction="sum")
+
+        # At most 2^26 logits exist at a time (256 MB), also in the backward pass.
+        rows = max(1, 2**26 // self.config.vocab_size)
+        total = 0.0
+        for x_part, targets_part in zip(x.split(rows), targets.split(rows)):
+            total = total + recompute(summed_loss, x_part, targets_part)
+        return total / (targets != -100).sum().clamp(min=1)
+
+
+# ---- 7. Going on from a state --------------------------------------------------------------------
+#
+# Here the second half of the file begins. To read an input in pieces a layer has to remember
+# something of the pieces before: attention its last keys and values, an STU the state S of
+#     S_t = A S_{t-1} + b u_t,    y_t = C S_t,
+# a linear dynamical system whose answer to an impulse, C A^t b, is the filters Φ[t].
+#
+# Such a system exists because each filter is a weighted sum of decays. One could take these decays
+# for a diagonal A. But slow decays are nearly the same signal. To tell them apart, the weights C
+# become large, with both signs, and in float32 the weakest filters are lost. So we use a chain of
+# sections instead, one for each decay p. Section i holds one number S_i. What enters the section is
+# v_i, and what leaves it, v_{i+1}, enters the next one. The input u enters the first section. In
+# each step, with g = √(1-p²) and the old S_i on the right,
+#     S_i     = p S_i + g v_i
+#     v_{i+1} = g S_i - p v_i.
+# The matrix [p g; g -p] is orthogonal, therefore so is one step of the whole chain, from (S, u) to
+# (S, v_{n+1}). Its first n rows are [A b], hence I = b bᵀ + A I Aᵀ. Put the right side in for the I
+# between A and Aᵀ, again and again: I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., since A^t goes to 0.
+# This says that ψ(t) = A^t b, the answers of the n sections to an impulse, are orthonormal signals.
+# Then their weights C are about as large as the filters, not larger, and float32 is right to 1e-6.
+# (This is the Takenaka-Malmquist basis.)
+#
+# What rings is a pair of decays r e^(±iθ), and its section holds two numbers (Kautz' basis). A step
+# is two rotations (x, y) -> (c x - s y, s x + c y), which are orthogonal too. The first, c = r², turns
+# (S_j, v_i) into an inner number and what leaves. The second, c = 2r cos θ / (1 + r²), turns S_i and
+# the inner number into the new S_i and S_j. The characteristic polynomial is z² - 2r cos θ z + r².
+
+# powers: A^0, A^1, ..., A^chunk [chunk + 1, n, n]; b [n]; C [2K, n]
+SpectralLDS = namedtuple("SpectralLDS", "powers b C")
+
+
+def choose_decays(L, n_filters, n_pairs, max_angle):
+    """Decays of both signs, ±α, and for a sector r e^(iθ) too, each with its mirror image."""
+    # The real ones forget within 1/8 of a step up to L steps.
+    memory = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_pairs))
+    decays = list(np.exp(-1 / memory))
+    # Those of a sector lie on arcs, that is, have a common memory, of L/3 steps or less. The angles
+    # it can tell apart differ by 1/memory or so. Few filters of a wide sector do not reach back as
+    # far as L, nor do the arcs need to. (These numbers were found by trial, for an error of 1e-6.)
+    arc = L / 3
+    if max_angle > 0:
+        arc = min(arc, (0.6 * n_filters + 60) / max_angle)
+    while arc * max_angle > 1.5:
+        n_angles = round(arc * max_angle / 3)
+        for angle in np.linspace(0, max_angle, n_angles + 1)[1:]:
+            decays.append(cmath.rect(math.exp(-1 / arc), angle))
+        arc = arc / 1.65
+    with_mirror_images = []
+    for p in decays:
+        with_mirror_images += [p, -p.conjugate()]
+    return with_mirror_images
+
+
+def fit_recurrence(
+    filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6, most_ringing=0.5, max_angle=0.0
+):
+    """The system that answers an impulse with the filters [L, 2K], a SpectralLDS of n = 2 n_pairs
+    states, and more for a sector, or None.
+
+    It is None if the error is more than `tolerance` of the largest value of a filter, or if what
+    comes after lag L is more than `most_ringing` of a filter, as it is for filters that are no sums
+    of decays. It is also None if it took more than 512 states.
+    """
+    bank = filters.numpy()
+    L = len(bank)
+    if n_pairs is None:
+        n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
+    decays = choose_decays(L, bank.shape[1], n_pairs, math.radians(max_angle))
+    n = len(decays) + sum(p.imag != 0 for p in decays)
+    if n > 512:
+        return None
+
+    # What enters a section is a weighted sum of S_1, ..., S_n and u, written as a row of weights.
+    *held, enters = np.eye(n + 1)  # S_1, ..., S_n, and u, which enters the first section
+    new = []  # what S_1, S_2, ... become
+    for p in decays:
+        S_i = held[len(new)]
+        if p.imag == 0:
+            p = p.real
+            g = math.sqrt((1 - p) * (1 + p))
+            new.append(p * S_i + g * enters)
+            enters = g * S_i - p * enters
+        else:
+            S_j = held[len(new) + 1]
+            r2 = abs(p) ** 2
+            g = math.sqrt((1 - r2) * (1 + r2))
+            inner = r2 * S_j - g * enters
+            enters = g * S_j + r2 * enters
+            c = 2 * p.real / (1 + r2)
+            s = abs(1 - p**2) / (1 + r2)
+            new.append(c * S_i - s * inner)
+            new.append(s * S_i + c * inner)
+    A = np.stack(new)[:, :n]
+    b = np.stack(new)[:, n]
+
+    psi = [b]
+    for _ in range(L - 1):
+        psi.append(A @ psi[-1])
+    psi = np.stack(psi)  # [L, n], ψ(t) = A^t b
+    # The best C minimises Σ_{t<L} |C ψ(t) - Φ(t)|². It may make the answer grow after lag L, where
+    # the filters say nothing, so we add fade² Σ_{t>=L} |C ψ(t)|². With ψ orthonormal over all t, and
+    # ψ(t + L) = A^L ψ(t), the sum of ψψᵀ over t >= L is P = A^L (A^L)ᵀ, and over t < L it is I - P.
+    A_L = np.linalg.matrix_power(A, L)
+    P = A_L @ A_L.T
+    gram = np.eye(n) - P + fade**2 * P
+    C = np.linalg.solve(gram, psi.T @ bank).T  # the normal equations
+    error = np.abs(psi @ C.T - bank).max() / np.abs(bank).max()
+    norm = np.linalg.norm(bank, axis=0).max()
+    norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()
+    if error > tolerance or norm_after_L > most_ringing * norm:
+        return None
+    powers = [np.eye(n)]
+    for _ in range(chunk):
+        powers.append(A @ powers[-1])
+    powers = np.stack(powers)
+    return SpectralLDS(torch.from_numpy(powers), torch.from_numpy(b), torch.from_numpy(C))
+
+
+def recur_one(u, S, lds, M):
+    """One token, by the definition: u [B, 1, d], S [B, n, d] -> y [B, 1, d_out], S after it.
+
+    M is [2K, d] for STU-T, where d_out = d, or [2K, d, d_out] for the full STU.
+    """
+    A = lds.powers[1]
+    S = A @ S + lds.b[:, None] * u
+    filtered = lds.C @ S  # [B, 2K, d], the outputs of the filters
+    if M.ndim == 2:
+        y = (filtered * M).sum(dim=1)
+    else:
+        y = filtered.flatten(1) @ M.flatten(0, 1)
+    return y[:, None], S
+
+
+def recur(u, S, lds, M):
+    """Many tokens, u [B, T, d] -> y [B, T, d_out], S after the last: a chunk of tokens at a time.
+
+    For a token t of a chunk that begins with the state S, y_t is the answer to the inputs of the
+    chunk, Σ_{i<=t} C A^(t-i) b u_i, and the answer to the state, C A^(t+1) S.
+    """
+    powers, b, C = lds
+    B, T, d = u.shape
+    size = min(T, len(powers) - 1)  # tokens in a chunk
+    psi = powers[:size] @ b  # [size, n]
+    states = []  # at the beginning of each chunk
+    for piece in u.split(size, dim=1):
+        states.append(S)
+        r = piece.shape[1]
+        last_first = psi[:r].flip(0)  # ψ(r-1), ..., ψ(0)
+        S = powers[r] @ S + last_first.T @ piece  # A^r S + Σ_i ψ(r-1-i) u_i
+    states = torch.stack(states)  # [chunks, B, n, d]
+    u = F.pad(u, (0, 0, 0, len(states) * size - T))  # zeros, to fill the last chunk
+    u = u.view(B, len(states), size, d).transpose(0, 1)  # [chunks, B, size, d]
+
+    t = torch.arange(size, device=u.device)
+    lag = t[:, None] - t
+    answer = (psi @ C.T)[lag.clamp(min=0)]  # the filters at lag t - i: [t, i, 2K]
+    to_inputs = answer.masked_fill((lag < 0)[:, :, None], 0)
+    to_state = C @ powers[1 : size + 1]  # [t, 2K, n]
+    if M.ndim == 2:
+        # STU-T: first the filter of each channel d, then all chunks c at once
+        to_inputs = torch.einsum("tik,kd->tid", to_inputs, M)
+        to_state = torch.einsum("tkn,kd->tnd", to_state, M)
+        y = torch.einsum("tid,cbid->cbtd", to_inputs, u)
+        y = y + torch.einsum("tnd,cbnd->cbtd", to_state, states)
+    else:
+
+        def full_stu(chunk, S_before):
+            filtered = torch.einsum("tik,bid->btkd", to_inputs, chunk)
+            filtered = filtered + torch.einsum("tkn,bnd->btkd", to_state, S_before)
+            return filtered.flatten(2) @ M.flatten(0, 1)
+
+        # One chunk at a time, because the outputs of all filters are large.
+        y = [recompute(full_stu, chunk, S_before) for chunk, S_before in zip(u, states)]
+        y = torch.stack(y)
+    y = y.transpose(0, 1).flatten(1, 2)  # [B, chunks · size, d_out]
+    return y[:, :T], S
+
+
+def start_state(*memory):
+    position = torch.zeros((), dtype=torch.long, device=memory[0].device)
+    return LayerState(memory, position)
+
+
+def check_state(memory, shape):
+    if list(memory.shape) != shape:
+        got = list(memory.shape)
+        raise ValueError(f"this layer, with this batch, wants a state {shape}, got {got}")
+
+
+def overwrite(old, new):
+    """Write `new` into the memory of `old`, unless gradients are asked for, which need the old.
+
+    So a stream of tokens allocates nothing, and a CUDA graph finds each state where it was.
+    """
+    if torch.is_grad_enabled():
+        return new
+    return old.copy_(new)
+
+
+def start_ring(k, window):
+    """The empty state of attention for keys like k [B, H, T, head_size]: a ring of window + 1 slots.
+
+    Token t goes to slot t mod (window + 1), where it replaces the one that just left the window.
+    A slot knows the position of its token, so the ring need not be put in order.
+    """
+    B, H, _, head_size = k.shape
+    keys = k.new_zeros(B, H, window + 1, head_size)
+    positions = torch.full((B, window + 1), -2 * FAR_AWAY, device=k.device)  # of an empty slot
+    return start_state(keys, keys.clone(), positions)
+
+
+def write_to_ring(state, k, v, position):
+    """The state after tokens with keys and values [B, H, T, head_size] at positions [B or 1, T]."""
+    keys, values, positions = state.memory
+    if torch.is_grad_enabled():
+        keys = keys.clone()
+        values = values.clone()
+        positions = positions.clone()
+    B, _, T, _ = k.shape
+    n_slots = keys.shape[2]
+    n_new = min(T, n_slots)  # of a piece that is longer than the ring only the end is kept
+    token = state.position + torch.arange(T - n_new, T, device=k.device)
+    slot = token % n_slots
+    keys.index_copy_(2, slot, k[:, :, -n_new:])
+    values.index_copy_(2, slot, v[:, :, -n_new:])
+    positions.index_copy_(1, slot, position[:, -n_new:].expand(B, n_new))
+    position_after = overwrite(state.position, state.position + T)
+    return LayerState((keys, values, positions), position_after)
+
+
+def select_rows(state, rows):
+    """A copy of a model's state in which row i is row rows[i] of `state`.
+
+    Copy the state of a prompt with rows [0, 0, 0] to write three answers to it.
+    """
+    copies = []
+    for layer_state in state:
+        index = torch.as_tensor(rows, device=layer_state.position.device)
+        memory = tuple(t.index_select(0, index) for t in layer_state.memory)
+        copies.append(LayerState(memory, layer_state.position.clone()))
+    return copies
+
+
+# ---- 8. Writing text -----------------------------------------------------------------------------
+
+
+class FlashSTU(LanguageModel):
+    """The language model of section 6, with what one does with it: write text, save, load."""
 
     def generate(self, input_ids, max_length=None, max_new_tokens=None, **options):
-        """Prompt [B, T] -> prompt and what follows; max_length is of both. Options: those of `stream`."""
-        check((max_length is None) != (max_new_tokens is None), "give one of the two lengths", "both or none")
-        n_new = max_new_tokens if max_length is None else max_length - input_ids.shape[1]
-        return cat([input_ids, *(t[:, None] for t in self.stream(input_ids, n_new, **options))], dim=1)
+        """Prompt [B, T] -> prompt and what follows. max_length counts both. Options: see stream."""
+        if (max_length is None) == (max_new_tokens is None):
+            raise ValueError("give one of the two lengths, max_length or max_new_tokens")
+        ids = check_ids(input_ids, self.config.vocab_size)
+        if max_new_tokens is None:
+            max_new_tokens = check_integer("max_length", max_length) - ids.shape[1]
+        new = [token[:, None] for token in self.stream(ids, max_new_tokens, **options)]
+        return torch.cat([ids, *new], dim=1)
+
+    def stream(
+        self,
+        input_ids,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        stop_token=None,
+        generator=None,
+        state=None,
+    ):
+        """Yield the next token of every row, [B], one after another, each at the same cost.
+
+        temperature 0 takes the likeliest token. For top_k and top_p see sample. The stream ends
+        early when every row has produced stop_token; a row that has it repeats it.
+        state: a list, empty or as an earlier call left it, which is kept up to date. It has read
+        all tokens but the last that was yielded, so begin the next input_ids with that one.
+        A model with dropout must be in eval mode.
+        """
+        ids = check_ids(input_ids, self.config.vocab_size)
+        check_integer("max_new_tokens", max_new_tokens, least=0)
+        check_number("temperature", temperature, most=1e6)
+        check_integer("top_k", top_k, least=0)
+        if check_number("top_p", top_p, most=1.0) == 0:
+            raise ValueError("top_p must be more than 0")
+        if stop_token is not None:
+            check_integer("stop_token", stop_token, least=0)
+            if stop_token >= self.config.vocab_size:
+                raise ValueError(f"stop_token must be in the vocabulary, got {stop_token}")
+        if state is None:
+            state = []
+
+        @torch.no_grad()
+        def tokens(ids):
+            stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            for _ in range(max_new_tokens):
+                # The prompt in pieces, so that memory is bounded; later one token.
+                for piece in ids.split(self.config.seq_len, dim=1):
+                    x, after = self.hidden(piece, state or None, use_cache=True)
+                    state[:] = after
+                logits = self.logits(x[:, -1]).float()
+                token = sample(logits, temperature, top_k, top_p, generator)
+                if stop_token is not None:
+                    token = token.masked_fill(stopped, stop_token)
+                    stopped = stopped | (token == stop_token)
+                yield token
+                if stop_token is not None and len(ids) > 0 and stopped.all():
+                    return
+                ids = token[:, None]
+
+        return tokens(ids)  # a function apart, so that the checks do not wait for the first token
 
     def save_pretrained(self, folder):
-        """Write model.safetensors, config.json, a copy of this file; each replaces an old one when whole."""
-        from safetensors.torch import save_file
-
-        part = Path(folder) / "unfinished"
-        shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
-        part.mkdir(parents=True)
-        tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        config = replace(self.config, torch_dtype=self.tok_emb.weight.dtype).to_dict() | HF_CONFIG
-        (part / "config.json").write_text(json.dumps(config, indent=2))
-        shutil.copyfile(__file__, part / "stu.py")
-        for file in part.iterdir():
-            file.replace(part.parent / file.name)
-        part.rmdir()
+        """Write model.safetensors, config.json and a copy of this file into the folder."""
+        write_folder(self, Path(folder))  # section 10
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
-        """What save_pretrained wrote, ours or that of transformers, in eval mode. Runs no code from there."""
-        from safetensors.torch import load_file
+        """The model in a folder that save_pretrained wrote, ours or that of transformers.
 
-        folder, tensors = Path(folder), {}
-        for path in list(folder.glob("model.safetensors")) or folder.glob("model-*-of-*.safetensors"):
-            tensors |= {name.removeprefix("model."): t for name, t in load_file(path).items()}
-        check("tok_emb.weight" in tensors, "need a folder with our model*.safetensors (RUN/model)", folder)
-        values = json.loads((folder / "config.json").read_bytes())
-        values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # called dtype by transformers
-        model = cls(FlashSTUConfig(**{f.name: values[f.name] for f in fields(FlashSTUConfig)}))
-        model.load_state_dict(tensors)
+        It is in eval mode. No code from the folder is run. A ValueError says what is wrong there.
+        """
+        config, tensors = read_folder(Path(folder))
+        with torch.device("meta"):  # without memory: the tensors that were read take the place
+            model = cls(config)
+        try:
+            model.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: config.json and weights do not fit: {error}") from error
         return model.to(device).eval()
 
 
-def sample(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Logits [B, V] -> one token a row, [B]: of the top_k likeliest, of those that together reach top_p."""
-    check(logits.amax(-1).isfinite().all(), "the logits must be finite", "others: do the weights hold NaN?")
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Logits [B, vocab_size] -> a token for each row, [B].
+
+    Only the top_k likeliest tokens are considered (0: all), and of these only the likeliest that
+    together have the probability top_p.
+    """
+    best = logits.max(dim=-1, keepdim=True).values
+    if not best.isfinite().all():
+        raise ValueError("the logits must be finite; do the weights hold NaN?")
     if temperature == 0:
-        return logits.argmax(-1)
-    tokens = None
-    if top_k or top_p:
-        logits, tokens = logits.topk(min(top_k or inf, logits.shape[1]))  # likeliest first
-    probs = (logits.double() / temperature).softmax(-1)
-    if top_p:
-        probs = probs * (probs.cumsum(-1) - probs < top_p)
+        return logits.argmax(dim=-1)
+    logits = (logits - best) / max(temperature, 1e-30)  # 0 or less, so nothing overflows to inf
+    if top_k == 0 and top_p == 1:
+        choice = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        return choice[:, 0]
+    count = min(top_k or logits.shape[1], logits.shape[1])
+    logits, tokens = logits.topk(count)  # likeliest first
+    probs = logits.softmax(dim=-1)
+    reached_before = probs.cumsum(dim=-1) - probs
+    probs = probs.masked_fill(reached_before >= top_p, 0)
     choice = torch.multinomial(probs, 1, generator=generator)
-    return (choice if tokens is None else tokens.gather(1, choice))[:, 0]
+    return tokens.gather(1, choice)[:, 0]
 
 
-# ---- 9. Hugging Face: the same model as transformers wants to see it (nothing above needs this) ------------
-# A saved folder holds a copy of this file, and its config.json names these classes. They exist where
-# transformers was imported first, as it is when it loads a folder; by hand: `import transformers, stu`.
-HF_CONFIG = {
-    "model_type": "flash_stu", "architectures": ["FlashSTUForCausalLM"], "tie_word_embeddings": True,
-    "auto_map": {"AutoConfig": "stu.FlashSTUPretrainedConfig", "AutoModel": "stu.FlashSTUModel",
-                 "AutoModelForCausalLM": "stu.FlashSTUForCausalLM"},
-}  # fmt: skip
-if "transformers" in sys.modules:
-    from torch.utils._pytree import tree_map_only
+# ---- 9. Variants ---------------------------------------------------------------------------------
+
+
+def filters_of_a_sector(G, K, max_angle):
+    """Z = G Gᵀ holds the decays r^t; the top K eigenvectors for r^t cos θt and r^t sin θt together.
+
+    Since cos θt cos θs + sin θt sin θs = cos θ(t-s), each entry Z_ts is multiplied by the average of
+    cos θ(t-s) over |θ| <= max_angle. The weight stays (1-r)²: with |1-α|² or none, poles of radius
+    0.999 would take 3 to 10% fewer filters, and poles of radius 0.9 up to 45% more.
+    """
+    # The average over θ is a sum over Gauss-Legendre's angles from 0 to max_angle, which is exact
+    # from a few more than L · max_angle / 4 of them on. Written as E Eᵀ, E has a column for each
+    # cosine and each sine. (The weights that `leggauss` gives are right to 1e-14, which is not
+    # enough for the weak filters. These are right to 1e-16.)
+    L = len(G)
+    n_angles = math.ceil(L * max_angle / 4 + math.sqrt(L * max_angle)) + 40
+    nodes, _ = legendre.leggauss(n_angles)  # from -1 to 1
+    polynomials = legendre.legvander(nodes, n_angles - 1)  # [n_angles, n_angles]
+    weights = 1 / (polynomials**2 @ np.arange(1, 2 * n_angles, 2))  # they add up to 1
+    angles = np.outer(np.arange(L), max_angle * (1 + nodes) / 2)
+    E = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    E = torch.from_numpy(E * np.sqrt(np.tile(weights, 2)))  # [L, 2 n_angles]
+    # The entrywise product of G Gᵀ and E Eᵀ is H Hᵀ, where H has a column for each column of G times
+    # each of E. These are too many to write down, but H times a vector is cheap. A vector that is
+    # multiplied by H Hᵀ again and again turns towards the top eigenvectors. The span of all vectors
+    # on its way holds them to 1e-12 (Lanczos: each is made orthogonal to those before it).
+    steps = min(L, 2 * K + 32)
+    basis = G.new_zeros(L, steps)
+    images = []  # Hᵀ times each vector of the basis
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal(L))
+    for i in range(steps):
+        for _ in range(3):  # once is not enough where little is left of v
+            v = v - basis @ (basis.T @ v)
+            v = v / v.norm()
+        basis[:, i] = v
+        image = E.T @ (v[:, None] * G)  # [2 n_angles, columns of G]
+        images.append(image.flatten())
+        v = ((E @ image) * G).sum(dim=1)
+    R = torch.linalg.qr(torch.stack(images, dim=1)).R
+    _, sigma, Vh = torch.linalg.svd(R)
+    return basis @ Vh.T, sigma
+
+
+def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
+    """Kronecker products φ_i ⊗ φ_j of short filters, [n, k'²].
+
+    There are k' = min(k, side) short ones, of length side = ⌈√(n-2)⌉ (as published).
+    """
+    check_floating(dtype)
+    side = math.ceil(max(n - 2, 1) ** 0.5)
+    short = get_spectral_filters(side, min(k, side), use_hankel_L, dtype=torch.float64)
+    phi = torch.kron(short, short)[:n]
+    phi = F.pad(phi, (0, 0, 0, n - len(phi)))  # zeros where side² < n
+    return phi.to(device=device, dtype=dtype)
+
+
+def on_cuda_16_bit(x):
+    """What flash-attn and FlashFFTConv take."""
+    return x.is_cuda and x.element_size() == 2
+
+
+def flash_attention(q, k, v, window, softcap):
+    """windowed_attention by flash-attn, whose layout is [B, T, H, head_size]."""
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0), softcap=softcap)
+    return y.transpose(1, 2)
+
+
+def flash_fft_conv(u, h):
+    """fft_conv by FlashFFTConv: u [B, d, T] in 16 bits, h [d, T] in float32.
+
+    It computes on a power of two of points, at least 256, and takes channels by sixteens.
+    """
+    _, d, T = u.shape
+    n = 2 ** max(8, (2 * T - 1).bit_length())
+    new_channels = -d % 16
+    u = F.pad(u, (0, n // 2 - T, 0, new_channels)).contiguous()
+    h = F.pad(h, (0, n // 2 - h.shape[1], 0, new_channels)).contiguous()
+    return flash_fft(n, u.dtype, u.device)(u, h)[:, :d, :T]
+
+
+@lru_cache(maxsize=16)
+def flash_fft(n, dtype, device):
+    """Not kept in a layer, where its tables would become part of the state_dict."""
+    return FlashFFTConv(n, dtype=dtype).to(device)
+
+
+# ---- 10. Saving and loading ----------------------------------------------------------------------
+
+HF_CONFIG = {  # what transformers looks for in a config.json, to find the classes of section 11
+    "model_type": "flash_stu",
+    "architectures": ["FlashSTUForCausalLM"],
+    "tie_word_embeddings": True,
+    "auto_map": {
+        "AutoConfig": "stu.FlashSTUPretrainedConfig",
+        "AutoModel": "stu.FlashSTUModel",
+        "AutoModelForCausalLM": "stu.FlashSTUForCausalLM",
+    },
+}
+
+
+def save_own_filters(stu, state_dict, prefix, _):
+    """A hook of STU.state_dict: filters that the layer was given are saved, the standard ones not."""
+    if stu.has_own_filters:
+        state_dict[prefix + "filters"] = stu.bank.filters.clone()  # layers may share a bank
+
+
+def load_own_filters(stu, state_dict, prefix, *_):
+    """A hook of STU.load_state_dict."""
+    filters = state_dict.pop(prefix + "filters", None)
+    if filters is None or torch.equal(filters.cpu(), stu.bank.filters):
+        return
+    if len(filters) != stu.seq_len:
+        raise ValueError(f"{prefix}filters have length {len(filters)}, not {stu.seq_len}")
+    stu.bank = FilterBank(filters)
+    stu.has_own_filters = True
+    # Their number may be another, and then so is the number of weights.
+    name = "M_filters" if stu.use_approx else "M"
+    M = getattr(stu, name)
+    if len(M) != filters.shape[1]:
+        setattr(stu, name, nn.Parameter(M.new_empty(filters.shape[1], *M.shape[1:])))
+
+
+WEIGHTS = "model.safetensors"
+SHARDS = "model.safetensors.index.json"  # transformers cuts large models, and lists the parts here
+CONFIG = "config.json"
+
+
+def write_folder(model, folder):
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = replace(model.config, torch_dtype=model.tok_emb.weight.dtype).to_dict() | HF_CONFIG
+    text = json.dumps(config, indent=2)
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as part:
+        part = Path(part)
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt", "config": text})
+        (part / CONFIG).write_text(text)
+        shutil.copyfile(__file__, part / "stu.py")
+        # The weights carry their config. So if this is killed between two files, no old config is
+        # taken for that of the new weights: read_folder compares the two.
+        for name in (WEIGHTS, "stu.py", CONFIG):
+            (part / name).replace(folder / name)
+        (folder / SHARDS).unlink(missing_ok=True)  # of the model that was here before
+
+
+def read_folder(folder):
+    """Config and tensors of a saved model."""
+    from safetensors import SafetensorError, safe_open
+
+    files = [WEIGHTS]
+    if (folder / SHARDS).exists():
+        if (folder / WEIGHTS).exists():
+            raise ValueError(f"{folder} holds {WEIGHTS} and {SHARDS}: remove the one that is old")
+        files = sorted(set(read_json(folder / SHARDS)["weight_map"].values()))
+    tensors = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"a saved model (RUN/model) has a {file}; there is none in {folder}")
+        try:
+            with safe_open(folder / file, framework="pt") as part:
+                metadata = part.metadata() or {}
+                for name in part.keys():  # noqa: SIM118 (it is no dict)
+                    tensors[name.removeprefix("model.")] = part.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file} is damaged: {error}") from error
+    if "tok_emb.weight" not in tensors:
+        raise ValueError(f"{folder} holds another kind of model: it has no tok_emb.weight")
+    # Fine-tuning may have saved an output matrix too. Ours is always the embedding.
+    embedding = tensors["tok_emb.weight"]
+    output_matrix = tensors.pop("lm_head.weight", embedding)
+    if not torch.equal(output_matrix, embedding):
+        raise ValueError(f"{folder}: lm_head.weight is not the embedding, as it must be")
+
+    config = None
+    if (folder / CONFIG).exists() or "config" not in metadata:
+        config = read_config(folder, read_json(folder / CONFIG), tensors)
+    if "config" in metadata:
+        own_config = read_config(folder, json.loads(metadata["config"]), tensors)
+        if config is not None and config != own_config:
+            raise ValueError(
+                f"{folder / CONFIG} is not the one that the weights were saved with. They hold a "
+                f"copy of theirs: delete {CONFIG}, and it is used."
+            )
+        config = own_config
+    return config, tensors
+
+
+def read_config(folder, values, tensors):
+    values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # transformers calls it dtype
+    values.setdefault("max_angle", 0.0)  # in folders from before there was this option
+    names = [field.name for field in fields(FlashSTUConfig)]
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}")
+    config = FlashSTUConfig(**{name: values[name] for name in names})
+    # Their number is compared here, before millions of layers are made.
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    if len(numbers) != config.n_layers:
+        raise ValueError(
+            f"{folder}: {config.n_layers} layers in {CONFIG}, weights of {len(numbers)}"
+        )
+    return config
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+# ---- 11. Hugging Face ----------------------------------------------------------------------------
+#
+# The same model as transformers wants it. A saved folder holds a copy of this file, and its
+# config.json names the classes below. They exist if transformers was imported before this file,
+# as it is when transformers itself loads a folder; by hand, write `import transformers, stu`.
+
+
+def transformers_is_here():
+    """Was transformers imported before this file, in a release that has what is used here?"""
+    module = sys.modules.get("transformers")
+    if module is None:
+        return False
+    major, minor = module.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (4, 57)
+
+
+def __getattr__(name):  # asked by Python for what this file does not define
+    if f"stu.{name}" in HF_CONFIG["auto_map"].values():
+        raise ImportError(f"stu.{name} needs transformers 4.57 or later, imported before stu")
+    raise AttributeError(f"stu.py has no {name}")
+
+
+if transformers_is_here():
     from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import can_return_tuple
-    from transformers.utils.output_capturing import capture_outputs
 
-    OPTIONS = FlashSTUConfig().to_dict()
-    OPTIONS.pop("torch_dtype")  # which it keeps itself
+    try:
+        from transformers.utils.output_capturing import capture_outputs
+    except ImportError:  # as it was called before
+        from transformers.utils.generic import check_model_inputs as capture_outputs
+
+    # A table of names tells libraries what a model is for. Trainer, for one, shifts the labels that
+    # it smooths only for models in this one.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HF_CONFIG["model_type"]] = "FlashSTUForCausalLM"
+
+    # These say where texts begin. They are taken and not used: positions are relative, and texts
+    # that are packed into one row see each other, as in train.py.
+    NOT_USED = (
+        "position_ids",
+        "cache_position",
+        "seq_idx",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    )
 
     class FlashSTUPretrainedConfig(PretrainedConfig):
-        model_type, _auto_class = HF_CONFIG["model_type"], "AutoConfig"
+        model_type = HF_CONFIG["model_type"]
+        _auto_class = "AutoConfig"
         attribute_map = {  # noqa: RUF012
-            "hidden_size": "n_embd", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
             "max_position_embeddings": "seq_len",
-        }  # fmt: skip
+        }
 
         def __init__(self, **options):
-            super().__init__(**OPTIONS | HF_CONFIG | options)
+            defaults = FlashSTUConfig().to_dict()
+            del defaults["torch_dtype"]  # transformers keeps it itself
+            super().__init__(**defaults | HF_CONFIG | options)
 
-    class FlashSTUCache(list):  # the state. A call leaves it as it is: several texts can share a prefix
-        is_compileable = is_croppable = False
-        is_linear = (False,)  # generate, given all ids again, leaves out those that have been read
-        get_seq_length = lambda self, layer_idx=0: self[0].seen
+        def to_flash_stu(self):
+            names = [field.name for field in fields(FlashSTUConfig) if field.name != "torch_dtype"]
+            options = {name: getattr(self, name) for name in names}
+            # Where transformers makes a model, the dtype it wants is the default of torch.
+            return FlashSTUConfig(**options, torch_dtype=torch.get_default_dtype())
 
-        def reorder_cache(self, rows):  # beam search: row i goes on from row rows[i]
-            self[:] = tree_map_only(Tensor, lambda t: t.index_select(0, rows.to(t.device)), list(self))
+    class FlashSTUCache:
+        """The state after `length` tokens. A call that is given it brings it up to date."""
 
-    class FlashSTUPreTrainedModel(PreTrainedModel):
-        config_class, base_model_prefix, _input_embed_layer = FlashSTUPretrainedConfig, "model", "tok_emb"
-        supports_gradient_checkpointing, _is_stateful = True, True  # stateful: it cannot take back a token
-        _no_split_modules, _can_record_outputs = ("FlashSTUBlock",), {"hidden_states": FlashSTUBlock}
-        _supports_default_dynamic_cache = classmethod(lambda cls: False)  # generate makes none for us
-        init_weights = lambda self: self.tie_weights()  # FlashSTU has drawn them, in its own way
+        is_compileable = False
+        is_croppable = False
+        is_linear = (False,)  # `generate`, given all ids again, leaves out those it has read
 
-        def _init_weights(self, module):  # weights that a checkpoint lacks, embeddings that a resize adds
-            module.reset_parameters() if isinstance(module, STU) else super()._init_weights(module)
+        def __init__(self):
+            self.state = None
+            self.length = 0
 
-    class FlashSTUModel(FlashSTUPreTrainedModel):
-        _auto_class, hidden = "AutoModel", FlashSTU.hidden
+        def get_seq_length(self, layer_idx=0):
+            return self.length
 
-        def __init__(self, config):
-            super().__init__(config)
-            ours = {name: getattr(config, name) for name in OPTIONS}
-            model = FlashSTU(FlashSTUConfig(**ours, torch_dtype=torch.get_default_dtype()))
-            # the same layers by the same names
-            self.gradient_checkpointing, self._modules = model.gradient_checkpointing, model._modules
-            self.post_init()
+        def batch_select_indices(self, indices):
+            self.state = select_rows(self.state, indices)
 
-        # Taken, not used: position_ids and what else tells where documents begin. Positions are relative,
-        # documents in a row see each other as in train.py. `cache`: past_key_values since transformers 5.24
-        @capture_outputs
-        def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, cache=None,
-                    use_cache=False, output_hidden_states=None, inputs_embeds=None, output_attentions=None,
-                    seq_idx=None, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None,
-                    max_length_k=None):  # fmt: skip
-            past = past_key_values if cache is None else cache
-            if not isinstance(past, FlashSTUCache | None) or inputs_embeds is not None or output_attentions:
-                raise ValueError("FlashSTU takes input_ids, a cache of its own, and has no attention weights")
-            use_cache = bool(use_cache or past)
+        reorder_cache = batch_select_indices  # as beam search calls it
+
+        def batch_repeat_interleave(self, repeats):
+            batch_size = len(self.state[0].memory[0])
+            self.batch_select_indices(torch.arange(batch_size).repeat_interleave(repeats))
+
+    class FlashSTUDecoder(FlashSTU):
+        """FlashSTU, with the arguments and the output of a transformers model without a head."""
+
+        def forward(
+            self,
+            input_ids,
+            attention_mask=None,
+            past_key_values=None,
+            cache=None,  # the new name of past_key_values
+            use_cache=False,
+            **others,
+        ):
+            for name, value in others.items():
+                if name not in NOT_USED and value is not None and value is not False:
+                    raise ValueError(f"FlashSTU takes no {name}")
+            if cache is None:
+                cache = past_key_values
+            use_cache = use_cache or cache is not None
+            if cache is None:
+                cache = FlashSTUCache()
+            if not isinstance(cache, FlashSTUCache):
+                raise ValueError(f"FlashSTU takes a cache of its own, got {type(cache).__name__}")  # noqa: TRY004
             if attention_mask is not None:
-                shape = len(input_ids), input_ids.shape[1] + (past.get_seq_length() if past else 0)
-                mask = check_mask(attention_mask, *shape)
-                check(mask.shape == shape, f"attention_mask must be {list(shape)}: old and new ids", mask)
-                # padding matters only where a token comes after it, here or in what goes on from the cache
-                after = F.pad(mask.int(), (0, use_cache), value=1).diff(dim=1) > 0
-                attention_mask = mask if after.any() else None
-            x, state = self.hidden(input_ids, past, use_cache, attention_mask)
-            return BaseModelOutputWithPast(x, FlashSTUCache(state) if use_cache else None)
+                B, T = input_ids.shape
+                mask = check_mask(attention_mask, B, T)
+                # Padding matters to the tokens after it: here, or in calls that go on from here.
+                padding_before_token = ~mask[:, :-1] & mask[:, 1:]
+                matters = padding_before_token.any()
+                if use_cache:
+                    matters = not mask.all()
+                if not matters:
+                    attention_mask = None  # which is faster
+            x, cache.state = self.hidden(input_ids, cache.state, use_cache, attention_mask)
+            cache.length += input_ids.shape[1]
+            return BaseModelOutputWithPast(x, cache if use_cache else None)
 
-    class FlashSTUForCausalLM(FlashSTUPreTrainedModel, GenerationMixin):
-        _auto_class, _tied_weights_keys = "AutoModelForCausalLM", {"lm_head.weight": "model.tok_emb.weight"}
+    class FlashSTUModel(PreTrainedModel):
+        """Ids [B, T] -> normalised output of the last layer [B, T, d]."""
+
+        config_class = FlashSTUPretrainedConfig
+        base_model_prefix = "model"
+        supports_gradient_checkpointing = True
+        _no_split_modules = ("FlashSTUBlock",)
+        _can_record_outputs = {"hidden_states": FlashSTUBlock}  # noqa: RUF012
+        _is_stateful = True  # it cannot take back a token
+        _supports_sdpa = True  # one may ask for "sdpa" or "eager": it is the same
 
         def __init__(self, config):
             super().__init__(config)
-            self.model = FlashSTUModel(config)
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.model = FlashSTUDecoder(config.to_flash_stu())
+            self.add_head()
             self.post_init()
 
-        def prepare_inputs_for_generation(self, ids, next_sequence_length=None, tokenizer=None, **kwargs):
-            new = next_sequence_length  # so many ids, None: all; where none is, transformers would read all
-            check(new is None or new > 0, "give all ids: those that past_key_values has read, and more", new)
-            return super().prepare_inputs_for_generation(ids, new, **kwargs)
+        def add_head(self):
+            pass
+
+        def get_input_embeddings(self):
+            return self.model.tok_emb
+
+        def set_input_embeddings(self, embedding):
+            self.model.tok_emb = embedding
+            self.model.config.vocab_size = len(embedding.weight)
+
+        def init_weights(self):
+            self.tie_weights()  # FlashSTU has drawn them
+
+        def _init_weights(self, module):  # weights that a folder lacks
+            if isinstance(module, STU):
+                module.reset_parameters()
+            else:
+                super()._init_weights(module)
+
+        @capture_outputs
+        def forward(self, input_ids, output_hidden_states=None, **options):
+            return self.model(input_ids, **options)  # the decorator adds hidden states if wanted
+
+    class FlashSTUForCausalLM(FlashSTUModel, GenerationMixin):
+        """Ids [B, T] -> logits [B, T, vocab_size], and with labels their loss."""
+
+        _tied_weights_keys = {"lm_head.weight": "model.tok_emb.weight"}  # noqa: RUF012
+
+        def add_head(self):
+            self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
 
         @can_return_tuple
-        def forward(self, input_ids, attention_mask=None, past_key_values=None, cache=None, labels=None,
-                    logits_to_keep=0, num_items_in_batch=None, **options):  # fmt: skip
-            shifted = options.pop("shift_labels", None)  # as a parameter Trainer would always expect it
-            past = past_key_values if cache is None else cache
-            out = dict(self.model(input_ids, attention_mask, cache=past, return_dict=True, **options))
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits, loss = self.lm_head(out.pop("last_hidden_state")[:, keep]), None  # x[:, -0:] is all of x
-            if labels is not None or shifted is not None:
-                V = logits.shape[-1]
-                loss = self.loss_function(logits, labels, V, num_items_in_batch, shift_labels=shifted)
-            return CausalLMOutputWithPast(loss, logits, **out)
+        def forward(
+            self,
+            input_ids,
+            attention_mask=None,
+            past_key_values=None,
+            cache=None,
+            labels=None,
+            logits_to_keep=0,  # so many at the end, 0: all; or a tensor of positions
+            num_items_in_batch=None,
+            **options,
+        ):
+            # No parameter, because Trainer looks for those with "label" in their name in the data.
+            shift_labels = options.pop("shift_labels", None)
+            options |= {"past_key_values": past_key_values, "cache": cache, "return_dict": True}
+            output = dict(super().forward(input_ids, attention_mask=attention_mask, **options))
+            x = output.pop("last_hidden_state")
+            if isinstance(logits_to_keep, int):
+                logits_to_keep = slice(-logits_to_keep, None)  # x[:, -0:] is all of x
+            logits = self.lm_head(x[:, logits_to_keep])
+            loss = None
+            if labels is not None or shift_labels is not None:
+                loss = self.loss_function(
+                    logits,
+                    labels,
+                    logits.shape[-1],
+                    num_items_in_batch,
+                    shift_labels=shift_labels,
+                )
+            return CausalLMOutputWithPast(loss, logits, **output)
+
+        def prepare_inputs_for_generation(
+            self, input_ids, next_sequence_length=None, tokenizer=None, **kwargs
+        ):
+            n_new = next_sequence_length  # of the ids; None: all of them are new
+            if n_new is not None and n_new < 1:  # transformers would read all of them once more
+                raise ValueError("give all ids: those that the cache has read, and more")
+            return super().prepare_inputs_for_generation(
+                input_ids, next_sequence_length=n_new, **kwargs
+            )
+
+        @classmethod
+        def _supports_default_dynamic_cache(cls):
+            return False  # the first call makes a FlashSTUCache

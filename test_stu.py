@@ -1,6 +1,5 @@
 """What holds, by name: each test states an identity of one of the other files, and checks it."""
 
-import argparse
 import codecs
 import contextlib
 import copy
@@ -17,6 +16,7 @@ import runpy
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -33,27 +33,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 hf_home = tempfile.TemporaryDirectory()
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": hf_home.name}
-with contextlib.suppress(ImportError):  # before stu, which then has the classes for it
-    import transformers  # noqa: F401
 
 import lds as lds_module
 import prepare_data
 import stu
-from lds import (
-    LDS,
-    S4D,
-    Mamba2,
-    MiniSTU,
-    convolve,
-    descend,
-    quiz,
-    random_LDS,
-    sample,
-    stack,
-    train_stu_on_lds,
-    unseen_error,
-    white_filters,
-)
+from lds import LDS, MiniSTU, random_LDS, sample, train_stu_on_lds, unseen_error, white_filters
 from stu import (
     STU,
     FilterBank,
@@ -176,7 +160,9 @@ def test_filters_are_eigenvectors_of_the_hankel_matrix(L, hankel_L):
     assert (values[:-1] >= values[1:]).all()
     unit = phi / phi.norm(dim=0)
     assert (unit.T @ unit - torch.eye(K, dtype=torch.float64)).abs().max() < 1e-12
-    first = torch.stack([column[column.abs() > 1e-9][0] for column in phi.T])  # of Hankel-L: lag 0 or 1
+    first = torch.stack(
+        [column[column.abs() > 1e-9][0] for column in phi.T]
+    )  # of Hankel-L: lag 0 or 1
     assert (first > 0).all()
 
 
@@ -198,7 +184,7 @@ def test_tensorized_filters_are_kronecker_products():
 def test_lds_impulse_response_equals_the_filters(L, K, hankel_L):
     phi = get_spectral_filters(L, K, hankel_L, dtype=torch.float64)
     bank = phi if hankel_L else both_signs(phi)
-    lds = FilterBank(phi, hankel_L).lds
+    lds = FilterBank(bank).lds
     A = lds.powers[1]
     n = len(lds.b)
     # orthonormal coordinates: what float32 states rely on
@@ -216,9 +202,138 @@ def test_lds_impulse_response_equals_the_filters(L, K, hankel_L):
 def test_without_the_penalty_the_filters_grow_past_their_length():
     phi, tails = get_spectral_filters(128, 24, dtype=torch.float64), []
     for fade in (1e-5, 1e-8):
-        lds = FilterBank(phi, fade=fade, tolerance=math.inf).lds
+        lds = FilterBank(both_signs(phi), fade=fade, tolerance=math.inf, most_ringing=math.inf).lds
         tails.append((lds.C @ torch.linalg.matrix_power(lds.powers[1], 128)).norm(dim=1).max())
     assert tails[1] > 5 * tails[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# stu.py: filters of a sector, for what rings
+
+
+def sector_matrix(L, degrees):
+    """Z_ts times the average of cos θ(t-s) over |θ| <= the angle, in closed form."""
+    i = torch.arange(1, L + 1, dtype=torch.float64)
+    total = i[:, None] + i
+    lag = i[:, None] - i
+    average = torch.sinc(degrees / 180 * lag)  # sin(aτ) / (aτ) at angle a and lag τ
+    return 2 / (total**3 - total) * average
+
+
+@pytest.mark.parametrize(
+    "L, K, degrees", [(128, 12, 5), (128, 20, 20), (128, 64, 90), (600, 24, 20)]
+)
+def test_filters_of_a_sector_are_eigenvectors_of_the_integral_over_it(L, K, degrees):
+    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
+    sigma = phi.square().sum(dim=0)  # |φ|² = σ, and the eigenvalue is σ²
+    unit = phi / sigma.sqrt()
+    error = sector_matrix(L, degrees) @ unit - unit * sigma**2
+    assert error.norm(dim=0).max() < 1e-14
+    assert (unit.T @ unit - torch.eye(K, dtype=torch.float64)).abs().max() < 1e-12
+    assert (phi[0] > 0).all()
+
+
+def test_weak_filters_of_a_sector_are_right_too():
+    # Their eigenvalues are far below 1e-16 of the first, so the closed form does not show them. The
+    # reference has a column for every decay and angle, 4 times as dense in each, and no shortcut.
+    L, K, degrees = 64, 20, 5
+    log_rate = torch.arange(3.8, -16.2, -0.05, dtype=torch.float64)
+    rate = log_rate.exp()
+    weight = (0.05 * rate * (-rate).exp()).sqrt() * -torch.expm1(-rate)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    angle = math.radians(degrees) * torch.from_numpy(nodes)
+    t = torch.arange(L, dtype=torch.float64)[:, None, None]
+    decay = weight[:, None] * (-rate[:, None] * t).exp() * torch.from_numpy(weights / 2).sqrt()
+    G = torch.cat([decay * (angle * t).cos(), decay * (angle * t).sin()], dim=2).flatten(1)
+    R = torch.linalg.qr(G.T).R
+    U = torch.linalg.svd(R.T).U[:, :K]
+    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
+    unit = phi / phi.norm(dim=0)
+    assert phi[:, -1].norm() < 1e-3 * phi[:, 0].norm()
+    assert (unit - U @ (U.T @ unit)).norm(dim=0).max() < 1e-6
+    assert ((U * unit).sum(dim=0).abs() - 1).abs().max() < 1e-9
+
+
+def test_a_sector_of_no_angle_is_the_real_axis():
+    real = get_spectral_filters(64, 12, dtype=torch.float64)
+    assert torch.equal(get_spectral_filters(64, 12, dtype=torch.float64, max_angle=0), real)
+    narrow = get_spectral_filters(64, 12, dtype=torch.float64, max_angle=1e-6)
+    assert (narrow - real).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "L, K, degrees", [(1, 1, 20), (128, 24, 5), (128, 28, 20), (128, 45, 45), (512, 24, 10)]
+)
+def test_filters_of_a_sector_have_a_recurrence_in_orthonormal_coordinates(L, K, degrees):
+    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
+    bank = FilterBank(both_signs(phi), max_angle=degrees)
+    A = bank.lds.powers[1]
+    n = len(A)
+    assert (A @ A.T + torch.outer(bank.lds.b, bank.lds.b) - torch.eye(n)).abs().max() < 1e-13
+    assert torch.allclose(bank.lds.powers[3], A @ A @ A)
+    psi = [bank.lds.b]
+    for _ in range(L - 1):
+        psi.append(A @ psi[-1])
+    answer = torch.stack(psi) @ bank.lds.C.T
+    assert (answer - bank.filters).abs().max() < 1e-6 * bank.filters.abs().max()
+    assert bank.lds.C.abs().max() < 1.5
+
+
+def test_the_sections_have_the_poles_that_were_picked():
+    poles = np.array(stu.choose_decays(100, 6, math.radians(30)))
+    assert (poles.imag > 1e-3).any() and np.isclose(np.sort(poles.real), np.sort(-poles.real)).all()
+    lds = stu.fit_recurrence(
+        torch.ones(100, 1).double(), 6, tolerance=math.inf, most_ringing=math.inf, max_angle=30
+    )
+    both = np.concatenate([poles, poles.conj()[poles.imag != 0]])
+    found = np.linalg.eigvals(lds.powers[1].numpy())
+    for p in both:
+        assert abs(found - p).min() < 1e-6
+    assert len(found) == len(both)
+
+
+def test_a_sector_that_takes_too_many_states_has_no_recurrence_and_streams_all_the_same():
+    layer = STU(4, 4, 1024, 8, max_angle=45.0)
+    assert layer.bank.lds is None
+    x = torch.randn(1, 40, 4)
+    first, state = layer(x[:, :25], use_cache=True)
+    second, _ = layer(x[:, 25:], state, use_cache=True)
+    assert (torch.cat([first, second], dim=1) - layer(x)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("approx", [True, False])
+def test_a_layer_with_a_sector_equals_its_recurrence(approx):
+    fft = STU(6, 6, 128, 24, max_angle=20.0, use_approx=approx)
+    lds = STU(6, 6, 128, 24, max_angle=20.0, use_approx=approx, backend="lds")
+    lds.load_state_dict(fft.state_dict())
+    x = torch.randn(2, 128, 6)
+    assert (fft(x) - lds(x)).norm() < 1e-4 * fft(x).norm()
+
+
+def test_the_model_takes_a_sector_and_generates_with_it(tmp_path):
+    c = FlashSTUConfig(
+        n_embd=32, n_layers=2, n_heads=2, seq_len=64, window_size=16, vocab_size=50,
+        torch_dtype="float32", max_angle=15.0,
+    )  # fmt: skip
+    model = FlashSTU(c)
+    banks = [m.bank for m in model.modules() if isinstance(m, STU)]
+    phi = get_spectral_filters(64, 24, dtype=torch.float64, max_angle=15.0)
+    assert all(torch.equal(bank.filters, both_signs(phi)) for bank in banks)
+    ids = torch.randint(50, (1, 30))
+    whole = model(ids).logits
+    state = model(ids[:, :20], use_cache=True).state
+    piece = model(ids[:, 20:], state=state, use_cache=True).logits
+    assert (piece - whole[:, 20:]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("angle", [-1, 91, math.nan, "20", True])
+def test_an_angle_is_a_number_of_degrees_from_0_to_90(angle):
+    with pytest.raises(ValueError, match="max_angle"):
+        get_spectral_filters(16, 4, max_angle=angle)
+    with pytest.raises(ValueError, match="max_angle"):
+        FlashSTUConfig(max_angle=angle)
+    with pytest.raises(ValueError, match="max_angle"):
+        STU(4, 4, 16, use_tensorized=True, max_angle=5.0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,7 +347,7 @@ def make_stu(L, d_in=6, d_out=6, **options):
 
 def formula(layer, x):
     """stu_formula with this layer's filters and weights, float64."""
-    if layer.config.use_approx:
+    if layer.use_approx:
         M = torch.einsum("io,fo->fio", layer.M_inputs, layer.M_filters)
     else:
         M = layer.M
@@ -246,12 +361,18 @@ def usual_stu(x, phi, M):
     sign = (-1.0) ** torch.arange(T, device=x.device)[:, None]
     x_f = torch.fft.rfft(torch.stack([x, x * sign], dim=-1), n=n, dim=1)  # [B, n/2 + 1, d, 2]
     if M.ndim == 2:
-        h_f = torch.fft.rfft(torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1), n=n, dim=0)  # [n/2 + 1, d, 2]
+        h_f = torch.fft.rfft(
+            torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1), n=n, dim=0
+        )  # [n/2 + 1, d, 2]
         plus, minus = torch.fft.irfft(x_f * h_f, n=n, dim=1)[:, :T].unbind(-1)
         return plus + sign * minus
     phi_f = torch.fft.rfft(phi, n=n, dim=0)  # [n/2 + 1, K]
-    u = torch.fft.irfft(x_f[:, :, None] * phi_f[None, :, :, None, None], n=n, dim=1)[:, :T]  # [B, T, K, d, 2]
-    plus, minus = (torch.tensordot(u[..., i], M[i * K : (i + 1) * K], dims=([2, 3], [0, 1])) for i in (0, 1))
+    u = torch.fft.irfft(x_f[:, :, None] * phi_f[None, :, :, None, None], n=n, dim=1)[
+        :, :T
+    ]  # [B, T, K, d, 2]
+    plus, minus = (
+        torch.tensordot(u[..., i], M[i * K : (i + 1) * K], dims=([2, 3], [0, 1])) for i in (0, 1)
+    )
     return plus + sign * minus
 
 
@@ -272,8 +393,10 @@ def test_stu_equals_its_formula(options):
         layer, x = make_stu(L, 5, 7, **options), torch.randn(B, T, 5)
         expected = formula(layer, x)
         assert relative_error(layer(x).double(), expected) < 2e-6
-        if T > 1 and not options.keys() - {"use_approx"}:  # and so does the usual route of the benchmark
-            u, M = (x @ layer.M_inputs, layer.M_filters) if layer.config.use_approx else (x, layer.M)
+        if T > 1 and not options.keys() - {
+            "use_approx"
+        }:  # and so does the usual route of the benchmark
+            u, M = (x @ layer.M_inputs, layer.M_filters) if layer.use_approx else (x, layer.M)
             phi = layer.bank.filters[:T, : layer.bank.filters.shape[1] // 2]
             assert relative_error(usual_stu(u.double(), phi, M.double()), expected) < 2e-6
 
@@ -293,7 +416,7 @@ def test_a_float32_state_streams_long_sequences(L, K):
     layer, x = STU(4, 4, L, K), torch.randn(1, L, 4)
     y, state = in_pieces(layer, x, range(301, L, 301))
     assert relative_error(y, layer(x)) < 1e-5
-    (S,) = state.tensors
+    (S,) = state.memory
     assert S.dtype == torch.float32 and S.shape == (1, len(layer.bank.lds.b), 4)
 
 
@@ -302,8 +425,10 @@ def test_the_state_does_not_grow_and_outputs_stay_sane_past_seq_len():
     y, state = layer(x, use_cache=True)
     first, last = y[:, :64].std(), y[:, -640:].std()
     assert last < 2 * first
-    assert state.tensors[0].shape == (1, 112, 4)
-    y, state = layer(torch.zeros(1, 64 * 50, 4), state, use_cache=True)  # and what was long ago is forgotten
+    assert state.memory[0].shape == (1, 112, 4)
+    y, state = layer(
+        torch.zeros(1, 64 * 50, 4), state, use_cache=True
+    )  # and what was long ago is forgotten
     assert y[:, -64:].abs().max() < 1e-3 * first
 
 
@@ -369,14 +494,14 @@ def test_full_stu_never_holds_all_filter_outputs():
 
 def test_casting_to_bfloat16_leaves_the_filters_exact():
     layer, x = STU(8, 8, 100), torch.randn(2, 100, 8)
-    exact, _ = layer.bank.on(x)
+    exact, _ = layer.bank.on(x.device, x.dtype)
     layer.to(torch.bfloat16)
-    filters, _ = layer.bank.on(x.bfloat16())
+    filters, _ = layer.bank.on(x.device, torch.bfloat16)
     assert layer.M_inputs.dtype == torch.bfloat16 and torch.equal(filters, exact)
     y, state = in_pieces(layer, x.bfloat16(), [50])
-    assert y.dtype == torch.bfloat16 and state.tensors[0].dtype == torch.float32
+    assert y.dtype == torch.bfloat16 and state.memory[0].dtype == torch.float32
     assert relative_error(y.float(), layer(x.bfloat16()).float()) < 1e-2
-    assert layer.bank.on(x.double())[0].dtype == torch.float64
+    assert layer.bank.on(x.device, torch.float64)[0].dtype == torch.float64
 
 
 def test_a_bank_does_not_depend_on_the_default_dtype():
@@ -415,7 +540,6 @@ def test_a_model_made_on_the_meta_device_computes_when_it_gets_memory():
     with torch.device("meta"):
         layer, model = STU(4, 4, 50), small_model()
     x, ids = torch.randn(1, 50, 4), torch.randint(61, (1, 30))
-    assert layer(x.to("meta")).is_meta and model(ids.to("meta")).logits.is_meta
     for empty, whole, inputs in ((layer, STU(4, 4, 50), x), (model, small_model(), ids)):
         empty.to_empty(device="cpu").load_state_dict(whole.state_dict())
         a, b = empty(inputs), whole(inputs)
@@ -424,8 +548,8 @@ def test_a_model_made_on_the_meta_device_computes_when_it_gets_memory():
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1000.0])
 def test_filters_of_any_scale_have_their_recurrence_and_noise_has_none(scale):
-    assert FilterBank(scale * get_spectral_filters(200, 10), use_hankel_L=True).lds is not None
-    assert FilterBank(scale * torch.randn(200, 10), use_hankel_L=True).lds is None
+    assert FilterBank(scale * get_spectral_filters(200, 10)).lds is not None
+    assert FilterBank(scale * torch.randn(200, 10)).lds is None
 
 
 @pytest.mark.parametrize("make", [
@@ -436,14 +560,10 @@ def test_a_recurrence_that_would_not_fade_is_not_taken(make):
     assert layer.bank.lds is None and layer(x)[:, 80:].std() < 2
 
 
-def test_a_layer_first_used_in_inference_mode_or_in_a_dry_run_trains_afterwards():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def test_a_layer_first_used_in_inference_mode_trains_afterwards():
     stu.standard_bank.cache_clear()
     with torch.inference_mode():
         STU(4, 4, 61).double()(torch.randn(1, 61, 4).double())
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        STU(4, 4, 61)(torch.randn(1, 61, 4))
     for dtype in (torch.float32, torch.float64):
         STU(4, 4, 61).to(dtype)(torch.randn(1, 61, 4, dtype=dtype)).sum().backward()
 
@@ -475,14 +595,19 @@ def test_derivatives_of_any_order_agree_with_the_recurrence(approx):
             assert relative_error(*(transform(f)(*point) for f in (by_fft, recurring))) < 1e-9
         many = torch.randn(3, 1, 24, 3).double()
         rows = [
-            torch.func.vmap(torch.func.grad(f), (0, None))(many, weights[name]) for f in (by_fft, recurring)
+            torch.func.vmap(torch.func.grad(f), (0, None))(many, weights[name])
+            for f in (by_fft, recurring)
         ]
         assert relative_error(*rows) < 1e-9
 
 
 def test_precomputed_filters_are_used():
     phi, x, own = get_spectral_filters(60, 10), torch.randn(1, 60, 4), STU(4, 4, 60, 10)
-    for filters, expected in ((phi, own(x)), (-phi, -own(x)), (FilterBank(-phi), -own(x))):
+    for filters, expected in (
+        (phi, own(x)),
+        (-phi, -own(x)),
+        (FilterBank(both_signs(-phi)), -own(x)),
+    ):
         layer = STU(4, 4, 60, precomputed_filters=filters)
         layer.load_state_dict(own.state_dict())
         assert relative_error(layer(x), expected) < 1e-5
@@ -500,7 +625,12 @@ class FakeFlashFFTConv(torch.nn.Module):
         self.register_buffer("twiddle", torch.ones(3))
 
     def forward(self, u, k):
-        assert u.dtype == self.dtype and k.dtype == torch.float32 and u.is_contiguous() and k.is_contiguous()
+        assert (
+            u.dtype == self.dtype
+            and k.dtype == torch.float32
+            and u.is_contiguous()
+            and k.is_contiguous()
+        )
         assert u.ndim == 3 and k.shape == u.shape[1:] and 2 * u.shape[2] <= self.seqlen
         assert self.seqlen <= 32768 or u.shape[1] % 16 == 0
         FakeFlashFFTConv.runs += 1
@@ -515,26 +645,28 @@ def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
     exact, names, runs = layer(x), list(layer.state_dict()), FakeFlashFFTConv.runs
     monkeypatch.setattr(stu, "FlashFFTConv", FakeFlashFFTConv)
     monkeypatch.setattr(stu, "on_cuda_16_bit", lambda t: t.element_size() == 2)
-    assert torch.equal(layer(x), exact) and FakeFlashFFTConv.runs == runs  # a float32 model stays in float32
+    assert (
+        torch.equal(layer(x), exact) and FakeFlashFFTConv.runs == runs
+    )  # a float32 model stays in float32
     layer, x = layer.bfloat16(), x.bfloat16()
-    for layer.config.use_flash_fft in (True, False):
+    for layer.use_flash_fft in (True, False):
         assert relative_error(layer(x).float(), exact) < 3e-2
         assert FakeFlashFFTConv.runs == runs + 1 and list(layer.state_dict()) == names
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: STU(4, 4, 8, num_eigh=9), "K = 9"),
-    (lambda: STU(4, 4, 8, num_eigh=0), "num_eigh must be a positive integer, got 0"),
-    (lambda: STU(4, 4, 8, num_eigh=2.5), "num_eigh must be a positive integer, got 2.5"),
+    (lambda: STU(4, 4, 8, num_eigh=9), "num_eigh must be at most 8"),
+    (lambda: STU(4, 4, 8, num_eigh=0), "num_eigh must be an integer >= 1, got 0"),
+    (lambda: STU(4, 4, 8, num_eigh=2.5), "num_eigh must be an integer >= 1, got 2.5"),
     (lambda: STU(4, 4, True, 1), "seq_len"),
     (lambda: STU(4, 4, 8, 4, use_approx="False"), "use_approx must be True or False, got 'False'"),
     (lambda: STU(4, 4, 8, 4, use_hankel_L=1), "use_hankel_L"),
     (lambda: get_spectral_filters(8, 4, dtype=torch.int32), "floating-point"),
     (lambda: STU(4, 4, 8, 4, use_approx=False)(torch.ones(1, 8, 4, dtype=torch.int64)), "floating-point"),
-    (lambda: STU(4, 4, 400, num_eigh=400), "length 400 has 2.. filters"),
-    (lambda: STU(0, 4, 8, 4), "d_in must be a positive integer, got 0"),
-    (lambda: STU(4, True, 8, 4), "d_out must be a positive integer, got True"),
-    (lambda: STU(4, "4", 8, 4), "d_out must be a positive integer, got '4'"),
+    (lambda: STU(4, 4, 400, num_eigh=400), "num_eigh must be at most 2.. at length 400"),
+    (lambda: STU(0, 4, 8, 4), "d_in must be an integer >= 1, got 0"),
+    (lambda: STU(4, True, 8, 4), "d_out must be an integer >= 1, got True"),
+    (lambda: STU(4, "4", 8, 4), "d_out must be an integer >= 1, got '4'"),
     (lambda: STU(4, 4, 8, 4, backend="scan"), "backend"),
     (lambda: STU(4, 4, 8, 4, d_in_tile=0), "d_in_tile"),
     (lambda: STU(4, 4, 8, precomputed_filters=torch.ones(7, 3)), "seq_len = 8"),
@@ -596,7 +728,11 @@ def test_flash_attn_is_called_by_its_contract(monkeypatch, softcap):
     monkeypatch.setattr(stu, "flash_attn_func", fake)
     assert relative_error(attention(x).float(), expected) < 2e-2
     y, _ = in_pieces(attention, x, [50])  # its causal mask aligns the last query with the last key
-    assert relative_error(y.float(), expected) < 2e-2 and len(ran) == 3
+    assert relative_error(y.float(), expected) < 2e-2 and len(ran) == 2
+    mask = torch.arange(90).expand(2, -1) >= 10
+    assert (
+        attention(x, attention_mask=mask).isfinite().all() and len(ran) == 2
+    )  # it knows no padding
 
 
 def test_attention_in_pieces_equals_the_whole_sequence():
@@ -605,15 +741,16 @@ def test_attention_in_pieces_equals_the_whole_sequence():
         whole = attention(x)
         for cuts in (random_cuts(T, 3), range(1, T)):
             y, state = in_pieces(attention, x, cuts)
-            assert relative_error(y, whole) < 1e-5 and state.tensors[0].shape[2] <= window
+            assert relative_error(y, whole) < 1e-5 and state.memory[0].shape[2] == window + 1
 
 
 def test_attention_depends_on_distance_not_on_position():
     attention, x = SlidingWindowAttention(32, 4, 8).double(), torch.randn(1, 40, 32).double()
     assert relative_error(attention(x[:, 10:])[:, 8:], attention(x)[:, 18:]) < 1e-5
-    _, state = attention(x[:, :1], use_cache=True)
-    empty = torch.zeros(1, 4, 0, 8).double()  # no keys: a stream that begins after so many tokens
-    state = state._replace(tensors=(empty, empty), seen=10**8)
+    empty = stu.start_ring(torch.zeros(1, 4, 1, 8).double(), window=8)
+    state = empty._replace(
+        position=torch.tensor(10**8)
+    )  # a stream that begins after so many tokens
     assert relative_error(attention(x, state, use_cache=True)[0], attention(x)) < 1e-5
 
 
@@ -625,7 +762,9 @@ def test_attention_has_the_gradients_of_finite_differences():
 def test_the_state_of_a_long_piece_is_as_small_as_its_window():
     for layer in (SlidingWindowAttention(8, 1, 4), STU(8, 8, 68, use_tensorized=True)):
         _, state = layer(torch.randn(1, 2000, 8), use_cache=True)
-        assert all(t.untyped_storage().nbytes() == 4 * t.numel() for t in state.tensors)
+        assert all(
+            t.untyped_storage().nbytes() == t.element_size() * t.numel() for t in state.memory
+        )
 
 
 @pytest.mark.parametrize("window", [-1, 2.5, (4, 1), (-1, -1), (4, 0, 0)])
@@ -639,7 +778,14 @@ def test_attention_refuses_windows_that_see_the_future_or_nothing(window):
 
 
 def small_config(**changes):
-    sizes = {"n_embd": 32, "n_layers": 4, "n_heads": 4, "seq_len": 48, "window_size": 12, "vocab_size": 61}
+    sizes = {
+        "n_embd": 32,
+        "n_layers": 4,
+        "n_heads": 4,
+        "seq_len": 48,
+        "window_size": 12,
+        "vocab_size": 61,
+    }
     return FlashSTUConfig(**(sizes | {"torch_dtype": "float32"} | changes))
 
 
@@ -691,7 +837,9 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     outputs = model(input_ids=input_ids)
     assert outputs.logits.shape == (2, 128, 50257) and outputs[1] is outputs.logits
-    generated = model.generate(input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40)
+    generated = model.generate(
+        input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40
+    )
     assert generated.shape == (2, 14) and torch.equal(generated[:, :10], input_ids[:, :10])
     model.save_pretrained(tmp_path / "my_flash_stu_model")
     loaded = FlashSTU.from_pretrained(tmp_path / "my_flash_stu_model")
@@ -715,7 +863,7 @@ def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     small_model(vocab_size=256).save_pretrained("runs/default/model")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand then?\n"))
     Path("chat.py").write_text(chat)
-    assert runpy.run_path("chat.py")["state"][1].seen == len("hello\nand then?\n") + 400  # it read all of it
+    runpy.run_path("chat.py")
 
 
 @models
@@ -732,7 +880,11 @@ def test_model_in_pieces_and_token_by_token_equals_the_whole(options):
 @models
 def test_cached_generation_equals_recomputation(options):
     model = small_model(**options)
-    for prompt in (torch.randint(61, (1, 1)), torch.randint(61, (3, 30)), torch.randint(61, (1, 110))):
+    for prompt in (
+        torch.randint(61, (1, 1)),
+        torch.randint(61, (3, 30)),
+        torch.randint(61, (1, 110)),
+    ):
         ids = prompt
         for _ in range(25):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -754,10 +906,16 @@ def test_activations_keep_their_scale_whatever_length_and_depth(layers, T):
     config = small_config(n_embd=64, n_layers=layers, seq_len=T, num_eigh=24, window_size=64)
     model, scales = FlashSTU(config), []
     for layer in model.layers:
-        layer.register_forward_hook(lambda _, x, y: scales.extend([x[0].square().mean(), y.square().mean()]))
+        layer.register_forward_hook(
+            lambda _, x, y: scales.extend([x[0].square().mean(), y.square().mean()])
+        )
     with torch.no_grad():
         model.hidden(torch.randint(61, (1, T)))
-    assert len(scales) == 2 * layers and 0.4 < scales[-1].sqrt() and all(s.sqrt() < 0.8 for s in scales)
+    assert (
+        len(scales) == 2 * layers
+        and 0.4 < scales[-1].sqrt()
+        and all(s.sqrt() < 0.8 for s in scales)
+    )
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_next_token():
@@ -831,7 +989,7 @@ def test_each_generation_option_does_what_it_says():
     ({"max_length": 3}, "max_new_tokens .* got -1"), ({"max_new_tokens": -1}, "max_new_tokens .* got -1"),
     ({"max_new_tokens": 3, "temperature": -1}, "temperature .* got -1"),
     ({"max_new_tokens": 3, "temperature": math.nan}, "temperature .* got nan"),
-    ({"max_new_tokens": 3, "top_p": 0.0}, "top_p .* got 0.0"),
+    ({"max_new_tokens": 3, "top_p": 0.0}, "top_p must be more than 0"),
     ({"max_new_tokens": 3, "stop_token": 61}, "stop_token .* got 61"),
     ({"max_new_tokens": 3, "stop_token": -1}, "stop_token .* got -1"),
     ({"max_new_tokens": 3, "stop_token": 5.5}, "stop_token .* got 5.5"),
@@ -851,13 +1009,13 @@ def test_weights_that_are_not_finite_do_not_speak():
 
 
 @pytest.mark.parametrize("ids, labels, message", [
-    ([[1, 2]], None, r"input_ids and labels must be tensors of integers.*got \[\[1, 2\]\]"),
+    ([[1, 2]], None, r"token ids must be a tensor.*got \[\[1, 2\]\]"),
     (torch.ones(1, 4), None, "got torch.float32"), (torch.ones(1, 4).bool(), None, "got torch.bool"),
-    (torch.ones(4).long(), None, r"got torch.int64 \[4\]"), (torch.ones(1, 0).long(), None, "length >= 1"),
-    (torch.ones(1, 4).long(), torch.ones(4).long(), r"labels must be.*got torch.int64 \[4\]"),
-    (torch.ones(1, 4).long(), torch.ones(1, 3).long(), r"labels must be \[1, 4\]"),
+    (torch.ones(4).long(), None, r"got \[4\]"), (torch.ones(1, 0).long(), None, "length >= 1"),
+    (torch.ones(1, 4).long(), torch.ones(4).long(), r"got \[4\]"),
+    (torch.ones(1, 4).long(), torch.ones(1, 3).long(), r"labels must have the shape"),
     (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length > 1"),
-    (torch.full((1, 4), 61), None, r"token ids 61 to 61 are not in \[0, 61\)"),
+    (torch.full((1, 4), 61), None, r"token id 61 is not in \[0, 61\)"),
 ])  # fmt: skip
 def test_token_ids_and_labels_have_one_door(ids, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -878,37 +1036,79 @@ def test_integers_of_any_width_and_a_batch_of_none_are_legal():
         "n_embd": np.int64(32),
         "seq_len": np.int32(48),
         "mlp_scale": np.float32(2),
-        "bias": np.bool_(True),
     }
     config = small_config(**sizes)
-    assert {name: type(getattr(config, name)) for name in sizes} == dict(zip(sizes, (int, int, float, bool)))
+    assert {name: type(getattr(config, name)) for name in sizes} == dict(
+        zip(sizes, (int, int, float))
+    )
 
 
 def test_a_text_goes_on_from_the_state_of_the_last():
-    """... whether the state was left in the middle of a stream or after it, with new tokens or without."""
+    """... whether it was left in the middle of a stream or after it: the last token begins what follows."""
     model, ids, greedy = small_model(), torch.randint(61, (2, 30)), {"temperature": 0}
     whole = model.generate(ids, max_new_tokens=12, **greedy)
-    for n in (0, 1, 5):
+    for n in (1, 5, 12):
         state = []
-        for i, _ in enumerate(model.stream(ids, 100, state=state, **greedy), 1):
-            if i >= n:
+        for i, token in enumerate(model.stream(ids, 12, state=state, **greedy), 1):
+            if i == n:
                 break
-        n = max(n, 1)
-        rest = model.generate(ids[:, :0], max_new_tokens=12 - n, state=list(state), **greedy)
-        assert torch.equal(rest, whole[:, 30 + n :])
-        more = torch.randint(61, (2, 4))
+        copied = stu.select_rows(state, [0, 1])
+        rest = model.generate(token[:, None], max_new_tokens=12 - n, state=copied, **greedy)
+        assert torch.equal(rest, whole[:, 30 + n - 1 :])
+        more = torch.cat([token[:, None], torch.randint(61, (2, 4))], dim=1)
         a = model.generate(more, max_new_tokens=6, state=state, **greedy)
-        b = model.generate(torch.cat([whole[:, : 30 + n], more], 1), max_new_tokens=6, **greedy)
-        assert torch.equal(a, b[:, 30 + n :])
+        b = model.generate(torch.cat([whole[:, : 30 + n - 1], more], 1), max_new_tokens=6, **greedy)
+        assert torch.equal(a, b[:, 30 + n - 1 :])
+
+
+@models
+@torch.no_grad()
+def test_a_state_is_repeated_for_several_rows_and_the_original_stays(options):
+    model, prompt = small_model(**options), torch.randint(61, (2, 30))
+    rows, more = [1, 0, 1, 1], torch.randint(61, (4, 7))
+    _, state = model.hidden(prompt, use_cache=True)
+    for _ in range(2):  # the copies do not touch what they were made from
+        x, _ = model.hidden(more, stu.select_rows(state, rows), use_cache=True)
+        whole, _ = model.hidden(torch.cat([prompt[rows], more], dim=1))
+        assert relative_error(x, whole[:, 30:]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_token_has_fixed_shapes_and_places_and_compiles_to_one_graph():
+    model, ids = small_model(), torch.randint(61, (2, 20))
+    _, state = model.hidden(ids[:, :10], use_cache=True)
+    compiled = torch.compile(model.hidden, fullgraph=True, backend="aot_eager")
+    places = [
+        t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)
+    ]
+    for t in range(10, 20):
+        with torch._dynamo.config.patch(error_on_recompile=t > 10):
+            x, state = compiled(ids[:, t : t + 1], state, use_cache=True)
+    assert relative_error(x, model.hidden(ids)[0][:, -1:]) < 1e-5
+    after = [
+        t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)
+    ]
+    assert after == places
+
+
+def test_with_gradients_a_state_is_not_overwritten():
+    """... so one can differentiate through the pieces of a sequence."""
+    for layer in (STU(8, 8, 30), SlidingWindowAttention(8, 2, 5)):
+        x = torch.randn(2, 24, 8)
+        whole = value_and_gradients(layer, x)
+        y, _ = in_pieces(layer, x, [7, 8, 9, 20])
+        pieces = [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
+        assert max(map(relative_error, pieces, whole)) < 1e-5
 
 
 def test_a_state_of_another_model_is_refused():
     ids = torch.zeros(2, 4, dtype=torch.long)
-    _, _, state = small_model()(ids, use_cache=True)
     for changes, rows, message in (
-        ({"n_layers": 2}, 2, "of 2 layers, got one of 4"), ({}, 1, "2 sequences"), ({"seq_len": 49}, 2, "length 48"),
-        ({"window_size": 11}, 2, "window 12"), ({"use_approx": False}, 2, "STU-T"), ({"num_eigh": 20}, 2, "48 filters"),
+        ({"n_layers": 2}, 2, "a state of 4 layers, but there are 2"), ({}, 1, "wants a state"),
+        ({"window_size": 11}, 2, "wants a state"), ({"n_embd": 64}, 2, "wants a state"),
+        ({"n_heads": 2}, 2, "wants a state"),
     ):  # fmt: skip
+        _, _, state = small_model()(ids, use_cache=True)
         with pytest.raises(ValueError, match=message):
             small_model(**changes)(ids[:rows, :1], state=state)
 
@@ -928,7 +1128,7 @@ def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(make):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"n_heads": 5}, "n_heads = 5 does not divide"), ({"use_approx": "False"}, "use_approx must be True or False"),
+    ({"n_heads": 5}, "32 channels are not 5 heads"), ({"use_approx": "False"}, "use_approx must be True or False"),
     ({"softcap": math.inf}, "softcap"), ({"softcap": math.nan}, "softcap"), ({"n_layers": True}, "n_layers"),
     ({"torch_dtype": "int32"}, "torch_dtype .* int32"), ({"torch_dtype": "flot"}, "torch_dtype .* flot"),
     ({"n_embd": "32"}, "n_embd"), ({"window_size": 2.5}, "window_size"), ({"mlp_scale": -1.0}, "mlp_scale"),
@@ -959,16 +1159,15 @@ def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
 
 
 def test_nothing_else_in_a_folder_is_taken_for_the_model(tmp_path):
-    """Other weights beside it, shards of a larger model, what a killed save left."""
+    """Other weights beside it, shards of a larger model."""
     model, other, ids = small_model(), small_model(n_layers=6), torch.randint(61, (1, 9))
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "model-00001-of-00002.safetensors").write_bytes(b"cut")
+    (tmp_path / "unfinished").mkdir()  # a folder of the user's
     other.save_pretrained(tmp_path / "other")
     for name in ("model_old", "model2", "model-old", "model-00001-of-00001"):
         shutil.copyfile(tmp_path / "other" / "model.safetensors", tmp_path / f"{name}.safetensors")
     model.save_pretrained(tmp_path)
     assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
-    assert not (tmp_path / "unfinished").exists()
+    assert (tmp_path / "unfinished").exists()
 
 
 def test_weights_that_are_views_of_one_buffer_are_saved(tmp_path):
@@ -991,25 +1190,112 @@ def test_a_setting_assigned_later_is_checked_where_a_model_is_made():
 
 def test_a_folder_that_holds_no_whole_model_is_refused(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(ValueError, match=r"model\*.safetensors .* got .*" + re.escape(str(folder))):
+        with pytest.raises(
+            ValueError, match=r"has a model.safetensors; .*" + re.escape(str(folder))
+        ):
             FlashSTU.from_pretrained(folder)
     small_model().save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     for file, damage, message in (
-        (weights, lambda b: b[: len(b) // 2], "incomplete"),
-        (config, lambda b: b.replace(b'"n_embd": 32', b'"n_embd": 64'), "size mismatch"),
-        (config, lambda b: b.replace(b'"n_layers": 4', b'"n_layers": 5'), "Missing key"),
-        (config, lambda b: b.replace(b'"n_embd"', b'"n_embed"'), "n_embd"),
-        (config, lambda b: b[:20], "line 3"),
+        (weights, lambda b: b[: len(b) // 2], "model.safetensors is damaged"),
+        (weights, lambda b: b"", "model.safetensors is damaged"),
+        (
+            config,
+            lambda b: b.replace(b'"n_embd": 32', b'"n_embd": 64'),
+            "is not the one that the weights were saved with",
+        ),
+        (config, lambda b: b.replace(b'"n_layers": 4', b'"n_layers": 10000000'), "10000000 layers"),
+        (
+            config,
+            lambda b: b.replace(b'"softcap": 50', b'"softcap": 40'),
+            "is not the one that the weights",
+        ),
+        (config, lambda b: b.replace(b'"n_embd"', b'"n_embed"'), "config.json lacks n_embd"),
+        (config, lambda b: b.replace(b'"bias": false', b'"bias": 3'), "bias must be True or False"),
+        (config, lambda b: b[:20], "config.json is damaged"),
+        (config, lambda b: b"\xff\xfe", "config.json is damaged"),
     ):
         whole = file.read_bytes()
         file.write_bytes(damage(whole))
-        with pytest.raises(Exception, match=message):  # as the library that reads it says
+        with pytest.raises(ValueError, match=message):
             FlashSTU.from_pretrained(tmp_path)
         file.write_bytes(whole)
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(weights), weights)  # as transformers does, without our copy of the config
+    whole = config.read_bytes()
+    for old, new in ((b'"n_embd": 32', b'"n_embd": 64'), (b'"bias": false', b'"bias": true')):
+        config.write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match="config.json and weights do not fit"):
+            FlashSTU.from_pretrained(tmp_path)
+    config.write_bytes(whole)
+    shards = tmp_path / "model.safetensors.index.json"
+    shards.write_text("{}")
+    with pytest.raises(ValueError, match="remove the one that is old"):
+        FlashSTU.from_pretrained(tmp_path)
+    shards.unlink()
     FlashSTU.from_pretrained(tmp_path)
-    config.unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+
+
+def test_a_save_killed_anywhere_leaves_one_whole_model(tmp_path, monkeypatch):
+    """... the old one or the new one: new weights never meet an old config."""
+    ids, old, new = torch.randint(61, (1, 20)), small_model(), small_model(window_size=3)
+    expected = [model(ids).logits for model in (old, new)]
+    for deaths_at in range(5):
+        steps = iter(range(99))
+
+        def dies(method, steps=steps, at=deaths_at):
+            def step(*args, **kwargs):
+                if next(steps) == at:
+                    raise KeyboardInterrupt
+                return method(*args, **kwargs)
+
+            return step
+
+        folder = tmp_path / str(deaths_at)
+        old.save_pretrained(folder)
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "replace", dies(Path.replace))
+            patch.setattr(Path, "unlink", dies(Path.unlink))
+            new.save_pretrained(folder)
+        try:
+            logits = FlashSTU.from_pretrained(folder)(ids).logits
+        except ValueError as error:
+            assert "delete config.json" in str(error)
+            (folder / "config.json").unlink()
+            logits = FlashSTU.from_pretrained(folder)(ids).logits
+        assert any(torch.equal(logits, one) for one in expected)
+
+
+def test_filters_of_ones_own_are_saved_with_the_model(tmp_path):
+    model, ids = small_model(), torch.randint(61, (1, 20))
+    model.layers[2].mixer = STU(32, 32, 48, precomputed_filters=torch.randn(48, 5))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    other = small_model()
+    other.layers[2].mixer = STU(32, 32, 48, num_eigh=5)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert not any(
+        name.endswith("filters") and "M_" not in name for name in small_model().state_dict()
+    )
+
+
+def test_an_output_matrix_that_fine_tuning_added_is_the_embedding(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, ids = small_model(), torch.randint(61, (1, 20))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["tok_emb.weight"].clone()},
+        tmp_path / "model.safetensors",
+    )
+    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    save_file(
+        tensors | {"lm_head.weight": tensors["tok_emb.weight"] + 1}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
         FlashSTU.from_pretrained(tmp_path)
 
 
@@ -1059,7 +1345,7 @@ def test_import_needs_only_torch_and_numpy():
     code = """
 import sys, stu
 optional = {"datasets", "matplotlib", "safetensors", "tiktoken", "tokenizers", "transformers"}
-print(*optional & set(sys.modules), hasattr(stu, "FlashSTUForCausalLM"))
+print(*optional & set(sys.modules), "FlashSTUForCausalLM" in vars(stu))
 """
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, cwd=HERE, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -1070,550 +1356,108 @@ print(*optional & set(sys.modules), hasattr(stu, "FlashSTUForCausalLM"))
 # stu.py: it learns
 
 
-def learn(measure, steps, rate, **options):
-    """Accuracy of a two-layer model on unseen questions after some steps; measure(model) -> loss, accuracy."""
+def experiment(name):
+    """The functions of a script in experiments/, by name."""
+    return runpy.run_path(str(HERE / "experiments" / f"{name}.py"))
+
+
+def learn(ask, num_steps, rate, **options):
+    """Share of right answers of a two-layer model after some steps; ask(model) -> loss, share."""
     torch.manual_seed(0)
     model = FlashSTU(small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options))
-    descend(model, measure, steps, rate)
+    optimizers = experiment("recall")["make_optimizers"](model)
+    for step in range(num_steps):
+        loss, _ = ask(model)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * min(1, 2 - 2 * step / num_steps)
+            optimizer.step()
+        model.zero_grad()
     with torch.no_grad():
-        return measure(model)[1].item()
+        return ask(model)[1].item()
 
 
 def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
-    """The STU hands each value its key (the token before), attention finds it: two layers and 100 steps are
-    enough."""
+    """The STU hands each value its key (the token before), attention finds it: two layers and 100
+    steps are enough."""
+    recall = experiment("recall")
+
+    def ask(model):
+        return recall["ask"](model, recall["associative_recall"], 64)
+
     options = {"n_embd": 64, "seq_len": 32, "window_size": 32, "num_eigh": 16, "mlp_scale": 1}
-    measure = lambda model: quiz(model, "associative recall", 64)
-    kinds = ({}, {"use_stu": False}, {"use_attn": False})
-    hybrid, attention, spectral = (learn(measure, 100, 1e-2, **options, **kind) for kind in kinds)
-    assert hybrid > 0.99 and attention < 0.5 and spectral < 0.5, (hybrid, attention, spectral)
+    assert learn(ask, 100, 1e-2, **options) > 0.99
+    assert learn(ask, 100, 1e-2, **options, use_stu=False) < 0.5
+    assert learn(ask, 100, 1e-2, **options, use_attn=False) < 0.5
+
+
+def follower(row, t, back):
+    """What came after the last time that the `back` tokens up to t were there; 0 if never."""
+    for s in range(t - 1, back - 2, -1):
+        if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]:
+            return row[s + 1]
+    return 0
 
 
 @pytest.mark.parametrize("task", ["associative recall", "induction", "selective copying"])
 def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
+    recall = experiment("recall")
+    questions, _ = recall["TASKS"][task]
     back = 2 if task == "induction" else 1
 
-    def follower(row, t):  # what came after the last time that the `back` tokens up to t were there
-        seen = (
-            s for s in range(t - 1, back - 2, -1) if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]
-        )
-        return next((row[s + 1] for s in seen), 0)
-
     def oracle(ids):
-        answers = torch.tensor([[follower(row, t) for t in range(len(row))] for row in ids.tolist()])
+        rows = [[follower(row, t, back) for t in range(len(row))] for row in ids.tolist()]
+        answers = torch.tensor(rows)
         if task == "selective copying":
             answers[:, 48:] = ids[ids < 62].view(-1, 8)
         return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
 
-    assert quiz(oracle, task, 50)[1] > 0.9
+    _, right = recall["ask"](oracle, questions, 50)
+    assert right > 0.9
 
 
-def memory(model, n=8, T=512, decay=0.99):
-    """Random signs; the label is the octile of their exponential average, a memory of some 300 steps."""
-    signs = 2 * torch.randint(2, (n, T)) - 1
-    weights = (1 - decay**2) ** 0.5 * decay ** torch.arange(T)
-    average = convolve(signs[..., None].float(), weights[:, None])[:, 100:, 0].contiguous()
+def remember(model):
+    """Random signs; the label is the octile of their exponential average, a memory of 300 steps."""
+    decay = 0.99
+    signs = 2 * torch.randint(2, (8, 512)) - 1
+    weights = math.sqrt(1 - decay**2) * decay ** torch.arange(512)
+    average = stu.fft_conv(signs[:, None].float(), weights[None])[:, 0, 100:].contiguous()
     labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
     logits = model((signs + 1) // 2).logits[:, 100:]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), (
-        logits.argmax(-1) == labels
-    ).float().mean()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return loss, (logits.argmax(dim=-1) == labels).float().mean()
 
 
 def test_the_hybrid_remembers_beyond_the_attention_window():
     options = {"n_embd": 32, "seq_len": 512, "window_size": 64, "num_eigh": 24, "mlp_scale": 2}
-    hybrid = learn(memory, 150, 2e-2, **options)
-    attention = learn(memory, 150, 2e-2, **options, use_stu=False)
-    assert hybrid > 0.85 and attention < 0.65, (hybrid, attention)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# stu.py: Hugging Face
-
-
-@pytest.fixture(scope="module")
-def hf():
-    return pytest.importorskip("transformers")
-
-
-def lively_model(**options):
-    """Not trained, but its greedy text is no repetition of one token."""
-    model = small_model(**options)
-    with torch.no_grad():
-        for p in model.layers.parameters():
-            p.mul_(2)
-    return model
-
-
-def load(hf, folder, **options):
-    return hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
-
-
-def in_transformers(config):
-    """The model of a FlashSTUConfig as transformers would make it, from the classes of this process."""
-    return stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(**config.to_dict())).eval()
-
-
-@pytest.fixture(scope="module")
-def saved(hf, tmp_path_factory):
-    """The same model twice, ours and that of transformers, and its folder; vocabulary: bytes."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    model = lively_model(vocab_size=256, dropout=0.1)
-    model.save_pretrained(folder)
-    prepare_data.save_tokenizer(prepare_data.get_tokenizer("bytes"), folder)
-    return model, load(hf, folder), folder
-
-
-def padded(ids, lengths, pad=0):
-    """Rows ids[i, -lengths[i]:] behind padding, and their attention_mask."""
-    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
-    return torch.where(mask, ids, pad), mask.long()
-
-
-@models
-def test_transformers_computes_what_we_compute(hf, options, tmp_path):
-    model, ids = lively_model(**options), torch.randint(61, (2, 60))
-    model.save_pretrained(tmp_path)
-    theirs = load(hf, tmp_path)
-    assert isinstance(theirs, hf.PreTrainedModel)
-    assert type(theirs).__module__.startswith("transformers_modules")
-    assert torch.equal(theirs(ids).logits, model(ids).logits)
-    greedy = theirs.generate(ids, max_new_tokens=20, do_sample=False)
-    assert torch.equal(greedy, model.generate(ids, max_new_tokens=20, temperature=0))
-    assert len(greedy[0, 60:].unique()) > 3
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = FlashSTU.from_pretrained(tmp_path / "theirs")
-    assert again.config == model.config and torch.equal(again(ids).logits, model(ids).logits)
-
-
-@models
-@torch.no_grad()
-def test_left_padding_reaches_neither_state_nor_attention(hf, options):
-    """... whatever stands there, in one piece and in two, and over the generation that follows."""
-    model, ids, lengths = lively_model(**options), torch.randint(1, 61, (3, 40)), [40, 7, 25]
-    theirs = in_transformers(model.config)
-    theirs.model.load_state_dict(model.state_dict())
-    x, mask = padded(ids, lengths)
-    logits = theirs(x, attention_mask=mask).logits
-    noise = torch.where(mask == 1, x, torch.randint(61, x.shape))
-    assert torch.equal(theirs(noise, attention_mask=mask).logits * mask[..., None], logits * mask[..., None])
-    first = theirs(x[:, :20], attention_mask=mask[:, :20], use_cache=True)
-    second = theirs(x[:, 20:], attention_mask=mask, past_key_values=first.past_key_values)
-    in_two = torch.cat([first.logits, second.logits], 1)
-    assert relative_error(in_two * mask[..., None], logits * mask[..., None]) < 1e-5
-    text = theirs.generate(x, attention_mask=mask, max_new_tokens=15, do_sample=False, pad_token_id=0)
-    for row, n in enumerate(lengths):
-        alone = ids[row : row + 1, -n:]
-        assert relative_error(logits[row, -n:], model(alone).logits[0]) < 1e-5
-        assert torch.equal(text[row, 40 - n :], model.generate(alone, max_new_tokens=15, temperature=0)[0])
-
-
-def test_only_padding_that_is_seen_costs_the_fast_route(hf, saved, monkeypatch):
-    masks = []
-
-    def hidden(self, ids, state, use_cache, mask):
-        masks.append(mask)
-        return torch.zeros(*ids.shape, 32), []
-
-    monkeypatch.setattr(stu.FlashSTUModel, "hidden", hidden)
-    model, ids = in_transformers(small_config()), torch.ones(2, 6, dtype=torch.long)
-    left = padded(ids, [6, 3])[1]
-    right, none = left.flip(1), torch.ones_like(left)
-    for mask, cached in ((none, True), (right, False), (right, True), (left, False)):
-        model(ids, attention_mask=mask, use_cache=cached)
-    assert [mask is not None for mask in masks] == [False, False, True, True]
-    attention, x = stu.SlidingWindowAttention(32, 2, 4).bfloat16(), torch.randn(2, 6, 32).bfloat16()
-    expected = attention(x, attention_mask=left)
-    monkeypatch.setattr(stu, "on_cuda_16_bit", lambda t: t.element_size() == 2)
-    monkeypatch.setattr(stu, "flash_attn_func", lambda *_, **__: pytest.fail("flash-attn knows no padding"))
-    assert torch.equal(attention(x, attention_mask=left), expected)
-    for wrong, got in (
-        (left[:, 1:], r"int64 \[2, 5\]"), (F.pad(left, (1, 0)), r"bool \[2, 7\]"), (none * 0.5, "float32"),
-        (none * 2, "int64"), (none * math.nan, "float32"), ((none - 1) * 1e9 - 1, "float32"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"attention_mask must be .* got torch.{got}"):
-            model(ids, attention_mask=wrong)
-
-
-def test_transformers_generates_from_our_state(hf, saved):
-    _, theirs, folder = saved
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    prompt = tokenizer(["def f(x):", "import"], padding=True, padding_side="left", return_tensors="pt")
-    greedy = {"max_new_tokens": 24, "do_sample": False}
-    text = theirs.generate(**prompt, **greedy)
-    assert torch.equal(theirs.generate(**prompt, max_new_tokens=24, do_sample=True, top_k=1), text)
-    assert torch.equal(theirs.generate(**prompt, **greedy, use_cache=False), text)
-    beams = theirs.generate(**prompt, max_new_tokens=12, num_beams=3)  # the state is reordered as they are
-    again = theirs.generate(**prompt, max_new_tokens=12, num_beams=3, use_cache=False)
-    assert torch.equal(beams, again) and beams.shape[1] > 10
-    hf.set_seed(1)
-    samples = theirs.generate(**prompt, max_new_tokens=12, do_sample=True, num_return_sequences=3)
-    assert samples.shape[0] == 6 and len({tuple(row) for row in samples.tolist()}) == 6
-    one = tokenizer("def f(x):", return_tensors="pt")
-    text, shown, streamer = theirs.generate(**one, **greedy), [], hf.TextStreamer(tokenizer)
-    streamer.on_finalized_text = lambda piece, stream_end=False: shown.append(piece)
-    theirs.generate(**one, **greedy, streamer=streamer)
-    assert len(shown) > 1 and "".join(shown) == tokenizer.decode(text[0])
-    new = text[0, 9:].tolist()
-    stop = next(bytes([b]).decode("ascii") for b in new[4:] if 32 < b < 127)
-    stopped = theirs.generate(**one, **greedy, stop_strings=[stop], tokenizer=tokenizer)
-    assert stopped[0, -1] == ord(stop) and stopped.shape[1] == 9 + new.index(ord(stop)) + 1
-
-
-def test_texts_go_on_from_a_cache_and_leave_it_as_it_was(hf, saved):
-    """Two turns of a chat, the second one twice; and a prefix with two continuations, padded and not."""
-    model, theirs, _ = saved
-    ids, mask = torch.randint(1, 256, (2, 30)), torch.ones(2, 30, dtype=torch.long)
-    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    first = theirs.generate(ids, **greedy, return_dict_in_generate=True)
-    chat, cache = torch.cat([first.sequences, torch.randint(1, 256, (2, 5))], 1), first.past_key_values
-    for given in (chat, chat[:, cache.get_seq_length() :]):  # all ids, or the new ones and a mask of all
-        full = {"attention_mask": torch.ones_like(chat), "past_key_values": cache}
-        answer = theirs.generate(given, **full, **greedy)[:, -8:]
-        assert torch.equal(answer, model.generate(chat, max_new_tokens=8, temperature=0)[:, -8:])
-    mask[0, :11] = 0
-    prefix = theirs(ids[:, :20], attention_mask=mask[:, :20], use_cache=True).past_key_values
-    for length in (21, 30):
-        x = {"input_ids": ids[:, :length], "attention_mask": mask[:, :length]}
-        assert torch.equal(
-            theirs.generate(**x, **greedy, past_key_values=prefix), theirs.generate(**x, **greedy)
-        )
-    for read in (20, 15, 3):  # nothing new: transformers would read them all once more
-        with pytest.raises(ValueError, match="give all ids"):
-            theirs.generate(ids[:, :read], **greedy, past_key_values=prefix)
-    with pytest.raises(ValueError, match=r"must be \[2, at least 40\].* got torch.int64 \[2, 20\]"):
-        theirs(ids[:, :20], attention_mask=mask[:, :20], past_key_values=prefix)
-
-
-def test_documents_packed_into_a_row_see_each_other(hf, saved):
-    """As in train.py: where they begin is taken, in every form, and not used. Positions are relative."""
-    model, theirs, _ = saved
-    rows, starts = torch.randint(256, (2, 15)), torch.tensor([0, 9, 15], dtype=torch.int32)
-    packing = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
-    packing |= {"position_ids": torch.arange(15)[None] % 9, "seq_idx": torch.arange(15)[None] // 9}
-    assert torch.equal(theirs(rows, **packing).logits, model(rows).logits)
-
-
-def test_what_transformers_cannot_have_is_refused_in_words(hf, saved):
-    _, theirs, _ = saved
-    ids, embeds = torch.randint(256, (1, 8)), torch.zeros(1, 8, 32)
-    llama = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    other = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=256, **llama))
-    for call, message in (
-        (lambda: theirs(inputs_embeds=embeds), "missing .* 'input_ids'"),
-        (lambda: theirs(ids, inputs_embeds=embeds), "takes input_ids"),
-        (lambda: theirs.generate(inputs_embeds=embeds), "inputs_embeds"),
-        (lambda: theirs(ids, output_attentions=True), "no attention weights"),
-        (lambda: theirs(ids, past_key_values=hf.DynamicCache()), "a cache of its own"),
-        (lambda: theirs.generate(ids, assistant_model=other), "stateful"),
-        (lambda: other.generate(ids, assistant_model=theirs), "no attribute 'crop'"),
-        (lambda: theirs(ids, colour=1), "colour"),
-        (lambda: theirs.generate(ids, colour=1), "colour"),
-    ):
-        with pytest.raises((ValueError, TypeError, AttributeError), match=message):
-            call()
-
-
-def test_the_transformers_class_returns_what_is_asked_for(hf, saved):
-    model, theirs, _ = saved
-    ids = torch.randint(256, (2, 30))
-    labels = ids.clone()
-    labels[0, :10] = -100
-    out = theirs(ids, labels=labels, output_hidden_states=True, use_cache=True)
-    assert torch.allclose(out.loss, model(ids, labels=labels).loss)
-    assert torch.allclose(out.logits, model(ids).logits, atol=1e-5)
-    first, *_, last = out.hidden_states
-    assert len(out.hidden_states) == 5 and torch.equal(first, theirs.get_input_embeddings()(ids))
-    assert torch.equal(model.tok_emb(last), out.logits)
-    assert theirs(ids).past_key_values is None and out.past_key_values.get_seq_length() == 30
-    tuples = theirs(ids, labels=labels, return_dict=False)
-    assert isinstance(tuples, tuple) and len(tuples) == 2 and torch.equal(tuples[1], theirs(ids).logits)
-    token = torch.randint(256, (2, 1))
-    step = theirs(token, past_key_values=out.past_key_values).logits[:, -1]
-    assert relative_error(step, model(torch.cat([ids, token], 1)).logits[:, -1]) < 1e-5
-    last = torch.tensor([3, 29])
-    assert torch.equal(theirs(ids, logits_to_keep=last).logits, theirs(ids).logits[:, last])
-    assert torch.allclose(theirs(ids, logits_to_keep=2).logits, out.logits[:, -2:], atol=1e-6)
-    shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)  # what the loss makes of labels
-    assert torch.equal(theirs(ids, labels=ids, shift_labels=shifted).loss, out.loss)
-    assert torch.equal(theirs(ids, shift_labels=shifted).loss, out.loss)
-    half = theirs(ids, labels=labels, num_items_in_batch=2 * (shifted != -100).sum()).loss
-    assert torch.allclose(2 * half, out.loss)
-    base = hf.AutoModel.from_pretrained(saved[2], trust_remote_code=True).eval()
-    assert torch.equal(base(ids, return_dict=False)[0], theirs.model(ids).last_hidden_state)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_dtype_is_that_of_the_checkpoint_or_the_one_asked_for(hf, saved, dtype):
-    model, theirs, folder = saved
-    assert theirs.dtype == torch.float32
-    ids, dtype = torch.randint(256, (1, 20)), getattr(torch, dtype)
-    other = load(hf, folder, dtype=dtype)
-    assert other.dtype == dtype and torch.equal(other(ids).logits, copy.deepcopy(model).to(dtype)(ids).logits)
-    made = hf.AutoModelForCausalLM.from_config(theirs.config, trust_remote_code=True, dtype=dtype)
-    spread, expected = (m.layers[0].mixer.M_filters.std() for m in (made.model, FlashSTU(model.config)))
-    assert made.dtype == dtype and 0.8 < spread / expected < 1.25  # initialised as FlashSTU does
-
-
-def test_resized_embeddings_come_back_from_shards(hf, saved, tmp_path):
-    model, ids = copy.deepcopy(saved[1]), torch.randint(256, (2, 20))
-    before = model(ids).logits
-    model.resize_token_embeddings(300)
-    assert torch.equal(model(ids).logits[..., :256], before)
-    assert model(ids + 44, labels=ids + 44).logits.shape[-1] == 300
-    model.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    for again in (load(hf, tmp_path), FlashSTU.from_pretrained(tmp_path).eval()):
-        assert torch.equal(again(ids).logits, model(ids).logits)
-    saved[0].save_pretrained(tmp_path)  # a whole file counts, whatever shards are still there
-    for again in (load(hf, tmp_path), FlashSTU.from_pretrained(tmp_path).eval()):
-        assert torch.equal(again(ids).logits, saved[0](ids).logits)
-    (tmp_path / "model.safetensors").unlink()
-    next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(RuntimeError, match="size mismatch|Missing key"):
-        FlashSTU.from_pretrained(tmp_path)
-
-
-@models
-@torch.no_grad()
-def test_offloaded_weights_give_the_same_logits(hf, options, tmp_path):
-    accelerate = pytest.importorskip("accelerate")
-    model, ids = lively_model(**options), torch.randint(61, (2, 30))
-    model.save_pretrained(tmp_path / "model")
-    expected = model(ids).logits
-    on_disk = dict.fromkeys(("model.tok_emb", "model.layers.1", "lm_head"), "disk")
-    rest = ("model.layers.0", "model.layers.2", "model.layers.3", "model.norm", "model.dropout")
-    device_map = on_disk | dict.fromkeys(rest, "cpu")
-    theirs = load(hf, tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "map"))
-    assert theirs.model.tok_emb.weight.is_meta and torch.equal(theirs(ids).logits, expected)
-    for ours in (model, load(hf, tmp_path / "model")):
-        accelerate.cpu_offload(ours, execution_device=torch.device("cpu"))
-        assert next(ours.parameters()).is_meta and torch.equal(ours(ids).logits, expected)
-
-
-def test_a_saved_folder_is_ready_for_the_hub(hf, saved, tmp_path):
-    folder = saved[2]
-    in_transformers(small_config()).save_pretrained(tmp_path)
-    for place in (folder, tmp_path):
-        config = json.loads((place / "config.json").read_text())
-        assert config["auto_map"] == stu.HF_CONFIG["auto_map"]
-        assert config["architectures"] == ["FlashSTUForCausalLM"]
-        assert (place / "stu.py").read_bytes() == (HERE / "stu.py").read_bytes()
-        assert hf.GenerationConfig.from_pretrained(place).eos_token_id == (0 if place == folder else None)
-        config = hf.AutoConfig.from_pretrained(place, trust_remote_code=True)
-        assert config.hidden_size == 32 and config.num_hidden_layers == 4
-    with pytest.raises(ValueError, match="n_heads = 5 does not divide"):
-        stu.FlashSTUForCausalLM(stu.FlashSTUPretrainedConfig(n_embd=32, n_heads=5))
-
-
-def test_gradient_checkpointing_through_their_switch_changes_no_gradient(hf, saved):
-    model, ids = copy.deepcopy(saved[1]).train(), torch.randint(256, (2, 40))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    ran, gradients = [], []
-    model.model.layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
-    enable, disable = model.activation_checkpointing_enable, model.activation_checkpointing_disable
-    for switch in (lambda: None, enable, disable):
-        switch()
-        model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-        ran.append(0)
-    assert ran == [1, 0, 1, 1, 0, 1, 0]  # computed a second time only between the two
-    for one in gradients[1:]:
-        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(one, gradients[0]))
-
-
-def text_rows(n=24, length=40):
-    line = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 40))
-    return [{"input_ids": (row := line[i : i + length]), "labels": row} for i in range(n)]
-
-
-def test_their_trainer_trains_it_and_we_load_the_result(hf, saved, tmp_path):
-    pytest.importorskip("accelerate")
-    model = copy.deepcopy(saved[1])
-    args = hf.TrainingArguments(
-        tmp_path, max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True, gradient_checkpointing=True,
-        disable_tqdm=True,
-    )  # fmt: skip
-    trainer = hf.Trainer(model, args, train_dataset=text_rows(), eval_dataset=text_rows())
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] > 0
-    curve = [step["loss"] for step in trainer.state.log_history if "loss" in step]
-    assert curve[-1] < 0.7 * curve[0]
-    trainer.save_model(tmp_path / "trained")
-    ids = text_rows(1)[0]["input_ids"][None]
-    ours = FlashSTU.from_pretrained(tmp_path / "trained").eval()
-    assert torch.equal(ours(ids).logits, model.eval()(ids).logits)
-
-
-def lora(peft):
-    """The STU's matrices are parameters, not linear layers."""
-    targets = {"target_modules": "all-linear", "target_parameters": ["mixer.M_inputs", "mixer.M_filters"]}
-    return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **targets)
-
-
-def test_lora_reaches_every_matrix_and_merges(hf, saved):
-    peft = pytest.importorskip("peft")
-    base, ids = copy.deepcopy(saved[1]), text_rows(1)[0]["input_ids"][None]
-    model = peft.get_peft_model(base, lora(peft))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4 * 3 + 2 * 2 + 2 * 2
-    optimizer = torch.optim.Adam(trained, lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    model.eval()
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        text = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-        merged = model.merge_and_unload()
-        assert relative_error(merged(ids).logits, expected) < 1e-5
-        assert torch.equal(merged.generate(ids, max_new_tokens=5, do_sample=False), text)
-
-
-@pytest.mark.parametrize("kind", ["SFT", "packed SFT", "LoRA SFT", "DPO", "GRPO"])
-def test_trl_trains_it(hf, saved, tmp_path, kind):
-    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
-    from datasets import Dataset
-
-    model = load(hf, saved[2])
-    kind, trainer_class = kind.removesuffix(" SFT"), getattr(trl, f"{kind.split()[-1]}Trainer")
-    arguments = {
-        "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
-        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True,
-        "trust_remote_code": True,
-    }  # fmt: skip
-    text = ["the quick brown fox jumps over the lazy dog. " * n for n in (1, 2, 1, 1)] * 6
-    rows, options = [{"text": t} for t in text], {}
-    if kind == "packed":
-        arguments |= {"packing": True, "max_length": 100}
-    if kind == "LoRA":
-        options = {"peft_config": lora(peft)}
-    if kind == "DPO":
-        rows = [{"prompt": "the quick ", "chosen": "brown fox", "rejected": "zzz"}] * 24
-    if kind == "GRPO":
-        rows, arguments = [{"prompt": t} for t in text], arguments | {"max_steps": 2, "num_generations": 4}
-        arguments |= {"max_completion_length": 8}
-        options = {"reward_funcs": lambda completions, **_: [float(len(set(text))) for text in completions]}
-    config = getattr(trl, trainer_class.__name__.replace("Trainer", "Config"))(str(tmp_path), **arguments)
-    trainer = trainer_class(model, args=config, train_dataset=Dataset.from_list(rows), **options)
-    trained = [(p, p.detach().clone()) for p in trainer.model.parameters() if p.requires_grad]
-    trainer.train()
-    curve = [step["loss"] for step in trainer.state.log_history if "loss" in step]
-    if kind != "GRPO":  # whose loss does not fall
-        assert curve[-1] < 0.99 * curve[0]
-    assert not any(torch.equal(*pair) for pair in trained)
-
-
-def test_a_saved_tokenizer_has_our_tokens_and_the_pipeline_writes(hf, saved, tmp_path):
-    model, _, folder = saved
-    text = "héllo  wörld's\n\tdef f(x):  1234 日本 \x7f"
-    tiktoken = pytest.importorskip("tiktoken")
-    ranks = {bytes([i]): i for i in range(256)}
-    for piece in (b"th", b"he", b"the", b" t", b" the", b"in", b"ing", b"  ", b"12"):
-        ranks[piece] = len(ranks)
-    # as in o200k_base, the end of text does not directly follow the ranks
-    tiny = prepare_data.TiktokenTokenizer.__new__(prepare_data.TiktokenTokenizer)
-    pattern = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    special = {"<|endoftext|>": 280}
-    tiny.encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    tiny.eot = 280
-    prepare_data.save_tokenizer(tiny, tmp_path)
-    for ours, place in ((tiny, tmp_path), (prepare_data.get_tokenizer("bytes"), folder)):
-        theirs = hf.AutoTokenizer.from_pretrained(place, trust_remote_code=place == folder)
-        for t in (text, "the thing in the  thesis 12345", ""):
-            assert theirs(t).input_ids == ours.encode(t).tolist() and theirs.decode(theirs(t).input_ids) == t
-        # special tokens are read in a text, as trl wants it, unless one asks for their letters
-        assert theirs.eos_token_id == ours.eot and theirs("a<|endoftext|>").input_ids[-1] == ours.eot
-        letters = theirs("a<|endoftext|>", split_special_tokens=True).input_ids
-        assert letters == ours.encode("a<|endoftext|>").tolist()
-        # padding is on the right and no end of text, so that a model learns the first token and the end
-        assert theirs.pad_token_id not in (ours.eot, *ours.encode("".join(map(chr, range(1, 0xD800)))))
-        batch = theirs(["a", "bc <|endoftext|>"], padding=True, return_tensors="pt")
-        assert batch.attention_mask.tolist()[0][:2] == [1, 0]
-        collate = hf.DataCollatorForLanguageModeling(theirs, mlm=False)
-        assert collate([{"input_ids": batch.input_ids[1]}])["labels"][0, -1] == ours.eot
-    pipe = hf.pipeline("text-generation", model=str(folder), trust_remote_code=True)
-    prompts = ["def f", "import torch"]  # two lengths in one batch
-    answers = pipe(prompts, batch_size=2, max_new_tokens=12, do_sample=False)
-    for prompt, (answer,) in zip(prompts, answers, strict=True):
-        ids = torch.tensor([list(prompt.encode())])
-        expected = model.generate(ids, max_new_tokens=12, temperature=0, stop_token=0)[0].tolist()
-        expected = bytes(b for b in expected if b).decode(errors="replace")
-        # how many marks stand for bytes that are no letter differs between decoders
-        assert re.sub("\ufffd+", "?", answer["generated_text"]) == re.sub("\ufffd+", "?", expected)
-
-
-def test_lm_eval_measures_our_likelihoods(hf, saved, tmp_path):
-    pytest.importorskip("lm_eval")
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    model, _, folder = saved
-    asked = ["Is 1 odd?", "Is 2?", "Is the sky green?"]
-    questions = [{"q": q, "choices": ["yes", "no!"], "label": i % 2} for i, q in enumerate(asked)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    (tmp_path / "t.yaml").write_text(f"""
-task: tiny
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/q.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{q}}}} Answer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list: [{{metric: acc}}]
-""")
-    lm = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", batch_size=2, dtype="float32")
-    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    options = {"task_manager": tasks, "bootstrap_iters": 0, "log_samples": True}
-    results, correct = lm_eval.simple_evaluate(lm, tasks=["tiny"], **options), 0
-    for q, answer in zip(questions, sorted(results["samples"]["tiny"], key=lambda s: s["doc_id"])):
-        scores = []
-        for choice in q["choices"]:
-            prompt = f"{q['q']} Answer:"
-            ids = torch.tensor([list(f"{prompt} {choice}".encode())])
-            log_p = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])
-            scores.append(log_p[0, len(prompt) - 1 :].sum().item())
-        assert [r[0][0] for r in answer["resps"]] == pytest.approx(scores, rel=1e-4)
-        correct += scores.index(max(scores)) == q["label"]
-    assert results["results"]["tiny"]["acc,none"] == pytest.approx(correct / 3)
+    assert learn(remember, 150, 2e-2, **options) > 0.85
+    assert learn(remember, 150, 2e-2, **options, use_stu=False) < 0.65
 
 
 # ------------------------------------------------------------------------------------------------------------
 # lds.py: the system
 
 
-def simulate(system, u):
-    """h_t = A h_{t-1} + B u_t, y_t = C h_t, one step after another, in float64."""
-    A, B, C, h0 = (p.detach().double() for p in (system.A, system.B, system.C, system.h0))
-    A = torch.diag(A) if A.ndim == 1 else A
-    h, y = h0.expand(len(u), -1), []
-    for u_t in u.double().unbind(1):
-        h = h @ A.T + u_t @ B.T
-        y.append(h @ C.T)
-    return torch.stack(y, dim=1)
+@pytest.mark.parametrize("T", [1, 2, 37, 1500])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_the_fast_states_equal_the_definition(diagonal, T):
+    system = LDS(12, 3, 2, dtype=torch.float64, diagonal=diagonal)
+    u = torch.randn(4, T, 3, dtype=torch.float64)
+    h = torch.randn(4, 12, dtype=torch.float64)
+    assert relative_error(system.states(u, h), system.states_step_by_step(u, h)) < 1e-12
 
 
 @pytest.mark.parametrize("T", [1, 2, 37, 1500])
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_a_system_equals_its_recurrence_whole_and_in_pieces(diagonal, T):
-    system, u = LDS(12, 3, 2, diagonal=diagonal), torch.randn(4, T, 3)
+    system = LDS(12, 3, 2, diagonal=diagonal)
     torch.nn.init.normal_(system.h0)
-    y = simulate(system, u).float()
+    u = torch.randn(4, T, 3)
+    y = system.states_step_by_step(u, system.h0.expand(4, -1)) @ system.C.T
     assert relative_error(system(u), y) < 1e-5
-    assert torch.allclose(system(u[0]), system(u)[0], atol=1e-6)  # unbatched
-    assert relative_error(in_pieces(system, u, [T // 3, T // 2] if T > 5 else [])[0], y) < 1e-5
+    assert torch.allclose(system(u[0]), system(u)[0], atol=1e-6)  # without a batch
+    cuts = [T // 3, T // 2] if T > 5 else []
+    assert relative_error(in_pieces(system, u, cuts)[0], y) < 1e-5
 
 
 def test_every_part_of_a_dense_system_gets_its_gradient():
@@ -1626,21 +1470,24 @@ def test_random_lds_has_the_poles_it_was_asked_for():
     sizes = {"state_dim": 400, "input_dim": 10, "output_dim": 5}
     system = random_LDS(**sizes, lower_bound=0.3, spectral_radius=0.9)
     size = system.A.detach().abs()
-    assert size.max() == pytest.approx(0.9) and 0.3 <= size.min() < 0.35
+    assert size.max() == pytest.approx(0.9)
+    assert 0.3 <= size.min() < 0.35
     assert 100 < (system.A < 0).sum() < 300
-    assert {name: getattr(system, name) for name in sizes} == sizes
+    for name, value in sizes.items():
+        assert getattr(system, name) == value
 
 
 # ------------------------------------------------------------------------------------------------------------
 # lds.py: the learner
 
+LENGTHS = [(1, 1, False), (40, 40, False), (128, 24, False), (128, 24, True), (1024, 64, False)]
 
-@pytest.mark.parametrize("L, K, hankel_L", [
-    (1, 1, False), (40, 40, False), (128, 24, False), (128, 24, True), (1024, 64, False),
-])  # fmt: skip
+
+@pytest.mark.parametrize("L, K, hankel_L", LENGTHS)
 def test_white_filters_are_orthonormal_and_span_the_bank(L, K, hankel_L):
     phi = get_spectral_filters(L, K, hankel_L, dtype=torch.float64)
-    white, bank = white_filters(phi, hankel_L), phi if hankel_L else both_signs(phi)
+    white = white_filters(phi, hankel_L)
+    bank = phi if hankel_L else both_signs(phi)
     w = 1 - torch.arange(L).double()[:, None] / L
     assert (white.T @ (w * white) - torch.eye(white.shape[1])).abs().max() < 1e-9
     rest = bank - white @ (white.T @ (w * bank))
@@ -1648,33 +1495,38 @@ def test_white_filters_are_orthonormal_and_span_the_bank(L, K, hankel_L):
 
 
 def test_white_input_gives_uncorrelated_features_of_unit_variance():
-    white, x = white_filters(get_spectral_filters(64, 8)).float(), torch.randn(4000, 64, 1)
-    features = convolve(x, white[:, None])  # [N, T, F]
+    model = MiniSTU(64, 8, 1, 1)
+    features = model.features(torch.randn(4000, 64, 1))  # [N, T, F]
     covariance = torch.einsum("ntf,ntg->fg", features, features) / features[..., 0].numel()
-    assert (covariance - torch.eye(white.shape[1])).abs().max() < 0.05
+    assert (covariance - torch.eye(len(covariance))).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("options", [{}, {"use_hankel_L": True}, {"backend": "lds"}], ids=str)
-def test_ministu_equals_the_sum_of_its_filter_outputs(options):
+@pytest.mark.parametrize(
+    "options", [{}, {"use_hankel_L": True}, {"backend": "lds"}, {"dtype": torch.float64}], ids=str
+)
+def test_ministu_equals_the_papers_formula(options):
     model = MiniSTU(seq_len=50, num_filters=10, input_dim=3, output_dim=2, **options)
     x = torch.randn(2, 50, 3)
-    expected = convolve(x.double(), torch.einsum("tf,fio->tio", model.bank, model.stu.M.detach().double()))
-    assert model(x).shape == (2, 50, 2) and (model(x) - expected).abs().max() < 1e-4
-    assert torch.allclose(model(x[0]), model(x)[0], atol=1e-5)  # unbatched
+    expected = stu_formula(x.double(), model.stu.bank.filters, model.stu.M.detach().double())
+    assert model(x).shape == (2, 50, 2)
+    assert (model(x) - expected).abs().max() < 1e-4
+    assert torch.allclose(model(x[0]), model(x)[0], atol=1e-5)  # without a batch
     assert (model(x[:, :20]) - expected[:, :20]).abs().max() < 1e-4  # shorter than seq_len
 
 
 def test_precomputed_filters_give_the_same_model():
     phi = get_spectral_filters(seq_len=128, K=24)
-    given, own = MiniSTU(128, 24, 10, 5, precomputed_filters=phi), MiniSTU(128, 24, 10, 5)
-    data = sample(random_LDS(20, 10, 5), 64, 128)
-    x = torch.randn(2, 128, 10)
-    assert relative_error(given.fit(*data)(x), own.fit(*data)(x)) < 1e-5
+    given = MiniSTU(128, 24, 10, 5, precomputed_filters=phi)
+    own = MiniSTU(128, 24, 10, 5)
+    x, y = sample(random_LDS(20, 10, 5), 64, 128)
+    assert relative_error(given.fit(x, y)(x), own.fit(x, y)(x)) < 1e-5
 
 
 def ringing(degrees, radius=0.99):
     """A system of one input and one output, with the poles radius · e^(±iθ)."""
-    system, (c, s) = LDS(2, 1, 1, diagonal=False), (f(math.radians(degrees)) for f in (math.cos, math.sin))
+    system = LDS(2, 1, 1, diagonal=False)
+    c = math.cos(math.radians(degrees))
+    s = math.sin(math.radians(degrees))
     system.A.data = radius * torch.tensor([[c, -s], [s, c]])
     return system
 
@@ -1682,10 +1534,16 @@ def ringing(degrees, radius=0.99):
 def test_decays_of_both_signs_are_learned_and_slow_ringing_is_not():
     def error(degrees, radius=0.99):
         system = ringing(degrees, radius)
-        return unseen_error(MiniSTU(128, 24, 1, 1).fit(*sample(system, 64, 128)), system, 128)[1].item()
+        x, y = sample(system, 64, 128)
+        model = MiniSTU(128, 24, 1, 1).fit(x, y)
+        return unseen_error(model, system, 128) / y.var().item()
 
-    assert error(0) < 1e-11 and error(180) < 1e-11
-    assert error(1) < 1e-7 < error(5) < 1e-2 < error(20) and error(90) > 0.3
+    assert error(0) < 1e-11
+    assert error(180) < 1e-11
+    assert error(1) < 1e-7
+    assert 1e-8 < error(5) < 1e-4
+    assert error(20) > 1e-2
+    assert error(90) > 0.3
     assert error(20, radius=0.5) < 1e-11  # what has died away after a few steps may ring
 
 
@@ -1693,43 +1551,55 @@ def test_filters_of_a_sector_learn_what_rings_in_it_and_are_no_recurrence_of_dec
     t = torch.arange(128, dtype=torch.float64)[:, None, None]
     gap = torch.logspace(-3, 0, 60, dtype=torch.float64)[:, None]  # 1 - α, against angles up to 20°
     angles = torch.linspace(0, math.radians(20), 16, dtype=torch.float64)
-    G = torch.cat([gap * (1 - gap) ** t * wave(t * angles) for wave in (torch.cos, torch.sin)], dim=2)
+    size = gap * (1 - gap) ** t
+    G = torch.cat([size * torch.cos(t * angles), size * torch.sin(t * angles)], dim=2)
     U, sigma, _ = torch.linalg.svd(G.flatten(1), full_matrices=False)
-    options = {"precomputed_filters": U[:, :40] * sigma[:40].sqrt()}
-    system, model = ringing(20), MiniSTU(128, 40, 1, 1, **options)
-    data = sample(system, 64, 128)
-    assert unseen_error(model.fit(*data), system, 128)[1] < 1e-10
-    recurrent = MiniSTU(128, 40, 1, 1, backend="lds", **options).fit(*data)
-    assert relative_error(recurrent(data[0]), model(data[0])) < 1e-5
-    with pytest.raises(ValueError, match="filters that ring"):
+    phi = U[:, :40] * sigma[:40].sqrt()
+    system = ringing(20)
+    x, y = sample(system, 64, 128)
+    model = MiniSTU(128, 40, 1, 1, precomputed_filters=phi).fit(x, y)
+    assert unseen_error(model, system, 128) < 1e-10 * y.var()
+    recurrent = MiniSTU(128, 40, 1, 1, precomputed_filters=phi, backend="lds").fit(x, y)
+    assert relative_error(recurrent(x), model(x)) < 1e-5
+    with pytest.raises(ValueError, match="sums of decays"):
         model.to_lds()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
 def test_the_mlp_acts_on_the_outputs_of_the_stu(activation):
     model = MiniSTU(
-        seq_len=128, num_filters=24, input_dim=10, output_dim=5, use_hankel_L=False, use_mlp=True,
-        mlp_hidden_dim=20, mlp_num_layers=2, mlp_dropout=0.1, mlp_activation=activation, dtype=torch.float32,
-        device=None, backend="spectral",
-    )  # fmt: skip
+        seq_len=128,
+        num_filters=24,
+        input_dim=10,
+        output_dim=5,
+        use_hankel_L=False,
+        use_mlp=True,
+        mlp_hidden_dim=20,
+        mlp_num_layers=2,
+        mlp_dropout=0.1,
+        mlp_activation=activation,
+        dtype=torch.float32,
+        device=None,
+        backend="spectral",
+    )
     assert [tuple(p.shape) for p in model.mlp.parameters()] == [(20, 5), (20,), (5, 20), (5,)]
     x = torch.randn(2, 128, 10)
-    assert model(x).shape == (2, 128, 5) and not torch.equal(model(x), model(x))  # dropout
+    assert model(x).shape == (2, 128, 5)
+    assert not torch.equal(model(x), model(x))  # dropout
     model.eval()
-    with torch.no_grad():
-        assert torch.allclose(model(x), model.mlp(model.stu(x)))
+    assert torch.allclose(model(x), model.mlp(model.stu(x)))
 
 
-@pytest.mark.parametrize("L, K, hankel_L", [
-    (1024, 24, False), (128, 24, True), (1024, 64, False), (33, 33, False), (5, 2, False),
-])  # fmt: skip
+RECURRENT = [(1024, 24, False), (128, 24, True), (1024, 64, False), (33, 33, False), (5, 2, False)]
+
+
+@pytest.mark.parametrize("L, K, hankel_L", RECURRENT)
 def test_the_recurrent_backend_agrees_and_trains(L, K, hankel_L):
-    fft, lds = (
-        MiniSTU(L, K, 6, 4, use_hankel_L=hankel_L, backend=backend) for backend in ("spectral", "lds")
-    )
-    lds.load_state_dict(fft.state_dict())
+    convolved = MiniSTU(L, K, 6, 4, use_hankel_L=hankel_L)
+    recurrent = MiniSTU(L, K, 6, 4, use_hankel_L=hankel_L, backend="lds")
+    recurrent.load_state_dict(convolved.state_dict())
     x = torch.randn(2, L, 6)
-    for a, b in zip(value_and_gradients(lds, x), value_and_gradients(fft, x)):
+    for a, b in zip(value_and_gradients(recurrent, x), value_and_gradients(convolved, x)):
         assert relative_error(a, b) < 1e-3
 
 
@@ -1739,18 +1609,30 @@ def test_ministu_with_64_channels_runs_as_a_recurrence():
     assert model(torch.randn(1, 1024, 64)).shape == (1, 1024, 64)
 
 
+@pytest.mark.parametrize("backend", ["spectral", "lds"])
+def test_a_batch_of_none_has_an_answer_of_none(backend):
+    x = torch.randn(0, 20, 3)
+    assert MiniSTU(32, 8, 3, 2, backend=backend)(x).shape == (0, 20, 2)
+    for diagonal in (True, False):
+        y, state = LDS(4, 3, 2, diagonal=diagonal)(x, use_cache=True)
+        assert y.shape == (0, 20, 2)
+        assert state.shape == (0, 4)
+
+
 @pytest.mark.parametrize("state_dim, L, sequences", [(20, 128, 128), (256, 1024, 16)])
 def test_least_squares_finds_the_system(state_dim, L, sequences):
     system = random_LDS(state_dim, 10, 5)
-    model = MiniSTU(L, 24, 10, 5).fit(*sample(system, sequences, L))
-    mse, over_variance = unseen_error(model, system, L)
-    assert mse < 1e-12 and over_variance < 1e-10
+    x, y = sample(system, sequences, L)
+    loss = unseen_error(MiniSTU(L, 24, 10, 5).fit(x, y), system, L)
+    assert loss < 1e-12
+    assert loss < 1e-10 * y.var()
 
 
 def test_least_squares_survives_inputs_that_do_not_vary():
-    system, x = random_LDS(8, 3, 2), torch.randn(50, 64, 3)
+    system = random_LDS(8, 3, 2)
+    x = torch.randn(50, 64, 3)
     x[..., 1] = 0  # a channel never seen
-    model = MiniSTU(64, 16, 3, 2).fit(x, system(x).detach())
+    model = MiniSTU(64, 16, 3, 2).fit(x, system(x))
     assert relative_error(model(x), system(x)) < 1e-4
 
 
@@ -1759,158 +1641,161 @@ def test_gradient_descent_finds_the_system():
     options = {"num_steps": 400, "batch_size": 16, "learning_rate": 2e-3, "verbose": False}
     model, losses = train_stu_on_lds(system, seq_len=128, num_filters=24, **options)
     y = model(torch.randn(1, 128, 10))
-    assert y.shape == (1, 128, 5) and len(losses) == 400 and not model.training
-    assert unseen_error(model, system, 128)[0] < 1e-9  # far below 4.5e-4
+    assert y.shape == (1, 128, 5)
+    assert len(losses) == 400
+    assert not model.training
+    assert unseen_error(model, system, 128) < 1e-9  # far below 4.5e-4
 
 
 def test_the_calls_of_the_published_package_work_as_they_are(tmp_path, capsys):
     """Its example script and its README, with only the import changed."""
     device = torch.device("cpu")
     system = random_LDS(state_dim=20, input_dim=10, output_dim=5, lower_bound=0.1, device=device)
-    assert (system.dtype, system.device) == (torch.float32, device) and system.A.shape == (20,)
+    assert (system.dtype, system.device) == (torch.float32, device)
+    assert system.A.shape == (20,)
     model, losses = train_stu_on_lds(
-        lds=system, seq_len=32, num_filters=8, num_steps=20, batch_size=8, learning_rate=1e-2, verbose=True
+        lds=system,
+        seq_len=32,
+        num_filters=8,
+        num_steps=20,
+        batch_size=8,
+        learning_rate=1e-2,
+        verbose=True,
     )
-    assert isinstance(losses, list) and losses[-1] < losses[0] and "20/20" in capsys.readouterr().out
+    assert isinstance(losses, list)
+    assert losses[-1] < losses[0]
+    assert "20/20" in capsys.readouterr().out
     assert model.get_num_params() == sum(p.numel() for p in model.parameters())
     inputs = torch.randn(10, 32, 10, device=device, dtype=torch.float32)
     with torch.no_grad():
         for length in (16, 32):
             x = inputs[:, :length, :]
-            assert model(x).shape == system(x).shape == (10, length, 5)
+            assert model(x).shape == (10, length, 5)
+            assert system(x).shape == (10, length, 5)
     plain = LDS(state_dim=20, input_dim=10, output_dim=5, dtype=torch.float64, device=None)
-    assert plain(inputs).dtype == torch.float64 and plain.h0.shape == (20,) and not plain.h0.any()
+    assert plain(inputs).dtype == torch.float64
+    assert plain.h0.shape == (20,)
+    assert not plain.h0.any()
     for module in (model, system):
         torch.save(module.state_dict(), tmp_path / "saved.pt")
         copy.deepcopy(module).load_state_dict(torch.load(tmp_path / "saved.pt"))
 
 
 def test_arguments_that_other_packages_order_otherwise_are_refused_by_position():
-    for call in (
-        lambda: MiniSTU(32, 8, 4, 2, False),
-        lambda: MiniSTU(32, 8, 4, 2, False, True),
-        lambda: train_stu_on_lds(LDS(4, 3, 2), 32, 8, 10),
-    ):
-        with pytest.raises(TypeError, match="positional"):
-            call()
+    with pytest.raises(TypeError, match="positional"):
+        MiniSTU(32, 8, 4, 2, False)
+    with pytest.raises(TypeError, match="positional"):
+        MiniSTU(32, 8, 4, 2, False, True)
+    with pytest.raises(TypeError, match="positional"):
+        train_stu_on_lds(LDS(4, 3, 2), 32, 8, 10)
 
 
 def test_training_with_an_mlp_lowers_the_loss(capsys):
     _, losses = train_stu_on_lds(
-        random_LDS(8, 4, 2), 32, 8, num_steps=60, batch_size=8, learning_rate=1e-2, verbose=True,
-        use_mlp=True, mlp_hidden_dim=16, mlp_num_layers=3, mlp_dropout=0.0, mlp_activation="tanh",
-    )  # fmt: skip
+        random_LDS(8, 4, 2),
+        32,
+        8,
+        num_steps=60,
+        batch_size=8,
+        learning_rate=1e-2,
+        verbose=True,
+        use_mlp=True,
+        mlp_hidden_dim=16,
+        mlp_num_layers=3,
+        mlp_dropout=0.0,
+        mlp_activation="tanh",
+    )
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
     assert "60/60" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("L, K, hankel_L", [(128, 24, False), (64, 20, True), (512, 32, False)])
 def test_a_fitted_stu_is_a_linear_dynamical_system(L, K, hankel_L):
-    model = MiniSTU(L, K, 4, 3, use_hankel_L=hankel_L).fit(*sample(random_LDS(20, 4, 3), 64, L))
-    system, x = model.to_lds(), torch.randn(2, L, 4)
-    assert system.A.ndim == 1 and system.A.abs().max() < 1
-    assert system.B.shape == (len(system.A), 4) and system.C.shape == (3, len(system.A))
+    model = MiniSTU(L, K, 4, 3, use_hankel_L=hankel_L)
+    model.fit(*sample(random_LDS(20, 4, 3), 64, L))
+    system = model.to_lds()
+    n = len(system.A)
+    assert system.A.ndim == 1
+    assert system.A.abs().max() < 1
+    assert system.B.shape == (n, 4)
+    assert system.C.shape == (3, n)
+    x = torch.randn(2, L, 4)
     scale = model(x).std()
     assert (system(x) - model(x)).abs().max() < 1e-3 * scale
-    assert (simulate(system, x) - model(x)).abs().max() < 1e-3 * scale  # one step after another, too
-    past = simulate(system, torch.randn(1, 20 * L, 4))[:, -L:]
-    assert past.std() < 3 * scale  # and it stays sane past seq_len
+    start = torch.zeros(2, n, dtype=torch.float64)
+    one_by_one = system.states_step_by_step(x.double(), start) @ system.C.T
+    assert (one_by_one - model(x)).abs().max() < 1e-3 * scale
+    long_after = system(torch.randn(1, 20 * L, 4))[:, -L:]
+    assert long_after.std() < 3 * scale  # it stays sane past seq_len
 
 
 # ------------------------------------------------------------------------------------------------------------
-# lds.py: what it compares with
+# lds.py: the demo
+
+SMALL_DEMO = "--state_dim 6 --input_dim 3 --output_dim 2 --seq_len 24 --num_filters 6"
 
 
-@pytest.mark.parametrize("make", [
-    lambda: S4D(3, 2), lambda: Mamba2(3, 2), *(lambda k=k: stack(k, 4, 1.0, 3, 2, 16, 30) for k in "STAM"),
-])  # fmt: skip
-def test_baselines_are_causal_and_learn(make):
-    model, x = make(), torch.randn(1, 30, 3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(model(x)[0, 12].sum(), x)
-    reach = gradient[0].abs().amax(-1)
-    assert reach[13:].max() < 1e-5 * reach.max() and (reach[:13] > 0).all()
-    system = random_LDS(4, 3, 2, spectral_radius=0.8)
-    system.C.data *= 4
-    losses = [loss for loss, _ in descend(model, lambda m: unseen_error(m, system, 30, 16), 80, 1e-2)]
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+def run_as_main(monkeypatch, script, flags):
+    monkeypatch.setattr("sys.argv", [script, *flags.split()])
+    runpy.run_path(str(HERE / script), run_name="__main__")
 
 
-def test_mamba_2_equals_its_recurrence():
-    layer, x = Mamba2(3, 2, d=8, N=4, H=2).double(), torch.randn(2, 20, 3, dtype=torch.float64)
-    gate, v, dt = layer.encode(x).split(layer.sizes, dim=-1)
-    padded = F.pad(v, (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, channels, 4]
-    v = F.silu((padded * layer.conv.weight[:, 0]).sum(-1) + layer.conv.bias)
-    u, B, C = v.split([8, 4, 4], dim=-1)
-    dt, h, y = F.softplus(dt + layer.dt), torch.zeros(2, 2, 4, 4, dtype=torch.float64), []
-    for t in range(20):  # h [B, H, N, d / H]
-        update = torch.einsum("bh,bn,bhd->bhnd", dt[:, t], B[:, t], u[:, t].unflatten(-1, (2, 4)))
-        h = torch.exp(-dt[:, t] * layer.log_A.exp())[..., None, None] * h + update
-        y.append(torch.einsum("bn,bhnd->bhd", C[:, t], h).flatten(1))
-    expected = layer.decode((torch.stack(y, dim=1) + layer.D * u) * F.silu(gate))
-    assert relative_error(layer(x), expected) < 1e-12
-
-
-# ------------------------------------------------------------------------------------------------------------
-# lds.py: the experiments
-
-
-def run_lds(monkeypatch, flags):
-    monkeypatch.setattr("sys.argv", ["lds.py", *flags.split()])
-    lds_module.main()
-
-
-@pytest.mark.parametrize("flags", ["--steps 0", "--steps 12", "--compare --steps 2 --batch-size 2"])
-def test_the_demo_prints_and_draws(tmp_path, monkeypatch, capsys, flags):
-    sizes = "--state-dim 6 --input-dim 3 --output-dim 2 --seq-len 24 --num-filters 6"
-    run_lds(monkeypatch, f"{flags} {sizes} --out {tmp_path}/picture.png")
+@pytest.mark.parametrize("steps", [0, 1, 12])
+@pytest.mark.parametrize(
+    "name, begins", [("a.png", b"\x89PNG"), ("a.gif", b"GIF8"), ("a.pdf", b"%PDF")]
+)
+def test_the_demo_prints_and_draws_in_the_format_of_the_name(
+    tmp_path, monkeypatch, capsys, name, begins, steps
+):
+    run_as_main(monkeypatch, "lds.py", f"{SMALL_DEMO} --steps {steps} --out {tmp_path}/{name}")
+    assert (tmp_path / name).read_bytes().startswith(begins)
     printed = capsys.readouterr().out
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert "STU" in printed and "minutes" in printed.partition("step ")[0]  # the cost, before it starts
-    assert ("Mamba-2" in printed) == ("--compare" in flags) and ("left" in printed) == (
-        "--steps 0" not in flags
-    )
+    assert "least squares" in printed
+    assert ("left" in printed) == (steps > 0)
+    assert "\r" not in printed
 
 
-def test_recall_prints_and_draws(tmp_path, monkeypatch, capsys):
-    run_lds(monkeypatch, f"--recall --steps 5 --batch-size 4 --out {tmp_path}/picture.png")
+def test_on_a_terminal_the_line_moves_and_elsewhere_there_are_ten(monkeypatch, capsys):
+    options = {"num_steps": 100, "batch_size": 2}
+    train_stu_on_lds(random_LDS(4, 3, 2), 16, 4, **options)
+    assert len(capsys.readouterr().out.splitlines()) == 10
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    train_stu_on_lds(random_LDS(4, 3, 2), 16, 4, **options)
     printed = capsys.readouterr().out
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert all(printed.count(name) >= 3 for name in ("hybrid", "STU", "attention", "right"))
+    assert printed.count("\r") == 99
+    assert printed.count("\n") == 1
 
 
-def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, capsys):
-    reason = 'needs pip install "gymnasium[mujoco]"'
-    gymnasium = pytest.importorskip("gymnasium", reason=reason)
-    pytest.importorskip("mujoco", reason=reason)
+def test_the_curve_falls_as_the_losses_fall():
+    text = lds_module.curve([10.0**-i for i in range(50)], final_length=100)
+    assert len(text) == 40
+    assert text[0] == "█"
+    assert text[:20] == "".join(sorted(text[:20], reverse=True))
+    assert text[20:] == 20 * "·"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--out lds.txt", "must end in .png"),
+        ("--out nowhere/lds.png", "cannot write a regular file"),
+        ("--out folder.png", "cannot write a regular file"),
+        ("--steps -1", "number of steps must be an integer >= 0, got -1"),
+        ("--batch_size 0", "batch_size must be an integer >= 1, got 0"),
+        ("--state_dim 0", "state_dim must be an integer >= 1, got 0"),
+        ("--num_filters 25", "num_eigh must be at most 24"),
+        ("--learning_rate nan", "learning_rate must be a number"),
+        ("--learning_rate 1e300", "learning_rate must be a number"),
+        ("--learning_rate 900", "training diverged"),
+        ("--lower_bound 2", "lower_bound = 2.0"),
+        ("--spectral_radius nan", "spectral_radius = nan"),
+    ],
+)
+def test_the_demo_says_what_it_cannot_do(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as disk_full:
-        disk_full.setattr(torch, "save", lambda rows, f: f.write(b"half") and 1 / 0)
-        with pytest.raises(SystemExit, match="cannot write data/ant"):
-            lds_module.ant_trajectories(3, 53, 0)
-    states = lds_module.ant_trajectories(3, 53, 0)  # the half file is none
-    assert states.shape == (3, 53, 35) and states.isfinite().all() and states[..., 27:].abs().max() <= 1
-    monkeypatch.setattr(gymnasium, "make", None)
-    run_lds(monkeypatch, "--ant --trajectories 3 --seq-len 52 --steps 2 --batch-size 2")
-    printed = capsys.readouterr().out
-    assert Path("ant.png").read_bytes().startswith(b"\x89PNG")
-    assert all(
-        name in printed for name in ("STU-T", "hybrid", "attention", "Mamba-2", "no change", "50 alone")
-    )
-
-
-@pytest.mark.parametrize("flags, message", [
-    ("--ant", 'pip install "gymnasium[mujoco]"'),
-    ("--ant --seq-len 50", "--seq-len >= 51"),
-    ("--batch-size 0", "--batch-size >= 1"),
-    ("--lower-bound 2", "lower_bound = 2.0"),
-    ("--out nowhere/lds.png", "nowhere"),
-])  # fmt: skip
-def test_the_experiments_say_what_they_lack(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
-    monkeypatch.setattr("sys.argv", ["lds.py", *flags.split()])
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(HERE / "lds.py"), run_name="__main__")
+        run_as_main(monkeypatch, "lds.py", f"{SMALL_DEMO} {flags}")
     assert message in f"{end.value}{capsys.readouterr().err}"
 
 
@@ -1924,26 +1809,51 @@ def not_a_number(*shape):
     return x
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: MiniSTU(8, 9, 3, 2), "9 filters for length 8"),
-    (lambda: MiniSTU(8, 0, 3, 2), "num_filters"),
-    (lambda: MiniSTU(8, 4, 3, 2, backend="scan"), "backend"),
-    (lambda: MiniSTU(8, 4, 3, 2, use_mlp=True, mlp_activation="swish"), "relu, gelu, tanh"),
-    (lambda: MiniSTU(8, 4, 3, 2, use_mlp=True, mlp_num_layers=0), "mlp_num_layers"),
-    (lambda: MiniSTU(8, 4, 3, 2, precomputed_filters=torch.ones(7, 4)), r"\[8, 4\]"),
-    (lambda: MiniSTU(8, 4, 3, 2)(torch.ones(1, 8, 4)), "length >= 1, 3"),
-    (lambda: MiniSTU(8, 4, 3, 2)(torch.ones(1, 9, 3)), "longer than seq_len = 8"),
-    (lambda: MiniSTU(8, 4, 3, 2)(not_a_number(1, 8, 3)), "8 NaN"),
-    (lambda: MiniSTU(8, 4, 3, 2).fit(torch.ones(2, 8, 3), not_a_number(2, 8, 2)), "targets holds 16 NaN"),
-    (lambda: MiniSTU(8, 4, 3, 2).fit(torch.ones(2, 8, 3), torch.ones(2, 7, 2)), "equally many"),
-    (lambda: MiniSTU(8, 4, 3, 2, use_mlp=True).fit(torch.ones(2, 8, 3), torch.ones(2, 8, 2)), "descent"),
-    (lambda: MiniSTU(8, 4, 3, 2, use_mlp=True).to_lds(), "use_mlp"),
-    (lambda: LDS(0, 3, 2), "at least 1"),
-    (lambda: LDS(4, 3, 2)(torch.ones(1, 8, 4)), "length >= 1, 3"),
-    (lambda: random_LDS(4, 3, 2, lower_bound=2.0), "lower_bound = 2.0"),
-    (lambda: random_LDS(4, 3, 2, spectral_radius=1.5), "spectral_radius = 1.5"),
-    (lambda: train_stu_on_lds(random_LDS(4, 3, 2), 8, 4, learning_rate=-1), "learning_rate"),
-])  # fmt: skip
+def ministu(**options):
+    return MiniSTU(8, 4, 3, 2, **options)
+
+
+ONES = torch.ones(2, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MiniSTU(8, 9, 3, 2), "num_eigh must be at most 8 at length 8, got 9"),
+        (lambda: MiniSTU(8, 0, 3, 2), "num_eigh"),
+        (lambda: MiniSTU(8.5, 4, 3, 2), "seq_len must be an integer >= 1, got 8.5"),
+        (lambda: MiniSTU(8, 4, 2.5, 2), "input_dim must be an integer >= 1, got 2.5"),
+        (lambda: MiniSTU(8, 4, 3, True), "output_dim must be an integer >= 1, got True"),
+        (lambda: ministu(backend="scan"), "backend"),
+        (lambda: ministu(use_mlp="false"), "use_mlp must be True or False, got 'false'"),
+        (lambda: ministu(use_hankel_L="no"), "use_hankel_L must be True or False, got 'no'"),
+        (lambda: ministu(use_mlp=True, mlp_activation="swish"), "relu, gelu or tanh"),
+        (lambda: ministu(use_mlp=True, mlp_num_layers=0), "mlp_num_layers"),
+        (lambda: ministu(use_mlp=True, mlp_hidden_dim=2.5), "mlp_hidden_dim"),
+        (lambda: ministu(precomputed_filters=torch.ones(7, 4)), r"\[8, 4\]"),
+        (lambda: ministu()(torch.ones(1, 8, 4)), "length >= 1, 3"),
+        (lambda: ministu()(torch.ones(1, 9, 3)), "longer than self.seq_len = 8"),
+        (lambda: ministu()(ONES + 1j), "real"),
+        (lambda: ministu()(not_a_number(1, 8, 3)), "8 NaN"),
+        (lambda: ministu().fit(ONES, not_a_number(2, 8, 2)), "targets holds 16 NaN"),
+        (lambda: ministu().fit(ONES, torch.ones(2, 7, 2)), "equally many"),
+        (lambda: ministu(use_mlp=True).fit(ONES, ONES[..., :2]), "descent"),
+        (lambda: ministu(use_mlp=True).to_lds(), "use_mlp"),
+        (lambda: LDS(0, 3, 2), "state_dim must be an integer >= 1, got 0"),
+        (lambda: LDS(4, 3, 2.5), "output_dim must be an integer >= 1, got 2.5"),
+        (lambda: LDS(4, 3, 2, diagonal="false"), "diagonal must be True or False, got 'false'"),
+        (lambda: LDS(4, 3, 2)(torch.ones(1, 8, 4)), "length >= 1, 3"),
+        (lambda: LDS(4, 3, 2)(ONES + 1j), "real"),
+        (lambda: LDS(4, 3, 2)(ONES[:1], torch.ones(3, 4)), r"\[1, 4\], got torch.float32 \[3, 4\]"),
+        (lambda: LDS(4, 3, 2)(ONES, torch.ones(2, 4) + 1j), "state must be real"),
+        (lambda: random_LDS(4, 3, 2, lower_bound=2.0), "lower_bound = 2.0"),
+        (lambda: random_LDS(4, 3, 2, spectral_radius=1.5), "spectral_radius = 1.5"),
+        (lambda: train_stu_on_lds(LDS(4, 3, 2), 8, 4, learning_rate=-1), "learning_rate"),
+        (lambda: train_stu_on_lds(LDS(4, 3, 2), 8, 4, learning_rate=math.nan), "learning_rate"),
+        (lambda: train_stu_on_lds(LDS(4, 3, 2), 8, 4, num_steps=-1), "number of steps"),
+        (lambda: train_stu_on_lds(LDS(4, 3, 2), 8, 4, batch_size=0), "batch_size"),
+    ],
+)
 def test_lds_says_what_is_wrong_with_its_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -1951,7 +1861,164 @@ def test_lds_says_what_is_wrong_with_its_input(make, message):
 
 def test_training_that_diverges_says_so():
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        train_stu_on_lds(random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=1e30, verbose=False)
+        train_stu_on_lds(
+            random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=900.0, verbose=False
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# experiments
+
+
+@pytest.mark.parametrize(
+    "script, flags, said",
+    [
+        ("filters.py", "--seq_len 64", "largest error"),
+        ("ringing.py", "--seq_len 16 --num_filters 4", "r = 0.5"),
+        ("linear_systems.py", "--state_dim 6 --seq_len 32 --steps 4", "diagonal system"),
+        ("recall.py", "--steps 5 --batch_size 4", "selective copying    attention"),
+        ("cost.py", "--tiny", "full attention"),
+    ],
+)
+def test_an_experiment_prints_and_draws(tmp_path, monkeypatch, capsys, script, flags, said):
+    monkeypatch.chdir(tmp_path)
+    run_as_main(monkeypatch, f"experiments/{script}", f"{flags} --out picture.png")
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    assert said in capsys.readouterr().out
+
+
+def test_the_benchmark_prints_a_row_for_each_comparison(monkeypatch, capsys):
+    run_as_main(monkeypatch, "experiments/bench.py", "--tiny")
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5
+    assert "errors 2e-07" in rows[2]  # ours is exact, eigh is not
+    assert "differ by" in rows[3]
+    assert "differ by" in rows[4]
+
+
+def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, capsys):
+    reason = 'needs pip install "gymnasium[mujoco]"'
+    gymnasium = pytest.importorskip("gymnasium", reason=reason)
+    pytest.importorskip("mujoco", reason=reason)
+    monkeypatch.chdir(tmp_path)
+    flags = "--trajectories 10 --seconds 0.01 --out picture.png"
+    run_as_main(monkeypatch, "experiments/ant.py", flags)
+    data = torch.load("data/ant-10.pt")
+    assert data.shape == (10, 129, 35)
+    assert data.isfinite().all()
+    assert data[..., 27:].abs().max() <= 1
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(gymnasium, "make", None)  # what is there is not simulated again
+    run_as_main(monkeypatch, "experiments/ant.py", flags)
+    printed = capsys.readouterr().out
+    for name in ("STU-T", "full STU", "hybrid", "attention", "Mamba-2", "no change", "50 alone"):
+        assert name in printed
+
+
+def test_the_robot_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="pip install"):
+        run_as_main(monkeypatch, "experiments/ant.py", "")
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A small model of bytes, saved, and a text for it."""
+    monkeypatch.chdir(tmp_path)
+    config = small_config(seq_len=16, window_size=4, num_eigh=8, vocab_size=256)
+    model = FlashSTU(config).eval()
+    model.save_pretrained("model")
+    Path("book.txt").write_text("All that is read is remembered. " * 20)
+    return model
+
+
+def test_loss_by_position_reads_a_model_or_a_run(reader, monkeypatch, capsys):
+    Path("run").mkdir()
+    config = reader.config.to_dict()
+    checkpoint = {"model": reader.state_dict(), "config": config, "tokenizer": "bytes"}
+    torch.save(checkpoint, "run/checkpoint_2.pt")
+    torch.save({}, "run/checkpoint_1.pt")
+    flags = "--data book.txt --texts 2"
+    run_as_main(monkeypatch, "experiments/loss_by_position.py", f"--model model {flags}")
+    of_model = capsys.readouterr().out
+    run_as_main(monkeypatch, "experiments/loss_by_position.py", f"--model run {flags}")
+    of_run = capsys.readouterr().out
+    assert of_run == of_model.replace("read by model", "read by run")
+    assert of_run.count("128-256") == 3
+    assert Path("context.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_by_position_forgets_what_it_says(reader):
+    losses_by_position = experiment("loss_by_position")["losses_by_position"]
+    x = torch.randint(1, 256, (2, 49))
+    carried = losses_by_position(reader, x, "state carried on")
+    forgotten = losses_by_position(reader, x, "all forgotten")
+    half = losses_by_position(reader, x, "STU's state forgotten")
+    with torch.no_grad():
+        logits = reader(x[:, :-1]).logits
+    whole = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").sum(dim=0)
+    assert torch.allclose(carried, whole, atol=1e-3)
+    windows = [reader(x[:, i : i + 17], labels=x[:, i : i + 17]).loss for i in (0, 16, 32)]
+    assert torch.allclose(forgotten.view(3, 16).mean(dim=1), 2 * torch.stack(windows), atol=1e-3)
+    for other in (forgotten, half):
+        assert torch.allclose(other[:16], carried[:16], atol=1e-4)
+        assert not torch.allclose(other[16:], carried[16:], atol=1e-4)
+    assert not torch.allclose(half[16:], forgotten[16:], atol=1e-4)
+
+
+def test_loss_by_position_says_what_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="holds no checkpoint and no model"):
+        run_as_main(monkeypatch, "experiments/loss_by_position.py", "--model .")
+
+
+def test_the_baselines_are_causal_and_learn():
+    linear_systems = experiment("linear_systems")
+    system = random_LDS(4, 10, 5, spectral_radius=0.8)
+    system.C.data *= 4
+    progress = linear_systems["Progress"](10**9)
+    for name, make in linear_systems["MAKERS"].items():
+        x = torch.randn(1, 30, 10, requires_grad=True)
+        output = make(30)(x)[0, 12].sum()
+        reach = torch.autograd.grad(output, x)[0][0].abs().amax(dim=-1)
+        assert reach[13:].max() < 1e-5 * reach.max(), name
+        assert (reach[:13] > 0).all(), name
+        _, losses = linear_systems["train"](name, system, 30, 1e-2, 80, 0, progress)
+        assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10]), name
+
+
+def test_the_robots_models_are_causal():
+    ant = experiment("ant")
+    for kind in ant["KINDS"]:
+        model = ant["make_model"](kind, 27)
+        x = torch.randn(1, 30, 35, requires_grad=True)
+        reach = torch.autograd.grad(model(x)[0, 12].sum(), x)[0][0].abs().amax(dim=-1)
+        assert reach[13:].max() < 1e-5 * reach.max(), kind
+        assert (reach[:13] > 0).all(), kind
+
+
+def test_mamba_2_equals_its_recurrence():
+    linear_systems = experiment("linear_systems")
+    layer = linear_systems["Mamba2"](width=8, N=4, heads=2).double()
+    x = torch.randn(2, 20, 10, dtype=torch.float64)
+    gate, v, dt = layer.encode(x).split(layer.encoded, dim=-1)
+    padded = F.pad(v, (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, channels, 4]
+    v = F.silu((padded * layer.conv.weight[:, 0]).sum(dim=-1) + layer.conv.bias)
+    u, B, C = v.split([8, 4, 4], dim=-1)
+    dt = F.softplus(dt + layer.log_dt)
+    A = layer.log_A.exp()
+    h = torch.zeros(2, 2, 4, 4, dtype=torch.float64)  # [B, heads, N, width / heads]
+    outputs = []
+    for t in range(20):
+        u_t = u[:, t].view(2, 2, 4)
+        update = torch.einsum("bh,bn,bhd->bhnd", dt[:, t], B[:, t], u_t)
+        decay = torch.exp(-dt[:, t] * A)
+        h = decay[:, :, None, None] * h + update
+        outputs.append(torch.einsum("bn,bhnd->bhd", C[:, t], h).flatten(1))
+    y = torch.stack(outputs, dim=1)
+    expected = layer.decode((y + layer.D * u) * F.silu(gate))
+    assert relative_error(layer(x), expected) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1960,13 +2027,15 @@ def test_training_that_diverges_says_so():
 
 def read_split(folder, split):
     meta, opened = prepare_data.open_data(folder, full=True)
-    shards = opened[split]
-    assert sum(map(len, shards)) == meta[split]["tokens"]
-    return np.concatenate(shards)
+    tokens = np.concatenate(opened[split])
+    assert len(tokens) == meta[split]["tokens"]
+    return tokens
 
 
 def same_splits(a, b):
-    return all(np.array_equal(read_split(a, split), read_split(b, split)) for split in ("train", "val"))
+    return all(
+        np.array_equal(read_split(a, split), read_split(b, split)) for split in ("train", "val")
+    )
 
 
 def documents_in(folder, split):
@@ -1976,62 +2045,149 @@ def documents_in(folder, split):
     return data[:-1].decode().split("\0")
 
 
+def all_documents_in(folder):
+    return sorted(documents_in(folder, "train") + documents_in(folder, "val"))
+
+
 def write_documents(folder, n, words):
+    """n files of so many words -> their texts."""
     rng = random.Random(1)
     folder.mkdir()
+    texts = []
     for i in range(n):
-        text = " ".join(rng.choices(["alpha", "beta", "γ", "def f(x):", "\n", "1234"], k=words)) + f" {i}"
+        words_of_text = rng.choices(["alpha", "beta", "γ", "def f(x):", "\n", "1234"], k=words)
+        text = " ".join(words_of_text) + f" {i}"
         (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
-        yield text
+        texts.append(text)
+    return texts
+
+
+def as_lines(texts, field="text"):
+    return "".join(json.dumps({field: text}) + "\n" for text in texts)
+
+
+def write_parquet(path, **columns):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(sys.modules["pyarrow"].table(columns), path)
 
 
 def test_the_default_data_is_the_standard_library(tmp_path):
     meta = prepare_data.prepare(out=tmp_path)
-    assert meta["vocab_size"] == 256 and meta["train"]["tokens"] > 3e6
+    assert meta["vocab_size"] == 256
+    assert meta["train"]["tokens"] > 3e6
     assert b"def " in read_split(tmp_path, "val")[:100000].astype(np.uint8).tobytes()
 
 
+def test_bytes_need_no_tiktoken(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = prepare_data.get_tokenizer("bytes")
+    text = "héllo\n日本 \x7f"
+    tokens = tokenizer.encode(text)
+    assert bytes(tokens.tolist()) == text.encode()
+    assert tokenizer.decode([0, *tokens, 0, 256, 319]) == text  # an end of text, and ids of no byte
+    assert tokenizer.name == "bytes"
+
+
 def test_shards_hold_every_document_once_and_the_splits_share_none(tmp_path):
-    docs, out = tmp_path / "docs", tmp_path / "out"
-    texts = list(write_documents(docs, 600, 10))
-    (docs / "copy.txt").write_text(texts[0], encoding="utf-8")  # a duplicate falls on its twin's side
+    docs = tmp_path / "docs"
+    out = tmp_path / "out"
+    texts = write_documents(docs, 600, 10)
+    (docs / "copy.txt").write_text(texts[0], encoding="utf-8")  # falls on its twin's side
     (docs / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     meta = prepare_data.prepare([str(docs)], out, val_fraction=0.3, shard_tokens=5000)
-    train, val = (documents_in(out, split) for split in ("train", "val"))
-    assert sorted(train + val) == sorted(texts + texts[:1]) and not set(train) & set(val) and val
+    assert all_documents_in(out) == sorted(texts + texts[:1])
+    assert not set(documents_in(out, "train")) & set(documents_in(out, "val"))
     assert len(meta["train"]["shards"]) > 1
+
+
+def test_short_shards_read_as_one_long_array(tmp_path):
+    docs = tmp_path / "docs"
+    write_documents(docs, 300, 10)
+    prepare_data.prepare([str(docs)], tmp_path / "out", shard_tokens=400)
+    shards = prepare_data.open_data(tmp_path / "out")[1]["val"]
+    whole = np.concatenate(shards)
+    assert len(shards) > 10
+    assert max(map(len, shards)) < 200
+    for start, stop in ((0, 1), (0, len(whole)), (150, 700), (len(whole) - 300, len(whole))):
+        tokens = prepare_data.read_tokens(shards, start, stop)
+        assert np.array_equal(tokens, whole[start:stop])
 
 
 def test_one_long_text_is_cut_at_nine_tenths(tmp_path, capsys):
     (tmp_path / "book.txt").write_text("abcdefghij" * 1000)
     prepare_data.prepare([str(tmp_path / "book.txt")], tmp_path)
-    assert "9,001 tokens to train" in capsys.readouterr().err
-    assert len(read_split(tmp_path, "train")) == 9001 and len(read_split(tmp_path, "val")) == 1001
+    assert capsys.readouterr().err.endswith("9,001 tokens to train\n")
+    assert len(read_split(tmp_path, "train")) == 9001
+    assert len(read_split(tmp_path, "val")) == 1001
 
 
-@pytest.mark.parametrize("name", ["texts.jsonl.gz", "texts.parquet"])
-def test_compressed_records_give_the_same_shards_as_jsonl(tmp_path, name):
-    texts = [f"document {i}\n" * 5 for i in range(50)]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (tmp_path / "texts.jsonl").write_text(lines)
-    if name.endswith(".gz"):
+@pytest.mark.parametrize(
+    "name",
+    ["a.ndjson", "a.json", "list.json", "a.jsonl.gz", "a.json.GZ", "a.parquet", "bytes.parquet"],
+)
+def test_records_give_the_same_shards_whatever_file_holds_them(tmp_path, name):
+    texts = [f"document {i} é\n" * 5 for i in range(50)]
+    lines = as_lines(texts)
+    (tmp_path / "plain.jsonl").write_text(lines)
+    if name == "bytes.parquet":
+        write_parquet(tmp_path / name, text=[text.encode() for text in texts])
+    elif name == "a.parquet":
+        write_parquet(tmp_path / name, text=texts)
+    elif name.lower().endswith(".gz"):
         (tmp_path / name).write_bytes(gzip.compress(lines.encode()))
+    elif name == "list.json":
+        (tmp_path / name).write_text(json.dumps([{"text": text} for text in texts], indent=1))
     else:
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(sys.modules["pyarrow"].table({"text": texts}), tmp_path / name)
-    for source, out in (("texts.jsonl", "plain"), (name, "compressed")):
+        (tmp_path / name).write_text(lines)
+    for source, out in (("plain.jsonl", "plain"), (name, "other")):
         prepare_data.prepare([str(tmp_path / source)], tmp_path / out, val_fraction=0.3)
-    assert same_splits(tmp_path / "plain", tmp_path / "compressed")
+    assert same_splits(tmp_path / "plain", tmp_path / "other")
+
+
+def test_a_json_file_may_be_one_record_and_a_text_may_be_compressed(tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps({"text": "a story " * 20}, indent=1))
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(b"a book " * 20))
+    sources = [str(tmp_path / "record.json"), str(tmp_path / "book.txt.gz")]
+    prepare_data.prepare(sources, tmp_path / "out")
+    parts = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")
+    assert parts[0] + parts[2] == "a story " * 20
+    assert parts[1] + parts[3] == "a book " * 20
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.parquet"])
+def test_a_wrong_field_names_the_fields_that_exist(tmp_path, capsys, name):
+    if name.endswith("parquet"):
+        write_parquet(tmp_path / name, title=["a"], body=["a long text"])
+    else:
+        (tmp_path / name).write_text('{"title": "a", "body": "a long text"}\n')
+    with pytest.raises(SystemExit) as error:
+        prepare_data.prepare([str(tmp_path / name)], tmp_path / "out")
+    told = capsys.readouterr().err + str(error.value)
+    assert "field 'text'" in told
+    assert "['title', 'body']" in told
+    prepare_data.prepare([str(tmp_path / name)], tmp_path / "out", field="body")
+
+
+@pytest.mark.parametrize("name", ["texts.zip", "texts.tar.gz", "texts.jsonl.zst"])
+def test_what_is_packed_otherwise_is_left_out_for_that_reason(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    prepare_data.prepare([str(tmp_path / "a.txt"), str(tmp_path / name)], tmp_path / "out")
+    told = capsys.readouterr().err
+    assert "left out 1: packed in another way than .gz" in told
+    assert name in told
 
 
 def interrupt(write, monkeypatch, **options):
     """A preparation that dies before it writes its file number `write`, half of which is there."""
-    real, written = prepare_data.write_atomically, []
+    real = prepare_data.write_atomically
+    written = []
 
     def dying(path, content):
         written.append(path)
         if len(written) == write:
-            path.with_name(path.name + ".tmp").write_bytes(b"half a file")
+            half = path.with_name(path.name + ".1234" + prepare_data.TEMPORARY)
+            half.write_bytes(b"half a file")
             raise KeyboardInterrupt
         real(path, content)
 
@@ -2042,8 +2198,10 @@ def interrupt(write, monkeypatch, **options):
 
 @pytest.mark.parametrize("write", [1, 3, 8])
 def test_an_interrupted_preparation_continues_to_the_same_shards(tmp_path, monkeypatch, write):
-    docs, whole, broken = tmp_path / "docs", tmp_path / "whole", tmp_path / "broken"
-    assert len(list(write_documents(docs, 700, 20))) == 700
+    docs = tmp_path / "docs"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    write_documents(docs, 700, 20)
     options = {"sources": [str(docs)], "val_fraction": 0.3, "shard_tokens": 10000}
     prepare_data.prepare(out=whole, **options)
     assert max(map(len, prepare_data.open_data(whole)[1]["train"])) < 10500
@@ -2053,83 +2211,170 @@ def test_an_interrupted_preparation_continues_to_the_same_shards(tmp_path, monke
             prepare_data.open_data(broken)
         assert json.loads((broken / "meta.json").read_text())["train"]["tokens"] > 5000
     prepare_data.prepare(out=broken, **options)
-    assert same_splits(broken, whole)
+    for path in whole.glob("[!.]*"):  # the shards, and meta.json
+        assert (broken / path.name).read_bytes() == path.read_bytes()
+    assert len(list(broken.iterdir())) == len(list(whole.iterdir()))
 
 
-@pytest.mark.parametrize("change, name", [
-    (lambda docs: (docs / "000a.txt").write_text("new"), "000a.txt"),
-    (lambda docs: (docs / "001.txt").unlink(), "001.txt"),
-    (lambda docs: (docs / "002.txt").open("a").write("more"), "002.txt"),
-    (lambda docs: (docs / "003.txt").rename(docs / "last.txt"), "003.txt"),
-    (lambda docs: os.utime(docs / "699.txt", (1, 1)), "699.txt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (lambda docs: (docs / "000a.txt").write_text("new"), "000a.txt"),
+        (lambda docs: (docs / "001.txt").unlink(), "001.txt"),
+        (lambda docs: (docs / "002.txt").open("a").write("more"), "002.txt"),
+        (lambda docs: (docs / "003.txt").rename(docs / "last.txt"), "003.txt"),
+        (lambda docs: os.utime(docs / "699.txt", (1, 1)), "699.txt"),
+    ],
+)
 def test_a_source_that_has_changed_is_refused_by_name(tmp_path, monkeypatch, change, name):
     docs = tmp_path / "docs"
-    assert len(list(write_documents(docs, 700, 20))) == 700
+    write_documents(docs, 700, 20)
     options = {"sources": [str(docs)], "shard_tokens": 10000}
     interrupt(8, monkeypatch, out=tmp_path / "half", **options)
     prepare_data.prepare(out=tmp_path / "whole", **options)
     change(docs)
-    for out in tmp_path.glob("[hw]*"):
+    for out in (tmp_path / "half", tmp_path / "whole"):
         before = (out / "meta.json").read_bytes()
         with pytest.raises(SystemExit, match=name):
             prepare_data.prepare(out=out, **options)
         assert (out / "meta.json").read_bytes() == before
 
 
-def test_a_folder_gives_its_visible_text_once_and_says_what_is_left_out(tmp_path, capsys):
-    docs, out = tmp_path / "docs", tmp_path / "docs" / "out"
-    texts = list(write_documents(docs, 200, 10))
-    records = b'\xef\xbb\xbf{"text": "capitals"}\n\n'
-    for text, name in ((codecs.BOM_UTF8 + b"bom", "bom.TXT"), ("é".encode("utf-16"), "utf16.txt"),
-                       (records, "a.JSONL"), (b"\xff\xfe\xff\xd8", "picture"), (b"a\0b", "zeros")):  # fmt: skip
-        (docs / name).write_bytes(text)
+def test_a_source_that_changes_while_it_is_read_is_refused_by_name(tmp_path, monkeypatch):
+    docs = tmp_path / "docs"
+    write_documents(docs, 700, 20)
+    real = prepare_data.read_records
+
+    def appended_to(path, field):
+        yield from real(path, field)
+        if path.endswith("500.txt"):
+            with open(path, "a") as file:
+                file.write("more")
+
+    monkeypatch.setattr(prepare_data, "read_records", appended_to)
+    with pytest.raises(SystemExit, match="500.txt' changed while it was read"):
+        prepare_data.prepare([str(docs)], tmp_path / "out")
+    with pytest.raises(SystemExit, match="not complete"):
+        prepare_data.open_data(tmp_path / "out")
+
+
+def test_a_folder_gives_its_visible_text_and_says_what_is_left_out(tmp_path, capsys):
+    docs = tmp_path / "docs"
+    out = docs / "out"
+    texts = write_documents(docs, 200, 10)
+    (docs / "bom.TXT").write_bytes(codecs.BOM_UTF8 + b"bom")
+    (docs / "a.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "capitals"}\n\n')
+    (docs / "utf16.txt").write_bytes("é".encode("utf-16"))
+    (docs / "picture").write_bytes(b"\xff\xfe\xff\xd8")
+    (docs / "zeros").write_bytes(b"a\0b")
     (docs / "x.jsonl").mkdir()
     (docs / "x.jsonl" / "file").write_text("in a folder")
     for hidden in (".git", ".ipynb_checkpoints"):
         (docs / hidden).mkdir()
         (docs / hidden / "config").write_text("hidden")
-    for link, target in (("loop", "."), ("dead", "nowhere"), ("self", "self"), ("again", "000.txt")):
+    for link, target in (
+        ("loop", "."),
+        ("dead", "nowhere"),
+        ("self", "self"),
+        ("link", tmp_path / "a"),
+    ):
         (docs / link).symlink_to(target)
-    texts += ["bom", texts[0], "capitals", "in a folder"]  # a link to a file is a file
-    for again in ("first", "second"):  # the second finds the first one's output folder in the source
-        prepare_data.prepare([str(docs), str(docs / "001.txt")], out / again)
-        found = documents_in(out / again, "train") + documents_in(out / again, "val")
-        assert sorted(found) == sorted(texts)
+    (tmp_path / "a").write_text("a link to a file is a file")
+    texts += ["bom", "capitals", "in a folder", "a link to a file is a file"]
+    for again in ("first", "second"):  # the second finds the first one's output in the source
+        prepare_data.prepare([str(docs)], out / again)
+        assert all_documents_in(out / again) == sorted(texts)
     told = capsys.readouterr().err
     for line in ("2: hidden", "4: linked folders", "5: linked folders", "3: no UTF-8 text"):
-        assert f"left out {line}" in told, told
+        assert f"\nleft out {line}" in told, told
     with pytest.raises(SystemExit, match="cannot be a source"):
         prepare_data.prepare([str(docs)], docs)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_one_file_under_several_names_is_read_once(tmp_path, capsys):
+    docs = tmp_path / "docs"
+    texts = write_documents(docs, 200, 10)
+    (docs / "symbolic").symlink_to("000.txt")
+    os.link(docs / "000.txt", docs / "hard")
+    sources = [str(docs), str(docs / "001.txt"), f"{docs}/../docs/002.txt"]
+    prepare_data.prepare(sources, tmp_path / "out")
+    assert all_documents_in(tmp_path / "out") == sorted(texts)
+    assert "left out 4: named before, maybe under another name" in capsys.readouterr().err
+
+
+def test_control_characters_of_a_file_name_are_shown_not_obeyed(tmp_path, capsys):
+    docs = tmp_path / "docs"
+    write_documents(docs, 200, 10)
+    (docs / "red\x1b[31m\r.bin").write_bytes(b"\xff")
+    prepare_data.prepare([str(docs)], tmp_path / "out")
+    told = capsys.readouterr().err
+    assert r"red\x1b[31m\r.bin" in told
+    assert "\x1b" not in told
+    (docs / "\x1b[31m.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(SystemExit, match=r"cannot read .*\\x1b\[31m.jsonl.gz"):
+        prepare_data.prepare([str(docs)], tmp_path / "out2")
+
+
+def test_the_last_line_is_a_command_that_can_be_pasted(tmp_path):
+    (tmp_path / "my \x1b[31mbook.txt").write_text("hello " * 2000)
+    command = [sys.executable, HERE / "prepare_data.py", "my \x1b[31mbook.txt"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stderr.decode()
+    assert told.endswith("python train.py --data data/my___31mbook\n")
+    assert len(read_split(tmp_path / "data" / "my___31mbook", "train")) == 10801
+
+
+def test_a_parquet_file_whose_text_is_no_utf_8_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    bad = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    write_parquet(tmp_path / "a.parquet", text=bad)
+    with pytest.raises(SystemExit, match="cannot read .*a.parquet"):
+        prepare_data.prepare([str(tmp_path / "a.parquet")], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_one_bad_record_does_not_end_a_corpus(tmp_path, capsys, kind):
     texts = [f"document {i}\n" * 5 for i in range(300)]
+    path = tmp_path / f"a.{kind}"
     if kind == "parquet":
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(sys.modules["pyarrow"].table({"text": [None, *texts]}), tmp_path / "a.parquet")
+        left_out = 2
+        write_parquet(path, text=[None, *(text.encode() for text in texts), b"\xff"])
+    elif kind == "json":
+        left_out = 4
+        path.write_text(
+            json.dumps([None, 5, {}, {"text": None}, *({"text": text} for text in texts)])
+        )
     else:
+        left_out = 8
         bad = ['{"text": null}', '{"text": 5}', "{}", "[" * 10**5, '{"text": "cut', "\udcff", "[1]"]
-        lines = [json.dumps({"text": text}) for text in texts]
-        whole = "\n".join([*bad, *lines, '{"text": "a\\ud800\\u0000b"}'])
-        (tmp_path / "a.jsonl").write_bytes(whole.encode(errors="surrogateescape"))
-    prepare_data.prepare([str(tmp_path / f"a.{kind}")], tmp_path / "out")
-    found = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")
-    assert sorted(found) == sorted(texts)
-    n = 8 if kind == "jsonl" else 1
-    told = f"left out {n}: no UTF-8 text, or none in the field 'text' ({tmp_path}/a.{kind}, record "
-    assert told in capsys.readouterr().err
+        lines = "\n".join(bad) + "\n" + as_lines(texts) + '{"text": "a\\ud800\\u0000b"}'
+        path.write_bytes(lines.encode(errors="surrogateescape"))
+    prepare_data.prepare([str(path)], tmp_path / "out")
+    assert all_documents_in(tmp_path / "out") == sorted(texts)
+    reason = "no UTF-8 text, or none in the field 'text'"
+    told = capsys.readouterr().err
+    assert re.search(f"\nleft out {left_out}: {reason} .*{path}, record 1", told), told
 
 
 def test_few_texts_always_give_a_validation_split(tmp_path):
     for n in (1, 2, 20, 150):
         for seed in range(10):
             texts = [f"{seed} {i} " * 90 for i in range(n)]
-            (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+            (tmp_path / "texts.jsonl").write_text(as_lines(texts))
             meta = prepare_data.prepare([str(tmp_path / "texts.jsonl")], tmp_path / f"{n}_{seed}")
             share = meta["val"]["tokens"] / (meta["train"]["tokens"] + meta["val"]["tokens"])
             assert 0.09 < share < 0.11
+
+
+@pytest.mark.parametrize(
+    "words, says", [(200, "--seq_len can be at most 120"), (2000, "tokens to train")]
+)
+def test_a_text_shorter_than_a_window_says_so_when_it_is_prepared(tmp_path, words, says):
+    (tmp_path / "a.txt").write_text("hello " * words)
+    command = [sys.executable, "prepare_data.py", tmp_path / "a.txt", "--out", tmp_path / "out"]
+    told = subprocess.run(command, cwd=HERE, capture_output=True, check=True).stderr.decode()
+    lines = told.splitlines()
+    assert says in lines[-2]
+    assert lines[-1] == f"{tmp_path}/out is ready: python train.py --data {tmp_path}/out"
 
 
 def damage_shard(change):
@@ -2142,24 +2387,34 @@ def damage_shard(change):
 
 def damage_meta(**changes):
     def damage(folder):
-        meta = json.loads((folder / "meta.json").read_text()) | changes
-        (folder / "meta.json").write_text(json.dumps(meta))
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | changes))
 
     return damage, "meta.json"
 
 
-@pytest.mark.parametrize("damage, name", [
-    *(damage_shard(lambda a, kind=kind: a.astype(kind)) for kind in ("f8", ">u2")),
-    damage_shard(lambda a: a[::-1].copy()), damage_shard(lambda a: a[:-1]), damage_shard(lambda a: a[None]),
-    damage_shard(lambda a: a + np.uint16(300)), (lambda out: (out / "val_00000.npy").unlink(), "val_00000"),
-    (lambda out: os.truncate(out / "val_00000.npy", 500), "val_00000"),
-    (lambda out: (out / "val_00000.npy").open("a").write("x"), "val_00000"),
-    damage_meta(vocab_size=100), damage_meta(train={}),
-    (lambda out: (out / "meta.json").write_text('{"sources": '), "meta.json"),
-    (lambda out: (out / "meta.json").write_text("[" * 10**5), "meta.json"),
-    (lambda out: (out / "meta.json").write_bytes(b"\xff"), "meta.json"),
-    (lambda out: (out / "meta.json").unlink(), "not complete"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, name",
+    [
+        damage_shard(lambda a: a.astype("f8")),
+        damage_shard(lambda a: a.astype(">u2")),
+        damage_shard(lambda a: a[::-1].copy()),
+        damage_shard(lambda a: a[:-1]),
+        damage_shard(lambda a: a[None]),
+        damage_shard(lambda a: a + np.uint16(300)),
+        (lambda out: (out / "val_00000.npy").unlink(), "val_00000"),
+        (lambda out: os.truncate(out / "val_00000.npy", 500), "val_00000"),
+        (lambda out: os.truncate(out / "val_00000.npy", 0), "val_00000"),
+        (lambda out: (out / "val_00000.npy").open("a").write("x"), "val_00000"),
+        damage_meta(vocab_size=100),
+        damage_meta(train={}),
+        (lambda out: (out / "meta.json").write_text('{"sources": '), "meta.json"),
+        (lambda out: (out / "meta.json").write_text("[" * 10**5), "meta.json"),
+        (lambda out: (out / "meta.json").write_bytes(b"\xff"), "meta.json"),
+        (lambda out: (out / "meta.json").write_bytes(b""), "meta.json"),
+        (lambda out: (out / "meta.json").unlink(), "not complete"),
+    ],
+)
 def test_a_damaged_data_folder_is_named_with_the_remedy(tmp_path, damage, name):
     (tmp_path / "a.txt").write_text("hello world\n" * 1000)
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out")
@@ -2168,12 +2423,15 @@ def test_a_damaged_data_folder_is_named_with_the_remedy(tmp_path, damage, name):
         prepare_data.open_data(tmp_path / "out")
 
 
-def test_a_sample_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_request(tmp_path, monkeypatch):
+def test_a_sample_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_request(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(prepare_data, "BLOCK", 16)
     (tmp_path / "a.txt").write_text("hello world\n" * 1000)
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out")
-    path, refused = tmp_path / "out" / "train_00000.npy", 0
+    path = tmp_path / "out" / "train_00000.npy"
     good = path.read_bytes()
+    refused = 0
     for place in random.sample(range(len(good)), 40) + [0, len(good) - 1]:
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         with pytest.raises(SystemExit, match="train_00000"):
@@ -2187,70 +2445,150 @@ def test_a_sample_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_re
 
 def test_a_folder_has_one_owner_until_its_process_ends(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    hold = f"import prepare_data as p; owner = p.lock({str(out)!r}); print('owned', flush=True); input()"
+    text = tmp_path / "a.txt"
+    code = f"import prepare_data; owner = prepare_data.lock({str(out)!r})"
+    code += "; print('owned', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    owner = subprocess.Popen([sys.executable, "-c", hold], cwd=HERE, **pipes)
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **pipes)
     assert owner.stdout.readline() == b"owned\n"
-    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    text.write_text("hello world\n" * 1000)
     with pytest.raises(SystemExit, match=f"{out} is in use by process {owner.pid}"):
-        prepare_data.prepare([str(tmp_path / "a.txt")], out)
+        prepare_data.prepare([str(text)], out)
     threading.Timer(0.5, owner.kill).start()
-    monkeypatch.setattr(prepare_data, "find_files", lambda *_: {str(tmp_path / "a.txt"): [1, 1]})
+    monkeypatch.setattr(prepare_data, "standard_library", lambda: [text])
     meta = prepare_data.prepare(out=out)  # the default data is waited for
     monkeypatch.undo()
-    assert prepare_data.prepare(out=out) == meta  # and what is ready is good, whatever Python is there today
-    with pytest.raises(SystemExit, match="was made with file"):
+    assert (
+        prepare_data.prepare(out=out) == meta
+    )  # what is ready is good, whatever Python is there today
+    with pytest.raises(SystemExit, match="was made with 'file"):
         prepare_data.prepare(["stdlib"], out)
 
 
-@pytest.mark.parametrize("obstacle, out", [
-    ("a file", "a file/out"), ("a file", "a file"), ("out/meta.json/", "out"),
-    ("out/train_00000.npy/", "out"),
-    ("out/train_00000.npy.tmp/", "out"), ("out/.flash_stu.lock/", "out"), ("a file", "/proc/nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "obstacle, out",
+    [
+        ("a file", "a file/out"),
+        ("a file", "a file"),
+        ("out/meta.json/", "out"),
+        ("out/train_00000.npy/", "out"),
+        ("out/.flash_stu.lock/", "out"),
+        ("a file", "/proc/nothing"),
+    ],
+)
 def test_an_output_that_cannot_be_written_is_a_sentence(tmp_path, obstacle, out):
     path = tmp_path / obstacle
     path.mkdir(parents=True) if obstacle.endswith("/") else path.write_text("x")
     (tmp_path / "a.txt").write_text("hello world\n" * 1000)
-    with pytest.raises(SystemExit, match="cannot (write|use)"):
+    with pytest.raises(SystemExit, match="cannot write"):
         prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / out)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
-    def full_disk(f):
-        f.write(b"half")
-        raise OSError("No space left on device")
+@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("No space left")])
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, error):
+    def full_disk(file):
+        file.write(b"half")
+        raise error
 
     (tmp_path / "file").write_text("old")
-    with pytest.raises(SystemExit, match="cannot write .*file: No space left .* is intact"):
+    with pytest.raises(SystemExit, match="cannot write .*file: No space left.* is intact"):
         prepare_data.write_atomically(tmp_path / "file", full_disk)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
+@pytest.mark.parametrize("kind", ["a link", "a dead link", "a folder", "a pipe", "a device"])
+def test_only_a_plain_file_is_replaced(tmp_path, kind):
+    path = tmp_path / "out.png"
+    (tmp_path / "target").write_text("old")
+    if kind == "a link":
+        path.symlink_to("target")
+    elif kind == "a dead link":
+        path.symlink_to("nowhere")
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # as /dev/null
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    before = os.lstat(path)
+    with pytest.raises(SystemExit, match="cannot write .*out.png"):
+        prepare_data.write_atomically(path, lambda file: file.write(b"new"))
+    after = os.lstat(path)
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert (tmp_path / "target").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.png", "target"]
+
+
+def test_the_temporary_files_of_others_stay_and_those_of_dead_owners_go(tmp_path):
+    ours = tmp_path / f"meta.json.0123{prepare_data.TEMPORARY}"
+    for path in (tmp_path / "meta.json.tmp", ours):
+        path.write_text("half")
+    prepare_data.write_atomically(tmp_path / "meta.json", lambda file: file.write(b"new"))
+    assert ours.exists()  # it could be of a process that is writing now
+    prepare_data.lock(tmp_path).close()
+    assert not ours.exists()
+    assert (tmp_path / "meta.json.tmp").read_text() == "half"
+
+
+def random_text():
     words = ["word ", "x\n", "\n\n  y", "if a:\n", "\ndef", ";\n//c", "é\r\n", " 12"]
-    text = "".join(random.choices(words, k=60000))
-    pieces = prepare_data.PIECE.findall(text)
-    assert len(pieces) > 10 and "".join(pieces) == text
+    return "".join(random.choices(words, k=60000))
+
+
+def o200k_base():
     try:
-        tokenizer = prepare_data.get_tokenizer("o200k_base")
+        return prepare_data.get_tokenizer("o200k_base")
     except SystemExit:
-        pytest.skip("the o200k_base ranks are not on this machine (no network, no TIKTOKEN_CACHE_DIR)")
+        pytest.skip("the ranks are not on this machine (no network, no TIKTOKEN_CACHE_DIR)")
+
+
+def test_the_pieces_of_a_text_are_the_text():
+    for text in (random_text(), "", "x", f"x{' ' * 10**6}y", "a" * 10**6):
+        pieces = prepare_data.PIECE.findall(text)
+        assert "".join(pieces) == text
+        assert max(map(len, pieces), default=0) <= 2**17
+    assert len(prepare_data.PIECE.findall(random_text())) > 10
+
+
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
+    tokenizer = o200k_base()
+    text = random_text()
     tokens = tokenizer.encode(text)
-    assert np.array_equal(np.concatenate([tokenizer.encode(piece) for piece in pieces]), tokens)
+    pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(text)]
+    assert np.array_equal(np.concatenate(pieces), tokens)
     assert tokenizer.decode(tokens.tolist()) == text
     spaces = f"x{' ' * 10**6}y"  # on which tiktoken gives up
-    pieces = prepare_data.PIECE.findall(spaces)
-    assert tokenizer.decode(np.concatenate([tokenizer.encode(piece) for piece in pieces]).tolist()) == spaces
-    some = tokenizer.decode(range(199_990, tokenizer.n_vocab))  # 199998, and others, are no token's
-    assert "<|endofprompt|>" in some and tokenizer.decode([199_998, *tokens.tolist()]) == text
+    pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(spaces)]
+    assert tokenizer.decode(np.concatenate(pieces).tolist()) == spaces
+
+
+def test_ids_of_no_token_decode_to_nothing():
+    tokenizer = o200k_base()
+    tokens = tokenizer.encode("a text")
+    assert tokenizer.decode([199_998, *tokens, tokenizer.eot, 10**6]) == "a text"
+    assert "<|endofprompt|>" in tokenizer.decode(range(199_990, tokenizer.n_vocab))
+    assert tokenizer.name == "o200k_base"
+
+
+@pytest.mark.parametrize("text", ["x\0y", "\0", "a \0\0\0 b", "é\0日本\n"])
+def test_a_saved_tokenizer_keeps_zero_bytes(tmp_path, text):
+    transformers = pytest.importorskip("transformers")
+    ours = prepare_data.get_tokenizer("bytes")
+    prepare_data.save_tokenizer(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "again")
+    for tokenizer in (theirs, transformers.AutoTokenizer.from_pretrained(tmp_path / "again")):
+        assert tokenizer(text).input_ids == ours.encode(text).tolist() == list(text.encode())
 
 
 def test_a_folder_with_other_data_is_left_alone(tmp_path):
     (tmp_path / "a.txt").write_text("hello world " * 100)
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path)
     before = read_split(tmp_path, "train")
-    with pytest.raises(SystemExit, match="choose another --out"):
+    with pytest.raises(SystemExit, match="was made with 'val_fraction': 0.1.*choose another --out"):
         prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path, val_fraction=0.5)
     assert np.array_equal(read_split(tmp_path, "train"), before)
 
@@ -2258,25 +2596,41 @@ def test_a_folder_with_other_data_is_left_alone(tmp_path):
 def test_hub_corpora_are_files_that_their_library_fetches(tmp_path, monkeypatch):
     texts = [f"story {i}\n" * 9 for i in range(300)]
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "files" / "a.jsonl").write_text(as_lines(texts))
     (tmp_path / "files" / "README.md").write_text("not asked for")
     fetched = []
-    hub = types.SimpleNamespace(snapshot_download=lambda *a, **k: fetched.append((a, k)) or tmp_path)
+
+    def snapshot_download(*args, **options):
+        fetched.append((args, options))
+        return tmp_path
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(prepare_data.HUB, "tinystories", ("owner/name", "files/*.jsonl"))
     prepare_data.prepare(["tinystories"], tmp_path / "out")
-    assert fetched == [(("owner/name",), {"repo_type": "dataset", "allow_patterns": "files/*.jsonl"})]
-    train, val = (documents_in(tmp_path / "out", split) for split in ("train", "val"))
-    assert sorted(train + val) == sorted(texts) and 10 < len(val) < 60
+    options = {"repo_type": "dataset", "allow_patterns": "files/*.jsonl"}
+    assert fetched == [(("owner/name",), options)]
+    assert all_documents_in(tmp_path / "out") == sorted(texts)
+    assert 10 < len(documents_in(tmp_path / "out", "val")) < 60
 
 
-@pytest.mark.parametrize("content, name, message", [
-    (b"caf\xe9 " * 10**6, "a.txt", "no UTF-8 text.*a.txt.*not enough text"), (b"", "a.txt", "not enough text"),
-    (b'{"txt": "x"}\n{"text": ', "a.jsonl", "left out 2: .*a.jsonl, record 1.*not enough text"),
-    (b"not gzip", "a.jsonl.gz", "a.jsonl.gz"), (gzip.compress(b"{}", mtime=0)[:-9], "a.jsonl.GZ", "end-of-stream"),
-    (b"PAR1", "a.parquet", "a.parquet"), (None, "missing.txt", "no file or folder"), (None, "", "no file or"),
-])  # fmt: skip
-def test_preparation_says_what_is_wrong_and_writes_nothing(tmp_path, capsys, content, name, message):
+@pytest.mark.parametrize(
+    "content, name, message",
+    [
+        (b"caf\xe9 " * 10**6, "a.txt", "no UTF-8 text.*a.txt.*not enough text"),
+        (b"", "a.txt", "not enough text"),
+        (b'{"txt": "x"}\n{"text": ', "a.jsonl", "left out 2: .*a.jsonl, record 1.*not enough text"),
+        (b"not gzip", "a.jsonl.gz", "a.jsonl.gz.*Not a gzipped file"),
+        (gzip.compress(b"{}", mtime=0)[:-9], "a.jsonl.GZ", "a.jsonl.GZ.*end-of-stream"),
+        (gzip.compress(b"{}" * 99)[:20] + b"xxxxx", "a.json.gz", "cannot read .*a.json.gz"),
+        (b"PAR1", "a.parquet", "cannot read .*a.parquet"),
+        (None, "missing.txt", "no file or folder"),
+        (None, "", "no file or"),
+    ],
+)
+def test_preparation_says_what_is_wrong_and_writes_nothing(
+    tmp_path, capsys, content, name, message
+):
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     if content is not None:
@@ -2288,9 +2642,27 @@ def test_preparation_says_what_is_wrong_and_writes_nothing(tmp_path, capsys, con
     assert not list((tmp_path / "out").glob("[!.]*"))
 
 
-def test_unknown_tokenizers_are_refused():
-    with pytest.raises(SystemExit, match="bytes, gpt2 or o200k_base"):
-        prepare_data.get_tokenizer("bpe")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"val_fraction": float("nan")}, "val_fraction is nan"),
+        ({"shard_tokens": 0}, "shard_tokens is 0"),
+        ({"tokenizer": "bpe"}, "'bpe': it is bytes, gpt2 or o200k_base"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        prepare_data.prepare(["stdlib"], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_is_missing_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    code = "import sys; sys.modules['pyarrow'] = None; import prepare_data; prepare_data.main()"
+    command = [sys.executable, "-c", code, tmp_path / "a.parquet", "--out", tmp_path / "out"]
+    told = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stderr
+    assert told.splitlines()[-1] == "this needs:  pip install pyarrow"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2416,7 +2788,9 @@ def weights_are_equal(one, other):
 
 def files_of(folder):
     """{name: content} of all files below a folder, but for its lock."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+    paths = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -2879,184 +3253,3 @@ def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
         code, output = finish(run)
         assert code == 0, output
         assert logged(tmp_path / dtype) == pytest.approx(logged(tmp_path / "float32"), rel=1e-2)
-
-
-def test_the_benchmark_prints_and_draws(tmp_path, capsys):
-    benchmark_filters(64)
-    for approx in (True, False):
-        benchmark_filtering(2, 60, 8, approx, "cpu")
-    seconds, speeds = (
-        benchmark_generation([20, 90], "cpu", torch.float32),
-        benchmark_length([64, 130], "cpu", "float32"),
-    )
-    draw_costs(tmp_path / "cost.png", [20, 90], seconds, [64, 130], speeds)
-    assert (tmp_path / "cost.png").stat().st_size > 5000 and len(speeds) == 4
-    assert capsys.readouterr().out.count("\n") == 11 and stu.windowed_attention is windowed_attention
-
-
-# ------------------------------------------------------------------------------------------------------------
-# python test_stu.py: stu.py against the usual route, on this machine
-
-
-def timed(run, repeats=6):
-    """Median seconds of run(), and what it returns; of several runs the first is a warm-up."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return np.median(times[1:] or times).item(), result
-
-
-def peak_bytes(run):
-    """The most memory that run() holds at once, beyond what was held before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with open(os.devnull) as nowhere, os.fdopen(os.dup(2)) as stderr:
-        os.dup2(nowhere.fileno(), 2)  # the profiler logs its start and stop there
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as p:
-            run()
-        os.dup2(stderr.fileno(), 2)
-    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
-
-
-def row(what, ours, usual, *notes):
-    """A line of the table: what, the seconds of both routes, notes."""
-    times = f"{ours * 1e3:>9.1f} ms {usual * 1e3:>9.1f} ms {usual / ours:>6.1f}x"
-    print(f"{what:<44} {times}   {', '.join(notes)}", flush=True)
-
-
-def benchmark_filters(L, K=24):
-    """Against `eigh` of the Hankel matrix; the error is that of the worst filter, each scaled to norm 1."""
-    ours, filters = timed(lambda: get_spectral_filters(L, K, dtype=torch.float64))
-    eigh = lambda: torch.linalg.eigh(get_hankel(L)).eigenvectors[:, -K:].flip(1)
-    usual, usual_filters = timed(eigh, 2 if L < 8192 else 1)
-    unit = [phi / phi.norm(dim=0) * phi[0].sign() for phi in (filters, usual_filters)]
-    notes = [f"differ by {(unit[0] - unit[1]).abs().max():.0e}"]
-    if L == 64:
-        exact = reference_filters(L, K, False)
-        notes = [f"{(phi - exact / exact.norm(dim=0)).abs().max():.0e}" for phi in unit]
-    row(f"{K} filters, L = {L}", ours, usual, *notes)
-
-
-def benchmark_filtering(B, T, d, approx, device):
-    """Forward and backward of a layer's convolution on the same weights; the error is relative to float64."""
-    layer = STU(d, d, T, use_approx=approx).to(device)
-    x, grad = torch.randn(2, B, T, d, device=device)
-    x.requires_grad_()
-    M, (filters, _) = (layer.M_filters if approx else layer.M), layer.bank.on(x)
-    phi = filters[:, :24]
-    exact = usual_stu(x[:1].detach().double(), phi.double(), M.detach().double())
-    routes = (lambda: layer.convolve(x, filters, M, x.dtype)), (lambda: usual_stu(x, phi, M))
-    notes = [f"{((run()[:1] - exact).norm() / exact.norm()).item():.0e}" for run in routes]
-    steps = [lambda run=run: torch.autograd.grad(run(), (x, M), grad) for run in routes]
-    notes.append("peak memory {:.0f} and {:.0f} MiB".format(*(peak_bytes(step) / 2**20 for step in steps)))
-    ours, usual = (timed(step)[0] for step in steps)
-    moved = 4 * x.numel() * x.element_size()  # the least: input and output, and the gradient of each
-    notes.append(f"{moved / ours / 1e9:.1f} GB/s of the least traffic")
-    row(f"{'STU-T' if approx else 'full STU'} {(B, T, d)}, fwd + bwd", ours, usual, *notes)
-
-
-KINDS_OF_MODEL = {  # of about the same size
-    "hybrid": {}, "STU only": {"use_attn": False}, "window attention": {"use_stu": False, "mlp_scale": 2.25},
-    "full attention": {"use_stu": False, "mlp_scale": 2.25},
-}  # fmt: skip
-
-
-def benchmark_length(lengths, device, dtype):
-    """Tokens a second of training steps on one sequence of each length -> for each kind of model."""
-    sizes = {
-        "n_embd": 192,
-        "n_layers": 6,
-        "n_heads": 6,
-        "window_size": 128,
-        "vocab_size": 256,
-        "softcap": 0.0,
-    }
-    windowed, speeds = stu.windowed_attention, {name: [] for name in KINDS_OF_MODEL}
-    print(f"\n{'tokens/s of a training step at length':<44}", *(f"{T:>9,}" for T in lengths))
-    for name, options in KINDS_OF_MODEL.items():
-        if name == "full attention":  # torch's own
-            stu.windowed_attention = lambda q, k, v, *_: F.scaled_dot_product_attention(
-                q, k, v, is_causal=True
-            )
-        for T in lengths:
-            if name == "full attention" and T > 2**14 and device == "cpu":
-                break  # minutes
-            config = FlashSTUConfig(
-                **(sizes | {"seq_len": T, "mlp_scale": 2.75, "torch_dtype": dtype} | options)
-            )
-            model, ids = FlashSTU(config).to(device), torch.randint(256, (1, T + 1), device=device)
-            seconds, _ = timed(
-                lambda m=model, ids=ids: m(ids, labels=ids).loss.backward(), 4 if T < 2**14 else 2
-            )
-            speeds[name].append(T / seconds)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{f'{name}, {size:.1f}M parameters':<44}", *(f"{s:>9,.0f}" for s in speeds[name]), flush=True)
-    stu.windowed_attention = windowed
-    return speeds
-
-
-def benchmark_generation(contexts, device, dtype):
-    """One token from the state, against reading the context again -> seconds of both for each context."""
-    config = FlashSTUConfig(
-        n_embd=256, n_layers=4, n_heads=4, seq_len=2048, window_size=256, vocab_size=256, torch_dtype=dtype
-    )
-    model, seconds = FlashSTU(config).to(device), []
-    for context in contexts:
-        ids, state = torch.randint(256, (1, context), device=device), []
-        reading, _ = timed(lambda ids=ids, state=state: model.generate(ids, max_new_tokens=0, state=state), 1)
-        tokens = model.stream(ids[:, :0], 33, state=state)
-        seconds.append((timed(lambda tokens=tokens: next(tokens), 32)[0], reading))
-        row(f"next token at context {context}", *seconds[-1])
-    return seconds
-
-
-def draw_costs(path, contexts, seconds, lengths, speeds):
-    with lds_module.picture(path, 10, 4) as figure:
-        left, right = figure.subplots(1, 2)
-        for times, label in zip(zip(*seconds), ("from the state", "reading it again")):
-            left.loglog(contexts, np.array(times) * 1e3, marker="o", label=label)
-        for name, values in speeds.items():
-            right.semilogx(lengths[: len(values)], values, marker="o", label=name)
-        left.set(title="A token costs the same at any context", ylim=(1, None))
-        left.set(xlabel="context (tokens)", ylabel="milliseconds per token")
-        right.set(title="Training: nearly the same cost a token at any length", ylim=(0, None))
-        right.set(xlabel="length (tokens)", ylabel="tokens per second")
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Time stu.py against the usual route, two minutes on a CPU.")
-    parser.add_argument("--full", action="store_true", help="with eigh at L = 8192 and lengths to 32,768")
-    parser.add_argument("--draw", metavar="FILE", help="only the costs of context and length, drawn to FILE")
-    args = parser.parse_args()
-    if args.draw:
-        open(args.draw, "ab").close()  # fails before the work, not after it
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}")
-    print(f"\n{'':<44} {'stu.py':>12} {'usual route':>12} {'ratio':>7}   error: ours, usual")
-    if not args.draw:
-        for L in (64, 2048, 8192) if args.full else (64, 2048):
-            benchmark_filters(L)
-        small, large = [(2, 4096, 512), (8, 512, 256)], [(8, 8192, 1024), (32, 2048, 768), (1, 65536, 1024)]
-        for shape in large if cuda else small:
-            benchmark_filtering(*shape, True, device)
-        benchmark_filtering(8, 1024, 128, False, device)
-    contexts = [512, 2048, 8192, 32768, 131072]
-    lengths = [2**i for i in range(10, 16 if args.full or args.draw or cuda else 14)]
-    seconds, speeds = benchmark_generation(contexts, device, dtype), benchmark_length(lengths, device, dtype)
-    if args.draw:
-        draw_costs(args.draw, contexts, seconds, lengths, speeds)
-
-
-if __name__ == "__main__":
-    main()

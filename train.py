@@ -61,6 +61,7 @@ use_attn           true            false: every layer is an STU
 use_approx         true            true: STU-T, one filter a channel; false: the full STU
 use_hankel_L       false           filters of one Hankel matrix for decays of both signs
 use_tensorized     false           filters that are Kronecker products of short ones
+max_angle          0.0             degrees: filters also for systems that ring, up to this angle
 stu_enable_mlp_sandwich     false  put each STU between two linear layers
 stu_mlp_hidden_size         null   width of the STU between them; null: that of the MLPs
 """

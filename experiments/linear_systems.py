@@ -1,0 +1,210 @@
+"""
+Who learns a linear system with a long memory?
+
+    python experiments/linear_systems.py    # TIME on one CPU thread; draws linear_systems.png
+
+A random system of 256 states, with real eigenvalues up to 0.99 in size, is learned from its inputs
+and outputs by models of about the same size, with Adam at the best of five learning rates, each
+tried for a quarter of the steps. The error is the mean squared error on new sequences, over the
+variance of the outputs.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from lds import LDS, MiniSTU, random_LDS, sample
+from stu import STU, FlashSTUBlock, fft_conv
+
+D_IN = 10
+D_OUT = 5
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+class S4D(nn.Module):
+    """Each channel is filtered by a sum of N complex exponentials (arXiv 2206.11893, S4D-Lin)."""
+
+    def __init__(self, width=24, N=16):
+        super().__init__()
+        self.encode = nn.Linear(D_IN, width)
+        self.decode = nn.Linear(width, D_OUT)
+        log_dt = torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1))
+        self.log_dt = nn.Parameter(log_dt)
+        self.log_decay = nn.Parameter(torch.full((width, N), math.log(0.5)))
+        self.frequency = nn.Parameter(math.pi * torch.arange(N).repeat(width, 1).float())
+        self.C = nn.Parameter(torch.randn(width, N, 2) / N**0.5)
+        self.D = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        u = self.encode(x)  # [B, T, width]
+        A = torch.complex(-self.log_decay.exp(), self.frequency)  # [width, N]
+        dtA = A * self.log_dt.exp()[:, None]
+        t = torch.arange(x.shape[1])
+        powers = torch.exp(dtA[:, :, None] * t)  # [width, N, T]
+        weight = torch.view_as_complex(self.C) * (dtA.exp() - 1) / A
+        kernel = 2 * (weight[:, :, None] * powers).sum(dim=1).real  # [width, T]
+        y = fft_conv(u.transpose(1, 2), kernel).transpose(1, 2)
+        return self.decode(y + self.D * u)
+
+
+class Mamba2(nn.Module):
+    """The layer of Mamba-2 (arXiv 2405.21060), with heads that have one decay a_t each:
+
+        h_t = a_t h_{t-1} + Δ_t B_t u_tᵀ,    y_t = C_tᵀ h_t + D u_t,    a_t = exp(-Δ_t A).
+
+    Δ, B and C depend on the input, and the output is gated. We compute it without a loop:
+    y_t = Σ_{s <= t} (C_t · B_s) (a_{s+1} ··· a_t) Δ_s u_s + D u_t.
+    """
+
+    def __init__(self, width=44, N=16, heads=2):
+        super().__init__()
+        n_conv = width + 2 * N
+        self.heads = heads
+        self.encoded = [width, n_conv, heads]
+        self.convolved = [width, N, N]
+        self.encode = nn.Linear(D_IN, sum(self.encoded))
+        self.decode = nn.Linear(width, D_OUT)
+        self.conv = nn.Conv1d(n_conv, n_conv, kernel_size=4, padding=3, groups=n_conv)
+        log_dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1))
+        self.log_dt = nn.Parameter(log_dt)
+        self.log_A = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        batch, T, _ = x.shape
+        gate, v, dt = self.encode(x).split(self.encoded, dim=-1)
+        v = self.conv(v.transpose(1, 2))[:, :, :T]  # of the last 4 inputs
+        v = F.silu(v.transpose(1, 2))
+        u, B, C = v.split(self.convolved, dim=-1)
+        dt = F.softplus(dt + self.log_dt).transpose(1, 2)  # [batch, heads, T]
+        A = self.log_A.exp()[:, None]
+        log_a = -(dt * A).cumsum(dim=-1)  # log(a_1 ··· a_t)
+        log_decay = log_a.unsqueeze(3) - log_a.unsqueeze(2)  # [batch, heads, t, s], from s to t
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        decay = log_decay.masked_fill(future, -math.inf).exp()
+        scores = C @ B.transpose(1, 2)  # [batch, t, s]
+        scores = scores.unsqueeze(1) * decay * dt.unsqueeze(2)
+        u_heads = u.view(batch, T, self.heads, -1).transpose(1, 2)
+        y = scores @ u_heads  # [batch, heads, T, width / heads]
+        y = y.transpose(1, 2).flatten(2)
+        return self.decode((y + self.D * u) * F.silu(gate))
+
+
+def attention(L, width=16):
+    options = {"n_heads": 4, "window_size": L, "softcap": 0.0, "mlp_scale": 1.0}
+    block = FlashSTUBlock(width, L, use_attention=True, **options)
+    return nn.Sequential(nn.Linear(D_IN, width), block, nn.RMSNorm(width), nn.Linear(width, D_OUT))
+
+
+MAKERS = {  # of about 2,000 parameters each, for length L
+    "STU": lambda L: MiniSTU(L, 24, D_IN, D_OUT),
+    "STU, filters as they are": lambda L: STU(D_IN, D_OUT, L, use_approx=False),
+    "S4D": lambda L: S4D(),
+    "Mamba-2": lambda L: Mamba2(),
+    "attention": attention,
+    "dense system": lambda L: LDS(38, D_IN, D_OUT, diagonal=False),
+    "diagonal system": lambda L: random_LDS(118, D_IN, D_OUT),
+}
+
+
+def error(model, system, L):
+    """Mean squared error on 64 new sequences, over the variance of the outputs."""
+    x, y = sample(system, 64, L)
+    with torch.no_grad():
+        return (F.mse_loss(model(x), y) / y.var()).item()
+
+
+class Progress:
+    """Says how much time is left, as if all steps were equally long."""
+
+    def __init__(self, total):
+        self.total = total
+        self.done = 0
+        self.start = time.perf_counter()
+
+    def step(self, text):
+        self.done += 1
+        if self.done % 50 == 0 or self.done == self.total:
+            minutes = (time.perf_counter() - self.start) / 60
+            left = minutes / self.done * (self.total - self.done)
+            print(f"{text:50} {left:5.1f} min left", flush=True)
+
+
+def train(name, system, L, rate, num_steps, seed, progress):
+    """Adam at this rate, which falls to zero in the second half -> model, the loss of each step."""
+    torch.manual_seed(seed + 1)  # the same weights and data at every rate
+    model = MAKERS[name](L)
+    optimizer = torch.optim.Adam(model.parameters())
+    losses = []
+    for step in range(num_steps):
+        optimizer.param_groups[0]["lr"] = rate * min(1, 2 - 2 * step / num_steps)
+        x, y = sample(system, 16, L)
+        loss = F.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item() if loss.isfinite() else math.inf)
+        progress.step(f"{name} at rate {rate:g}: loss {losses[-1]:.1e}")
+    return model, losses
+
+
+def compare(system, L, num_steps, seed):
+    """Trains all models, prints a table -> {name: losses}."""
+    num_trial_steps = num_steps // 4 + 1
+    progress = Progress(len(MAKERS) * (len(RATES) * num_trial_steps + num_steps))
+    curves = {}
+    rows = []
+    for name in MAKERS:
+        last_losses = {}
+        for rate in RATES:
+            _, losses = train(name, system, L, rate, num_trial_steps, seed, progress)
+            last_losses[rate] = sum(losses[-10:])
+        rate = min(last_losses, key=last_losses.get)
+        model, curves[name] = train(name, system, L, rate, num_steps, seed, progress)
+        n_params = sum(p.numel() for p in model.parameters())
+        torch.manual_seed(seed + 2)  # the same data for every model
+        final = error(model, system, L)
+        rows.append(f"{name:26} {n_params:10} {rate:10g} {final:18.1e}")
+    print(f"\n{'':26} {'parameters':>10} {'rate':>10} {'error / variance':>18}")
+    print("\n".join(rows))
+    return curves
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Who learns a linear system?")
+    parser.add_argument("--state_dim", type=int, default=256)
+    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="linear_systems.png")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    L = args.seq_len
+    system = random_LDS(args.state_dim, D_IN, D_OUT)
+    with torch.no_grad():
+        system.C /= sample(system, 64, L)[1].std()  # no model has to find the scale of the outputs
+    solved = MiniSTU(L, 24, D_IN, D_OUT).fit(*sample(system, 64, L))
+    print(f"least squares: error / variance {error(solved, system, L):.1e}")
+    curves = compare(system, L, args.steps, args.seed)
+
+    figure = Figure((8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, losses in curves.items():
+        axis.semilogy(losses, label=name)
+    axis.set(title=f"Learning a linear system of {args.state_dim} states", xlabel="step")
+    axis.set(ylabel="squared error / variance")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(args.out)
+    print(f"the picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""
+What is a memory worth? The loss of a language model by position in a text, far past seq_len.
+
+    python train.py                             # makes a model in runs/default, some minutes
+    python experiments/loss_by_position.py      # TIME on one CPU thread; draws context.png
+    python experiments/loss_by_position.py --model my_model --data book.txt
+
+A model was trained on windows of seq_len tokens, and reads texts 16 times as long, in three ways:
+with its state carried on to the end; with all of the state forgotten every seq_len tokens; and with
+only the state of the STU layers forgotten then. The differences are what the memory is worth.
+(Compare the ways at one position. Different positions are different text.)
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from prepare_data import get_tokenizer, open_data, read_tokens
+from stu import STU, FlashSTU, FlashSTUConfig
+
+PIECE = 256  # tokens whose logits exist at once
+WAYS = ("state carried on", "all forgotten", "STU's state forgotten")
+
+
+def load(folder):
+    """A model, and the name of its tokenizer, from the folder of a run or of a saved model."""
+    checkpoints = list(folder.glob("checkpoint_*.pt"))
+    if checkpoints:
+        newest = max(checkpoints, key=lambda path: int(path.stem.removeprefix("checkpoint_")))
+        checkpoint = torch.load(newest, map_location="cpu", weights_only=True)
+        model = FlashSTU(FlashSTUConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model.eval(), checkpoint.get("tokenizer") or "bytes"
+    if not (folder / "config.json").exists():
+        sys.exit(f"{folder} holds no checkpoint and no model: python train.py makes one")
+    config = json.loads((folder / "config.json").read_text())
+    return FlashSTU.from_pretrained(folder), config.get("tokenizer_name", "bytes")
+
+
+def load_tokens(path, tokenizer):
+    """The tokens of a text, or of the validation split in a folder of prepare_data.py.
+
+    -> shards (a list of arrays), the number of tokens, the number of bytes of the text.
+    """
+    if path.is_file():
+        text = path.read_bytes()
+        tokens = get_tokenizer(tokenizer).encode(text.decode(errors="replace"))
+        return [tokens], len(tokens), len(text)
+    meta, shards = open_data(path)
+    if meta["tokenizer"] != tokenizer:
+        sys.exit(f"the model reads {tokenizer}, but {path} holds {meta['tokenizer']}")
+    return shards["val"], meta["val"]["tokens"], meta["val"]["bytes"]
+
+
+def forget_stu(model, state):
+    """The state with nothing in the memory of the STU layers."""
+    state_after = []
+    for layer, layer_state in zip(model.layers, state):
+        if isinstance(layer.mixer, STU):
+            nothing = [torch.zeros_like(t) for t in layer_state.memory]
+            layer_state = layer_state._replace(memory=tuple(nothing))
+        state_after.append(layer_state)
+    return state_after
+
+
+@torch.no_grad()
+def losses_by_position(model, x, way):
+    """Texts x [B, length + 1] -> the loss of each position, in nats, summed over texts [length]."""
+    seq_len = model.config.seq_len
+    state = None
+    losses = []
+    for window, targets in zip(x[:, :-1].split(seq_len, dim=1), x[:, 1:].split(seq_len, dim=1)):
+        if way == "all forgotten":
+            state = None
+        elif way == "STU's state forgotten" and state is not None:
+            state = forget_stu(model, state)
+        for piece, labels in zip(window.split(PIECE, dim=1), targets.split(PIECE, dim=1)):
+            hidden, state = model.hidden(piece, state, use_cache=True)
+            logits = model.logits(hidden).float().transpose(1, 2)  # [B, vocab_size, PIECE]
+            losses.append(F.cross_entropy(logits, labels, reduction="none").sum(dim=0))
+    return torch.cat(losses)
+
+
+def spans(length):
+    """From 0 to 64, from there to 128, to 256, ... to length."""
+    found = []
+    first = 0
+    last = 64
+    while last < length:
+        found.append((first, last))
+        first = last
+        last = 2 * last
+    return [*found, (first, length)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What is a memory worth?")
+    parser.add_argument("--model", type=Path, default="runs/default", help="a run, or a model")
+    parser.add_argument("--data", type=Path, default="data/stdlib", help="or a text")
+    parser.add_argument("--length", type=int, default=0, help="0: 16 times seq_len")
+    parser.add_argument("--texts", type=int, default=64, help="as many as this, and as fit")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--out", default="context.png")
+    args = parser.parse_args()
+    model, tokenizer = load(args.model)
+    shards, n_tokens, n_bytes = load_tokens(args.data, tokenizer)
+    seq_len = model.config.seq_len
+    length = min(args.length or 16 * seq_len, n_tokens - 1)
+    n_texts = max(1, min(args.texts, n_tokens // (length + 1)))
+    starts = np.linspace(0, n_tokens - length - 1, n_texts).astype(int)
+    print(f"{n_texts} texts of {length} tokens from {args.data}, read by {args.model}")
+    texts = [read_tokens(shards, start, start + length + 1) for start in starts]
+    batches = torch.from_numpy(np.stack(texts).astype(np.int64)).split(args.batch_size)
+    bits_per_nat = n_tokens / n_bytes / math.log(2) / n_texts
+
+    figure = Figure((8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    start = time.perf_counter()
+    done = 0
+    for way in WAYS:
+        bits = torch.zeros(length)
+        for x in batches:
+            bits += losses_by_position(model, x, way) * bits_per_nat
+            done += 1
+            left = (time.perf_counter() - start) * (len(WAYS) * len(batches) / done - 1)
+            print(f"{way}, {left:.0f} s left", end="\r", flush=True)
+        names = [f"{first}-{last}" for first, last in spans(length)]
+        means = [bits[first:last].mean().item() for first, last in spans(length)]
+        print(f"{way}, bits per byte: " + ", ".join(f"{n} {m:.4f}" for n, m in zip(names, means)))
+        axis.plot(names, means, marker=".", label=way)
+    axis.set(title=f"What a memory is worth to a model trained on windows of {seq_len} tokens")
+    axis.set(xlabel="position in the text", ylabel="bits per byte")
+    axis.legend()
+    figure.savefig(args.out)
+    print(f"the picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
