@@ -3185,7 +3185,7 @@ def test_training_says_at_the_start_what_would_work(data, tmp_path):
     mistakes = {
         "--n_embed 32": "there is no --n_embed: see --help, or try ['n_embd'",
         "--seq_len 1000000": "too short",
-        "--n_heads 5": "n_heads",
+        "--n_heads 5": "heads",
         "--use_attn no": "--use_attn",
         "--preset 7B": "350M",
         "--steps many": "--steps",
