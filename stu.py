@@ -800,6 +800,19 @@ def check_ids(ids, vocab_size, ignored=None):
     return ids.long()
 
 
+class TiedEmbedding(nn.Embedding):
+    """Token ids [B, T] -> their rows [B, T, d], or vectors [..., d] -> logits [..., vocab_size].
+
+    Both are done here, because libraries that move a weight only for the time in which it is used
+    watch the calls of its module.
+    """
+
+    def forward(self, x):
+        if x.is_floating_point():
+            return F.linear(x, self.weight)
+        return super().forward(x)
+
+
 class LanguageModel(nn.Module):
     """Embedding, n_layers blocks, norm, and the embedding again as output matrix.
 
@@ -811,7 +824,7 @@ class LanguageModel(nn.Module):
         c = replace(config)  # a copy, which is checked again
         self.config = c
         self.gradient_checkpointing = c.use_gradient_checkpointing  # transformers sets it, too
-        self.tok_emb = nn.Embedding(c.vocab_size, c.n_embd)
+        self.tok_emb = TiedEmbedding(c.vocab_size, c.n_embd)
         self.dropout = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList()
         for i in range(c.n_layers):
@@ -872,7 +885,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, x):
         """Output of the last layer [..., d] -> logits [..., vocab_size]."""
-        return F.linear(x, self.tok_emb.weight)
+        return self.tok_emb(x)
 
     def forward(self, input_ids, labels=None, state=None, use_cache=False):
         """Ids [B, T] -> Output(loss, logits [B, T, vocab_size], state).
@@ -1436,7 +1449,10 @@ def read_folder(folder):
     embedding = tensors["tok_emb.weight"]
     output_matrix = tensors.pop("lm_head.weight", embedding)
     if not torch.equal(output_matrix, embedding):
-        raise ValueError(f"{folder}: lm_head.weight is not the embedding, as it must be")
+        raise ValueError(
+            f"{folder}: lm_head.weight is not the embedding, and FlashSTU has one matrix for both. "
+            "Load it with transformers, or fine-tune with ensure_weight_tying=True."
+        )
 
     config = None
     if (folder / CONFIG).exists() or "config" not in metadata:

@@ -3045,7 +3045,7 @@ def test_what_continues_is_the_same_run(data, trained, tmp_path):
     prepare_data.prepare([str(tmp_path / "other.txt")], other)
     changes = {
         "--n_layers 3": "has --n_layers 2, not 3",
-        "--optimizer adamw": "has --optimizer muon, not adamw",
+        "--optimizer adamw": "has --optimizer 'muon', not 'adamw'",
         "--batch_size 4": "has --batch_size 8, not 4",
         "--seed 2": "has --seed 1, not 2",
         "--steps 1": "already at step 4",
@@ -3183,9 +3183,9 @@ FINITE = "lr min_lr grad_clip temperature softcap weight_decay"
 def test_training_says_at_the_start_what_would_work(data, tmp_path):
     text = data.parent / "text.txt"
     mistakes = {
-        "--n_embed 32": "there is no --n_embed: see --help, or try ['n_embd']",
+        "--n_embed 32": "there is no --n_embed: see --help, or try ['n_embd'",
         "--seq_len 1000000": "too short",
-        "--n_heads 5": "n_heads",
+        "--n_heads 5": "heads",
         "--use_attn no": "--use_attn",
         "--preset 7B": "350M",
         "--steps many": "--steps",

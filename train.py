@@ -71,7 +71,7 @@ RUN_SETTINGS = """
 data               "data/stdlib"   a folder of prepare_data.py; this one is made if it is not there
 init_from          ""              start from the weights and sizes of another run or a saved model
 seed               1               of the first weights, the order of the data, dropout and samples
-optimizer          "muon"          muon, with adamw for all but the matrices of layers, or only adamw
+optimizer          "muon"          muon (for matrices of layers, with adamw for the rest), or adamw
 batch_size         16              windows in a step, of all processes together
 micro_batch_size   0               windows that a process computes at once; 0: its whole share
 steps              400             length of the whole run
@@ -160,7 +160,6 @@ parser = argparse.ArgumentParser(
     description=__doc__ + MODEL_SETTINGS + RUN_SETTINGS + COMMAND_SETTINGS,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     argument_default=argparse.SUPPRESS,  # so the result holds only what is given
-    allow_abbrev=False,
 )
 for name, default in defaults.items():
     if isinstance(default, bool):  # --fresh is the same as --fresh true
@@ -171,7 +170,7 @@ for name, default in defaults.items():
 
 given, unknown = parser.parse_known_args()  # what this command says
 if unknown:
-    similar = difflib.get_close_matches(unknown[0].strip("-"), defaults, n=1)
+    similar = difflib.get_close_matches(unknown[0].strip("-"), defaults)
     parser.error(f"there is no {unknown[0]}: see --help, or try {similar}")
 if "preset" in given:  # what is said beside it, and comes later, holds
     given = parser.parse_args(presets[given.preset].split() + sys.argv[1:])
@@ -260,7 +259,6 @@ def load_checkpoint(folder):
         say(f"{path} is damaged, so the one before it is taken")
     if found:
         sys.exit(f"no checkpoint in {folder} is whole: restore one, or --fresh to start anew")
-    return None
 
 
 def load_run_or_model(folder):
@@ -295,15 +293,14 @@ if only_reads or (args.init_from and not resumed):
 must_stay = ["init_from", "seed", "optimizer", "batch_size", *model_settings]
 if start:
     before = start["settings"] if resumed or only_reads else start["config"]
-    for name in before.keys() & kept_settings.keys():
-        now = given.get(name, before[name])
+    for name in kept_settings:
+        was = before.get(name, getattr(args, name))  # an early run may not have it
+        now = given.get(name, was)
         setattr(args, name, now)
-        if resumed and now != before[name]:
+        if resumed and now != was:
             if name in must_stay:
-                sys.exit(
-                    f"{out_dir} has --{name} {before[name]}, not {now}: give another --out_dir"
-                )
-            say(f"--{name} was {before[name]} until here, and now is {now}")
+                sys.exit(f"{out_dir} has --{name} {was!r}, not {now!r}: give another --out_dir")
+            say(f"--{name} was {was!r} until here, and now is {now!r}")
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
@@ -314,9 +311,9 @@ def continue_text(model, tokenizer, prompt, length):
     """Yield the text that a model writes after the prompt, in pieces of whole characters."""
     tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eot]  # the end of a text before
     ids = torch.tensor([tokens], device=device)
-    how = [args.temperature, args.top_k, args.top_p, tokenizer.eot]
+    sampling = [args.temperature, args.top_k, args.top_p, tokenizer.eot]
     pending = []
-    for token in model.stream(ids, length, *how):
+    for token in model.stream(ids, length, *sampling):
         pending.append(token.item())
         text = tokenizer.decode(pending)
         # a character has up to four bytes, and while the last are missing it is decoded as \ufffd
@@ -388,10 +385,9 @@ def micro_batches(step):
 # -----------------------------------------------------------------------------
 # Model. `engine` is what one calls in training: the model, or what exchanges its gradients
 
-fields = FlashSTUConfig().to_dict()
+fields = FlashSTUConfig(torch_dtype="float32").to_dict()
 for name in fields.keys() & kept_settings.keys():
     fields[name] = getattr(args, name)
-fields["torch_dtype"] = "float32"
 fields["vocab_size"] = math.ceil(meta["vocab_size"] / 64) * 64  # round products are faster
 if start:
     fields["vocab_size"] = start["config"]["vocab_size"]
@@ -487,8 +483,9 @@ class Muon(torch.optim.Optimizer):
             lr = group["lr"] * max(1, rows / columns) ** 0.5
             for matrix, update in zip(group["params"], updates):
                 if sharded:  # of each matrix this process holds a part
-                    where = (matrix.device_mesh, matrix.placements)
-                    update = distribute_tensor(update, *where, src_data_rank=None)
+                    update = distribute_tensor(
+                        update, matrix.device_mesh, matrix.placements, src_data_rank=None
+                    )
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(update, alpha=lr)
 
@@ -555,7 +552,8 @@ if is_main:
     about = {"settings": settings, "model": config.to_dict()}
     (out_dir / "config.json").write_text(json.dumps(about, indent=1))
     with open(log_path, "ab") as file:  # what was logged after the checkpoint will come again
-        file.truncate(min(resumed["log"], file.tell()) if resumed else 0)
+        end = min(resumed["log"], file.tell()) if resumed else 0
+        file.truncate(end)
     if args.wandb:
         import wandb
 
@@ -599,9 +597,8 @@ def save_checkpoint(step):
         "log": log_path.stat().st_size,
     }
     write_atomically(out_dir / f"checkpoint_{step}.pt", partial(torch.save, checkpoint))
-    for path in list(checkpoints(out_dir).values())[
-        :-2
-    ]:  # the one before is kept, in case of damage
+    found = list(checkpoints(out_dir).values())
+    for path in found[:-2]:  # the one before is kept, for the case that the new one gets damaged
         path.unlink()
 
 
@@ -629,14 +626,13 @@ def report(step, loss, norm):
 def draw_losses():
     from matplotlib.figure import Figure
 
-    figure = Figure()
-    axes = figure.subplots()
+    axes = Figure().subplots()
     records = [json.loads(line) for line in log_path.read_text().splitlines()]
     for name in ["loss", "val_loss"]:
         points = [(record["step"], record[name]) for record in records if name in record]
         axes.plot(*zip(*points), label=name)
     axes.legend()
-    figure.savefig(out_dir / "loss.png")
+    axes.figure.savefig(out_dir / "loss.png")
 
 
 # -----------------------------------------------------------------------------
@@ -657,11 +653,11 @@ skipped = 0  # steps in a row
 seconds = 1e-9  # that the steps of this command took; never 0, whatever the clock does
 
 for step in range(start_step, args.steps + 1):
-    # Evaluate, save, show a sample; where a run is resumed this was done before
+    # Evaluate, save, show a sample
     orphaned = world_size > 1 and os.getppid() != torchrun
     stop = step == args.steps or mean_over_processes(stop_requested or orphaned) > 0
-    just_resumed = resumed and step == start_step
-    if (stop or step % args.eval_interval == 0) and not just_resumed:
+    is_done = resumed and step == start_step  # before the run was interrupted
+    if (stop or step % args.eval_interval == 0) and not is_done:
         validate(step)
         if step > 0:
             save_checkpoint(step)
