@@ -42,7 +42,8 @@ from prepare_data import get_tokenizer, lock, open_data, prepare, read_tokens, w
 from stu import FlashSTU, FlashSTUConfig
 
 # -----------------------------------------------------------------------------
-# Settings. Each is a flag, as in --n_embd 256. Its line holds its name, default and meaning
+# Settings. Each is a flag, as in --n_embd 256, and has a line: its name, its default as JSON, its
+# meaning. The lines are also what --help prints
 
 # Of the model: fields of FlashSTUConfig. They stay as they are when a run is continued
 MODEL_SETTINGS = """
@@ -111,7 +112,7 @@ device             "auto"          cpu, cuda or mps; auto: a GPU where there is 
 wandb              ""              also log to this project of Weights & Biases
 """
 
-# A preset stands for these flags. It is named by its size with the 50k tokens of gpt2
+# A preset stands for these flags. Its name is its size with gpt2's vocabulary of 50k tokens
 presets = {
     "125M": """--n_embd 768 --n_layers 12 --n_heads 12 --seq_len 2048 --window_size 1024
         --mlp_scale 3 --batch_size 256 --micro_batch_size 16 --steps 20000 --warmup_steps 500
@@ -130,6 +131,7 @@ choices = {
     "compile": ["auto", "true", "false"],
     "engine": ["ddp", "fsdp"],
 }
+# of these names, 0 is an error at once
 not_zero = """seq_len mlp_scale batch_size steps lr muon_lr grad_clip max_skipped eval_interval
     eval_sequences log_interval num_samples max_new_tokens top_p"""
 
@@ -148,7 +150,7 @@ def read_defaults(table):
 
 def true_or_false(text):
     if text.lower() not in ("true", "false"):
-        raise ValueError
+        raise ValueError  # argparse tells the user
     return text.lower() == "true"
 
 
@@ -168,13 +170,13 @@ for name, default in defaults.items():
         kind = {"type": int if default is None else type(default), "choices": choices.get(name)}
     parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **kind)
 
-given, unknown = parser.parse_known_args()  # what this command says
+parsed, unknown = parser.parse_known_args()
 if unknown:
     similar = difflib.get_close_matches(unknown[0].strip("-"), defaults)
     parser.error(f"there is no {unknown[0]}: see --help, or try {similar}")
-if "preset" in given:  # what is said beside it, and comes later, holds
-    given = parser.parse_args(presets[given.preset].split() + sys.argv[1:])
-given = vars(given)
+if "preset" in parsed:  # its flags come first, so those of the command overrule them
+    parsed = parser.parse_args(presets[parsed.preset].split() + sys.argv[1:])
+given = vars(parsed)  # what this command says
 for name, value in given.items():
     if isinstance(value, int | float) and not 0 <= value < math.inf:
         parser.error(f"--{name} is {value}, but must be finite and not negative")
@@ -182,7 +184,7 @@ for name, value in given.items():
         parser.error(f"--top_p is a probability, at most 1, not {value}")
     if value == 0 and name in not_zero.split():
         parser.error(f"--{name} must not be 0")
-args = argparse.Namespace(**defaults | given)  # all settings
+args = argparse.Namespace(**defaults | given)  # all settings; a run that goes on changes some below
 
 # -----------------------------------------------------------------------------
 # The machine: processes, device, precision
@@ -206,7 +208,8 @@ if on_cuda:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bfloat16 else "float16"
 autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-# In float16 small gradients would be 0, so the loss is scaled up, and they are scaled down again
+# In float16 small gradients would become 0. So the loss is scaled up, and they down again; torch
+# adapts the scale, which only begins at 4096
 scaler = torch.amp.GradScaler(device.type, init_scale=4096.0, enabled=dtype == "float16")
 if world_size > 1:
     dist.init_process_group("nccl" if on_cuda else "gloo")
@@ -262,7 +265,8 @@ def load_checkpoint(folder):
 
 
 def load_run_or_model(folder):
-    """The last checkpoint of a run, or a saved model in the same form."""
+    """The last checkpoint of a run (save_checkpoint says what it holds), or of a saved model what
+    of that it has."""
     checkpoint = load_checkpoint(folder)
     if checkpoint:
         return checkpoint
@@ -280,8 +284,8 @@ def restore_model(checkpoint):
     return model.to(device).eval()
 
 
-# Where the weights come from, unless they are new: from `start`. This is the last checkpoint of the
-# run, which is then `resumed`, or the run or model of --init_from
+# The weights are new, or they come from `start`: this is either the last checkpoint of the run in
+# out_dir, which is then `resumed`, or the run or model of --init_from
 out_dir = Path(args.out_dir)
 only_reads = args.eval_only or "sample" in given
 resumed = None if only_reads or args.fresh else load_checkpoint(out_dir)
@@ -289,7 +293,8 @@ start = resumed
 if only_reads or (args.init_from and not resumed):
     start = load_run_or_model(Path(args.init_from or args.out_dir))
 
-# A setting that is not given is as it was there. To tune a model, only what belongs to it is taken
+# A setting that is not given is as it was there: any if the run goes on or is only read, those of
+# the model if it is the start of another run
 must_stay = ["init_from", "seed", "optimizer", "batch_size", *model_settings]
 if start:
     before = start["settings"] if resumed or only_reads else start["config"]
@@ -309,7 +314,8 @@ torch.manual_seed(args.seed)
 
 def continue_text(model, tokenizer, prompt, length):
     """Yield the text that a model writes after the prompt, in pieces of whole characters."""
-    tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eot]  # the end of a text before
+    # Without a prompt it begins after the end of another text
+    tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
     ids = torch.tensor([tokens], device=device)
     sampling = [args.temperature, args.top_k, args.top_p, tokenizer.eot]
     pending = []
@@ -368,7 +374,7 @@ def order_of_epoch(epoch):
     """Where the windows of an epoch start: in random order, and all shifted by one distance."""
     rng = np.random.default_rng([args.seed, epoch])
     starts = rng.permutation(n_windows["train"]) * T + rng.integers(T)
-    return np.minimum(starts, meta["train"]["tokens"] - T - 1)
+    return np.minimum(starts, meta["train"]["tokens"] - T - 1)  # the last one must fit, too
 
 
 def micro_batches(step):
@@ -385,6 +391,7 @@ def micro_batches(step):
 # -----------------------------------------------------------------------------
 # Model. `engine` is what one calls in training: the model, or what exchanges its gradients
 
+# Weights are float32; autocast rounds them where that does no harm
 fields = FlashSTUConfig(torch_dtype="float32").to_dict()
 for name in fields.keys() & kept_settings.keys():
     fields[name] = getattr(args, name)
@@ -425,6 +432,7 @@ def evaluate(n):
     """The mean loss, in nats per token, of n windows spread evenly over the validation split."""
     n = min(n, n_windows["val"])
     n = math.ceil(n / world_size) * world_size  # each process has equally many
+    # Of the n windows this process takes every world_size-th
     starts = np.arange(rank, n, world_size) * n_windows["val"] // n * T
     total = 0.0
     model.eval()
@@ -436,6 +444,7 @@ def evaluate(n):
 
 
 def bits_per_byte(loss):
+    """From nats per token, with as many tokens per byte as the validation split has."""
     return loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
 
 
@@ -449,8 +458,9 @@ if args.eval_only:
 
 
 def orthogonalize(matrices):
-    """Bring the singular values of each matrix [n, rows, columns] to about 1, by five times
-    X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X (Newton and Schulz), which acts on each of them alone."""
+    """Bring the singular values of each matrix [n, rows, columns] to about 1. Five times
+    X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X makes σ <- a σ + b σ³ + c σ⁵ of each, whatever the others
+    are; K. Jordan chose a, b, c so that this goes fast (a Newton-Schulz iteration)."""
     X = matrices.bfloat16() if on_cuda else matrices  # most CPUs are slow in 16 bits
     is_tall = X.shape[1] > X.shape[2]
     if is_tall:
@@ -464,25 +474,25 @@ def orthogonalize(matrices):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, with the step of each matrix made orthogonal: all directions move equally far.
-    As torch.optim.Muon (K. Jordan, 2024), but a group holds the matrices of one shape, which are
-    made orthogonal in one product."""
+    It is torch.optim.Muon, but faster: a group has the matrices of one shape, as one batch."""
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # torch calls it with a closure, which we do not need
         for group in self.param_groups:
             directions = []
             for matrix in group["params"]:
                 state = self.state[matrix]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
+                # The running mean of the gradients, and of it and the newest again 95 to 5
                 mean = state["momentum_buffer"].lerp_(matrix.grad, 0.05)
                 direction = matrix.grad.lerp(mean, 0.95)
                 directions.append(direction.full_tensor() if sharded else direction)
             updates = orthogonalize(torch.stack(directions))  # [n, rows, columns]
             rows, columns = updates.shape[1:]
-            lr = group["lr"] * max(1, rows / columns) ** 0.5
+            lr = group["lr"] * max(1, rows / columns) ** 0.5  # tall ones have larger outputs
             for matrix, update in zip(group["params"], updates):
-                if sharded:  # of each matrix this process holds a part
+                if sharded:  # cut out the part of the matrix that this process holds
                     update = distribute_tensor(
                         update, matrix.device_mesh, matrix.placements, src_data_rank=None
                     )
@@ -504,7 +514,7 @@ groups = [{"params": parameters} for parameters in of_adamw.values()]
 optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 if of_muon:
     groups = [{"params": matrices} for matrices in of_muon.values()]
-    optimizers.append(Muon(groups, {"lr": 0.0, "weight_decay": 0.0}))
+    optimizers.append(Muon(groups, {"lr": 0.0, "weight_decay": 0.0}))  # set_rates sets both
 
 
 def set_rates(step):
@@ -543,7 +553,7 @@ if resumed:
 
 log_path = out_dir / "log.jsonl"
 if is_main:
-    owner = lock(out_dir)  # for as long as this process lives
+    owner = lock(out_dir)  # as long as this process lives and holds the variable
     if args.fresh and checkpoints(out_dir):
         beside = f"{out_dir}.{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         out_dir.rename(beside)
@@ -552,7 +562,7 @@ if is_main:
     about = {"settings": settings, "model": config.to_dict()}
     (out_dir / "config.json").write_text(json.dumps(about, indent=1))
     with open(log_path, "ab") as file:  # what was logged after the checkpoint will come again
-        end = min(resumed["log"], file.tell()) if resumed else 0
+        end = min(resumed["log"], file.tell()) if resumed else 0  # tell: the file may be shorter
         file.truncate(end)
     if args.wandb:
         import wandb
@@ -654,10 +664,10 @@ seconds = 1e-9  # that the steps of this command took; never 0, whatever the clo
 
 for step in range(start_step, args.steps + 1):
     # Evaluate, save, show a sample
-    orphaned = world_size > 1 and os.getppid() != torchrun
+    orphaned = world_size > 1 and os.getppid() != torchrun  # it was killed
     stop = step == args.steps or mean_over_processes(stop_requested or orphaned) > 0
-    is_done = resumed and step == start_step  # before the run was interrupted
-    if (stop or step % args.eval_interval == 0) and not is_done:
+    was_done = resumed and step == start_step  # before the run was interrupted
+    if (stop or step % args.eval_interval == 0) and not was_done:
         validate(step)
         if step > 0:
             save_checkpoint(step)
@@ -668,7 +678,7 @@ for step in range(start_step, args.steps + 1):
     # The gradient of the batch, in micro-batches
     began = time.perf_counter()
     set_rates(step)
-    torch.manual_seed(args.seed + step * world_size + rank)  # for dropout
+    torch.manual_seed(args.seed + step * world_size + rank)  # dropout is the same after a resume
     batches = micro_batches(step)
     loss = 0.0
     for x in batches:
@@ -684,7 +694,7 @@ for step in range(start_step, args.steps + 1):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     norm = float(norm.full_tensor() if sharded else norm)
 
-    # The step
+    # The step, unless something is not finite: then the sum is not
     skipped = 0 if math.isfinite(loss + norm) else skipped + 1
     if skipped:
         say(f"step {step + 1} is skipped: loss {loss}, norm of the gradient {norm}")
