@@ -154,7 +154,9 @@ def save_tokenizer(tokenizer, folder):
     It pads on the right, for training; to generate from a batch set padding_side="left".
     """
     import transformers
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     if isinstance(tokenizer, ByteTokenizer):
         pattern = r"[\s\S]{1,64}"  # no token is longer than a byte, so a text is cut anywhere
@@ -169,11 +171,27 @@ def save_tokenizer(tokenizer, folder):
     for token, i in special_ids.items():
         ids[token.encode()] = i
 
-    class Converter(TikTokenConverter):
-        def load_tiktoken_bpe(self, tiktoken_url):  # which would read a file
-            return ids
+    # tokenizer.json has a letter for each byte.
+    letter_of = bytes_to_unicode()
 
-    converted = Converter(pattern=pattern).converted()
+    def as_letters(token):
+        return "".join(letter_of[byte] for byte in token)
+
+    # Two tokens merge into a third, in the order of the third's id.
+    merges = []
+    for token, i in ids.items():
+        for cut in range(1, len(token)):
+            left = token[:cut]
+            right = token[cut:]
+            if left in ids and right in ids:
+                merges.append((i, ids[left], ids[right], as_letters(left), as_letters(right)))
+    merges = [(left, right) for *_, left, right in sorted(merges)]
+    vocab = {as_letters(token): i for token, i in ids.items()}
+    converted = Tokenizer(BPE(vocab, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    bytes_as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    converted.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_as_letters])
+    converted.decoder = decoders.ByteLevel()
     converted.model.unk_token = END_OF_TEXT  # for byte 0: `encode` gives it the same id, 0
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=converted,

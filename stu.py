@@ -800,6 +800,19 @@ def check_ids(ids, vocab_size, ignored=None):
     return ids.long()
 
 
+class TiedEmbedding(nn.Embedding):
+    """Token ids [B, T] -> their rows [B, T, d], or vectors [..., d] -> logits [..., vocab_size].
+
+    Both are done here, because libraries that move a weight only for the time in which it is used
+    watch the calls of its module.
+    """
+
+    def forward(self, x):
+        if x.is_floating_point():
+            return F.linear(x, self.weight)
+        return super().forward(x)
+
+
 class LanguageModel(nn.Module):
     """Embedding, n_layers blocks, norm, and the embedding again as output matrix.
 
@@ -811,7 +824,7 @@ class LanguageModel(nn.Module):
         c = replace(config)  # a copy, which is checked again
         self.config = c
         self.gradient_checkpointing = c.use_gradient_checkpointing  # transformers sets it, too
-        self.tok_emb = nn.Embedding(c.vocab_size, c.n_embd)
+        self.tok_emb = TiedEmbedding(c.vocab_size, c.n_embd)
         self.dropout = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList()
         for i in range(c.n_layers):
@@ -872,7 +885,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, x):
         """Output of the last layer [..., d] -> logits [..., vocab_size]."""
-        return F.linear(x, self.tok_emb.weight)
+        return self.tok_emb(x)
 
     def forward(self, input_ids, labels=None, state=None, use_cache=False):
         """Ids [B, T] -> Output(loss, logits [B, T, vocab_size], state).
@@ -937,14 +950,17 @@ class LanguageModel(nn.Module):
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 
 
-def choose_decays(L, n_pairs, max_angle):
+def choose_decays(L, n_filters, n_pairs, max_angle):
     """Decays of both signs, ±α, and for a sector r e^(iθ) too, each with its mirror image."""
     # The real ones forget within 1/8 of a step up to L steps.
     memory = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_pairs))
     decays = list(np.exp(-1 / memory))
     # Those of a sector lie on arcs, that is, have a common memory, of L/3 steps or less. The angles
-    # it can tell apart differ by 1/memory or so. (The factors 3 and 1.65 were found by trial.)
+    # it can tell apart differ by 1/memory or so. Few filters of a wide sector do not reach back as
+    # far as L, nor do the arcs need to. (These numbers were found by trial, for an error of 1e-6.)
     arc = L / 3
+    if max_angle > 0:
+        arc = min(arc, (0.6 * n_filters + 60) / max_angle)
     while arc * max_angle > 1.5:
         n_angles = round(arc * max_angle / 3)
         for angle in np.linspace(0, max_angle, n_angles + 1)[1:]:
@@ -970,7 +986,7 @@ def fit_recurrence(
     L = len(bank)
     if n_pairs is None:
         n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
-    decays = choose_decays(L, n_pairs, math.radians(max_angle))
+    decays = choose_decays(L, bank.shape[1], n_pairs, math.radians(max_angle))
     n = len(decays) + sum(p.imag != 0 for p in decays)
     if n > 512:
         return None
@@ -1266,7 +1282,7 @@ def filters_of_a_sector(G, K, max_angle):
 
     Since cos θt cos θs + sin θt sin θs = cos θ(t-s), each entry Z_ts is multiplied by the average of
     cos θ(t-s) over |θ| <= max_angle. The weight stays (1-r)²: with |1-α|² or none, poles of radius
-    0.999 would take 2 to 8% fewer filters, and poles of radius 0.9 up to 45% more.
+    0.999 would take 3 to 10% fewer filters, and poles of radius 0.9 up to 45% more.
     """
     # The average over θ is a sum over Gauss-Legendre's angles from 0 to max_angle, which is exact
     # from a few more than L · max_angle / 4 of them on. Written as E Eᵀ, E has a column for each
@@ -1433,7 +1449,10 @@ def read_folder(folder):
     embedding = tensors["tok_emb.weight"]
     output_matrix = tensors.pop("lm_head.weight", embedding)
     if not torch.equal(output_matrix, embedding):
-        raise ValueError(f"{folder}: lm_head.weight is not the embedding, as it must be")
+        raise ValueError(
+            f"{folder}: lm_head.weight is not the embedding, and FlashSTU has one matrix for both. "
+            "Load it with transformers, or fine-tune with ensure_weight_tying=True."
+        )
 
     config = None
     if (folder / CONFIG).exists() or "config" not in metadata:

@@ -202,7 +202,7 @@ def test_lds_impulse_response_equals_the_filters(L, K, hankel_L):
 def test_without_the_penalty_the_filters_grow_past_their_length():
     phi, tails = get_spectral_filters(128, 24, dtype=torch.float64), []
     for fade in (1e-5, 1e-8):
-        lds = FilterBank(both_signs(phi), fade=fade, tolerance=math.inf).lds
+        lds = FilterBank(both_signs(phi), fade=fade, tolerance=math.inf, most_ringing=math.inf).lds
         tails.append((lds.C @ torch.linalg.matrix_power(lds.powers[1], 128)).norm(dim=1).max())
     assert tails[1] > 5 * tails[0]
 
@@ -282,7 +282,9 @@ def test_filters_of_a_sector_have_a_recurrence_in_orthonormal_coordinates(L, K, 
 def test_the_sections_have_the_poles_that_were_picked():
     poles = np.array(stu.choose_decays(100, 6, math.radians(30)))
     assert (poles.imag > 1e-3).any() and np.isclose(np.sort(poles.real), np.sort(-poles.real)).all()
-    lds = stu.fit_recurrence(torch.ones(100, 1).double(), 6, tolerance=math.inf, max_angle=30)
+    lds = stu.fit_recurrence(
+        torch.ones(100, 1).double(), 6, tolerance=math.inf, most_ringing=math.inf, max_angle=30
+    )
     both = np.concatenate([poles, poles.conj()[poles.imag != 0]])
     found = np.linalg.eigvals(lds.powers[1].numpy())
     for p in both:
@@ -2666,28 +2668,36 @@ def test_a_library_that_is_missing_is_named(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # train.py
 #
-# A run is `python train.py`, or torchrun, in a process of its own. Most of its time would go into imports: a
-# server makes them once, and each run is forked from there.
+# A run is `python train.py`, or torchrun, in a process of its own. Most of its time would go into
+# imports: a server makes them once, and each run is forked from there.
 
-TINY = """--n_embd 32 --n_layers 2 --n_heads 2 --seq_len 32 --window_size 16 --num_eigh 8 --batch_size 8
-    --eval_sequences 8 --log_interval 1"""
+TINY = """--n_embd 32 --n_layers 2 --n_heads 2 --seq_len 32 --window_size 16 --num_eigh 8
+    --batch_size 8 --eval_sequences 8 --log_interval 1"""
 fork = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-fork.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.pyplot", __name__]
-)
+preload = ["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.figure", __name__]
+fork.set_forkserver_preload(preload)
+outputs = tempfile.TemporaryDirectory()  # what the runs print
 
 
 def run_script(
-    argv, output, environment, max_file_size=None, encoding="utf-8", closed_pipe=False, stdin=os.devnull
-):  # fmt: skip
-    """In the new process: what `python argv...` does, printing to the file `output`, or where nobody reads."""
+    argv,
+    output,
+    environment,
+    max_file_size=None,
+    encoding="utf-8",
+    closed_pipe=False,
+    clock_stands_still=False,
+    extra_modules=None,
+):
+    """In the new process: what `python argv...` does. It prints to the file `output`, or to a pipe
+    that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
-    with open(output, "w") as f:
+    with open(output, "w") as file:
         for stream in 1, 2:
-            os.dup2(writer if closed_pipe else f.fileno(), stream)
-    sys.stdin = open(stdin)  # noqa: SIM115
-    sys.stdout, sys.stderr = (open(n, "w", encoding=encoding) for n in (1, 2))  # noqa: SIM115
+            os.dup2(writer if closed_pipe else file.fileno(), stream)
+    sys.stdout = open(1, "w", encoding=encoding)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding=encoding)  # noqa: SIM115
     os.chdir(HERE)
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -2695,6 +2705,10 @@ def run_script(
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
+    if clock_stands_still:
+        time.perf_counter = float
+    if extra_modules:
+        sys.path.insert(0, str(extra_modules))
     sys.argv = argv
     try:
         if argv[0] == "train.py":
@@ -2702,52 +2716,49 @@ def run_script(
         else:
             runpy.run_module("torch.distributed.run", run_name="__main__")
     except Exception:  # noqa: BLE001
-        sys.excepthook(*sys.exc_info())  # which the script may have set
+        sys.excepthook(*sys.exc_info())
         sys.exit(1)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text(
-        "".join(f"line {i}: the quick brown fox\n" for i in range(3000))
-    )
+    lines = [f"line {i}: the quick brown fox\n" for i in range(3000)]
+    (folder / "text.txt").write_text("".join(lines))
     prepare_data.prepare([str(folder / "text.txt")], folder / "tokens")
     return folder / "tokens"
 
 
 def start(data, out, flags, processes=1, torchrun=0, sizes=TINY, **limits):
-    """Start a run, of several processes as torchrun starts them or by it; `finish` waits for it."""
-    flags = flags.split() if isinstance(flags, str) else flags
-    where = [
-        "--device",
-        "cpu",
-        "--data",
-        str(data),
-        "--out_dir",
-        str(out),
-    ]  # bit for bit: on the CPU
-    argv = ["train.py", *where, *sizes.split(), *flags]
+    """Start a run, of several processes as torchrun starts them or by it; `finish` waits for it.
+    Without `data` the command does not name any."""
+    argv = ["train.py", "--device", "cpu", "--out_dir", str(out)]  # bit for bit: on the CPU
+    if data:
+        argv += ["--data", str(data)]
+    argv += sizes.split()
+    argv += flags.split() if isinstance(flags, str) else flags
     if torchrun:
         argv = ["torchrun", "--standalone", f"--nproc_per_node={torchrun}", *argv]
     with socket.create_server(("localhost", 0)) as server:
         network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
-    runs, output = [], data.parent / f"output_{time.monotonic_ns()}"
-    for rank in map(str, range(processes)):
-        environment = (
-            {} if processes == 1 else {"RANK": rank, "WORLD_SIZE": str(processes), **network}
-        )
+    output = f"{outputs.name}/{time.monotonic_ns()}"
+    runs = []
+    for rank in range(processes):
+        environment = {}
+        if processes > 1:
+            environment = {"RANK": str(rank), "WORLD_SIZE": str(processes), **network}
         args = (argv, f"{output}_{rank}", environment)
         runs.append(fork.Process(target=run_script, args=args, kwargs=limits, daemon=True))
         runs[-1].start()
-    runs[0].output, runs[0].others = Path(f"{output}_0"), runs[1:]
+    runs[0].output = Path(f"{output}_0")
+    runs[0].others = runs[1:]
     return runs[0]
 
 
 def finish(run):
     """-> exit code, everything that the main process printed"""
     for process in (run, *run.others):
-        process.join(timeout=180)
+        process.join(timeout=300)
     codes = {process.exitcode for process in (run, *run.others)}
     return codes.pop() if len(codes) == 1 else codes, run.output.read_text(errors="replace")
 
@@ -2763,22 +2774,44 @@ def logged(out, key="loss"):
 
 def checkpoints(out):
     """The steps of the checkpoints, ascending."""
-    names = (re.fullmatch(r"checkpoint_([1-9]\d*)\.pt", path.name) for path in out.iterdir())
+    names = [re.fullmatch(r"checkpoint_([1-9]\d*)\.pt", path.name) for path in out.iterdir()]
     return sorted(int(name[1]) for name in names if name)
 
 
+def load_step(out, step):
+    return torch.load(out / f"checkpoint_{step}.pt", weights_only=True)
+
+
+def weights_are_equal(one, other):
+    return all(torch.equal(one["model"][name], other["model"][name]) for name in other["model"])
+
+
+def files_of(folder):
+    """{name: content} of all files below a folder, but for its lock."""
+    paths = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"
+    ]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    """A run of 4 steps, with checkpoints of steps 2 and 4."""
+    code, output = run_train(data, data.parent / "trained", "--steps 4 --eval_interval 2")
+    assert code == 0, output
+    return data.parent / "trained"
+
+
 def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
-    flags = "--steps 6 --eval_interval 3 --checkpoint_interval 6 --optimizer adamw"
+    flags = "--steps 6 --eval_interval 3"
     several = f"{flags} --micro_batch_size 3"
     runs = {
-        "ddp": start(data, tmp_path / "ddp", several, processes=2),
-        "fsdp": start(
-            data, tmp_path / "fsdp", f"{several} --engine fsdp --use_gradient_checkpointing", 2
-        ),
-        "accumulated": start(
-            data, tmp_path / "accumulated", f"{several} --use_gradient_checkpointing"
-        ),
         "one": start(data, tmp_path / "one", flags),
+        "ddp": start(data, tmp_path / "ddp", several, processes=2),
+        "fsdp": start(data, tmp_path / "fsdp", f"{several} --engine fsdp", processes=2),
+        "less memory": start(
+            data, tmp_path / "less memory", f"{several} --use_gradient_checkpointing"
+        ),
     }
     for run in runs.values():
         code, output = finish(run)
@@ -2789,449 +2822,434 @@ def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
     assert curves["one"][-1] < curves["one"][0]
 
 
-def test_muon_gives_the_same_curve_sharded_and_a_checkpoint_of_two_processes_resumes_on_one(
-    data, tmp_path
-):
-    flags = "--eval_interval 50 --checkpoint_interval 4 --decay none"
-    one = start(data, tmp_path / "one", flags + " --steps 8")
-    code, output = run_train(
-        data, tmp_path / "two", flags + " --steps 4 --engine fsdp", processes=2
-    )
-    assert code == 0 and finish(one)[0] == 0, output
-    code, output = run_train(data, tmp_path / "two", flags + " --steps 8")
-    assert code == 0 and "after step 4" in output, output
-    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
+def test_a_checkpoint_of_several_processes_goes_on_as_one_process_would(data, tmp_path):
+    whole = start(data, tmp_path / "one", "--steps 6 --eval_interval 3 --min_lr 1")
+    engines = {"ddp": 2, "fsdp": 2}
+    for engine, processes in engines.items():
+        flags = f"--steps 3 --eval_interval 3 --min_lr 1 --engine {engine}"
+        code, output = run_train(data, tmp_path / engine, flags, processes)
+        assert code == 0, output
+    assert finish(whole)[0] == 0
+    for engine in engines:
+        code, output = run_train(None, tmp_path / engine, "--steps 6", sizes="")
+        assert code == 0 and "after step 3" in output, output
+        curve = logged(tmp_path / "one")
+        assert logged(tmp_path / engine) == pytest.approx(curve, rel=1e-5), engine
+
+
+def test_muon_is_that_of_torch_up_to_its_rounding_to_16_bits(data, tmp_path, monkeypatch):
+    flags = f"--data {data} --out_dir {tmp_path / 'run'} --steps 1 --device cpu {TINY}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+    Muon = runpy.run_path("train.py")["Muon"]
+    shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    groups = [{"params": [ours[0], ours[2]]}, {"params": [ours[1]]}, {"params": [ours[3]]}]
+    optimizers = [Muon(groups, options), torch.optim.Muon(theirs, **options)]
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        before = [q.detach().clone() for q in theirs]
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q, b in zip(ours, theirs, before):
+            assert (p - q).norm() < 0.02 * (q - b).norm()
+            p.data.copy_(q.data)
+
+
+def test_a_run_from_before_muon_had_groups_goes_on(data, trained, tmp_path):
+    """torch.optim.Muon kept all matrices in one group, with settings of its own."""
+    old = tmp_path / "old"
+    shutil.copytree(trained, old)
+    saved = load_step(old, 4)
+    groups = saved["optimizer"]["param_groups"]
+    adamw = [group for group in groups if "betas" in group]
+    muon = [group for group in groups if "betas" not in group]
+    names = [name for group in muon for name in group["params"]]
+    one = {"params": names, "lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
+    saved["optimizer"]["param_groups"] = [*adamw, one]
+    del saved["tokenizer"], saved["data_checksum"]
+    torch.save(saved, old / "checkpoint_4.pt")
+    new = tmp_path / "new"
+    shutil.copytree(trained, new)
+    runs = [start(None, out, "--steps 6", sizes="") for out in (old, new)]
+    for run in runs:
+        code, output = finish(run)
+        assert code == 0 and "after step 4" in output, output
+    assert weights_are_equal(load_step(old, 6), load_step(new, 6))
 
 
 def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path):
-    flags = "--steps 60 --checkpoint_interval 5 --eval_interval 30 --dropout 0.1"
-    out, whole_out = tmp_path / "killed", tmp_path / "whole"
-    whole = start(data, whole_out, flags)
+    flags = "--steps 60 --eval_interval 5 --dropout 0.1"
+    out = tmp_path / "killed"
+    whole = start(data, tmp_path / "whole", flags)
 
     def steps():
         return len(logged(out)) if (out / "log.jsonl").exists() else 0
 
-    in_a_write = lambda: steps() >= 24 and any(out.glob("*.tmp"))
-    for due in (lambda: steps() >= 13, in_a_write, lambda: steps() >= 41):
+    def is_writing():
+        return steps() >= 24 and any(out.glob("*.tmp"))
+
+    for is_due in (lambda: steps() >= 13, is_writing, lambda: steps() >= 41):
         run = start(data, out, flags)
-        while run.exitcode is None and not due():
+        while run.exitcode is None and not is_due():
             time.sleep(0.0005)
         run.kill()
         assert finish(run)[0] == -signal.SIGKILL
-    code, output = run_train(data, out, flags)
+    code, output = run_train(None, out, "", sizes="")  # the folder is enough
     assert code == 0 and "continuing" in output and finish(whole)[0] == 0, output
-    a, b = (
-        torch.load(o / "checkpoint_60.pt", weights_only=True)["model"] for o in (out, whole_out)
-    )
-    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert weights_are_equal(load_step(out, 60), load_step(tmp_path / "whole", 60))
     for key in ("step", "loss", "val_loss"):
-        assert logged(out, key) == logged(whole_out, key) and logged(out, key)
+        assert logged(out, key) == logged(tmp_path / "whole", key) and logged(out, key)
 
 
 def test_sigterm_saves_and_a_run_folder_has_one_owner(data, tmp_path):
-    forever = "--steps 100000 --checkpoint_interval 20 --eval_interval 100000 --decay none"
-    run = start(data, tmp_path, forever)
-    while not checkpoints(tmp_path):
+    forever = "--steps 100000 --eval_interval 10"
+    out = tmp_path / "run"
+    run = start(data, out, forever)
+    while not (out.exists() and checkpoints(out)):
         assert run.exitcode is None
         time.sleep(0.01)
-    code, output = run_train(data, tmp_path, forever)
-    assert code == 1 and f"{tmp_path} is in use by process {run.pid}\n" in output, output
+    code, output = run_train(data, out, forever)
+    assert code == 1 and f"{out} is in use by process {run.pid}\n" in output, output
     run.terminate()
     code, output = finish(run)
-    assert code == 0 and "asked to stop: saved" in output, output
-    saved = checkpoints(tmp_path)[-1]
-    code, output = run_train(data, tmp_path, f"--steps {saved + 3} --decay none")
+    assert code == 0 and "stopped after step" in output, output
+    saved = checkpoints(out)[-1]
+    code, output = run_train(None, out, f"--steps {saved + 3}", sizes="")
     assert code == 0 and f"after step {saved}\n" in output, output
 
 
 def test_processes_whose_torchrun_is_dead_save_and_end(data, tmp_path):
-    flags = "--steps 100000 --checkpoint_interval 10 --eval_interval 100000 --decay none"
-    run = start(data, tmp_path, flags, torchrun=2)
-    while not checkpoints(tmp_path):
+    out = tmp_path / "run"
+    run = start(data, out, "--steps 100000 --eval_interval 10", torchrun=2)
+    while not (out.exists() and checkpoints(out)):
         assert run.exitcode is None
         time.sleep(0.01)
     run.kill()
     finish(run)
     for _ in range(600):  # until they let the folder go
         try:
-            return prepare_data.lock(tmp_path).close()
+            return prepare_data.lock(out).close()
         except SystemExit:
             time.sleep(0.1)
     raise AssertionError("they go on for ever")
 
 
-@pytest.fixture(scope="module")
-def trained(data):
-    """A run of 4 steps, with checkpoints of steps 2 and 4."""
-    code, output = run_train(data, data.parent / "trained", "--steps 4 --checkpoint_interval 2")
-    assert code == 0, output
-    return data.parent / "trained"
-
-
-def zeros_inside(path):
-    content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 4096] = bytes(4096)
-    path.write_bytes(content)
-
-
-def one_weight_less(path):
-    saved = torch.load(path, weights_only=True)
-    del saved["model"]["norm.weight"]
-    torch.save(saved, path)
-
-
-def without(entry):
-    def remove(path):
-        saved = torch.load(path, weights_only=True)
-        del saved[entry]
-        torch.save(saved, path)
-
-    return remove
-
-
-DAMAGE = {
-    "cut off": lambda path: path.write_bytes(path.read_bytes()[:2000]),
-    "empty": lambda path: path.write_bytes(b""),
-    "zeros inside": zeros_inside,
-    "another file": lambda path: torch.save([1], path),
-    "of another step": lambda path: path.write_bytes(
-        (path.parent / "checkpoint_2.pt").read_bytes()
-    ),
-    "one weight less": one_weight_less,
-    **{
-        f"no {entry}": without(entry)
-        for entry in ("step", "optimizer", "scaler", "config", "settings")
-    },
-}
-
-
-def test_a_run_from_before_an_option_was_removed_goes_on(data, trained, tmp_path):
-    shutil.copytree(trained, out := tmp_path / "run")
-    saved = torch.load(out / "checkpoint_4.pt", weights_only=True)
-    saved["config"]["use_impulses"] = saved["settings"]["use_impulses"] = False
-    torch.save(saved, out / "checkpoint_4.pt")
-    code, output = run_train(data, out, "--steps 5 --checkpoint_interval 2")
-    assert code == 0 and "continuing" in output and checkpoints(out)[-1] == 5, output
-
-
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(data, trained, tmp_path):
+    good = (trained / "checkpoint_4.pt").read_bytes()
+    middle = len(good) // 2
+    damaged = {
+        "cut_off": good[:2000],
+        "empty": b"",
+        "zeros": good[:middle] + bytes(4096) + good[middle + 4096 :],
+    }
     runs = {}
-    for name, damage in DAMAGE.items():
-        out = tmp_path / name.replace(" ", "_")
+    for name, content in damaged.items():
+        out = tmp_path / name
         shutil.copytree(trained, out)
-        damage(out / "checkpoint_4.pt")
-        runs[out] = start(data, out, "--sample line --max_new_tokens 1")
-        if len(runs) % 4 == 0:  # so many at a time
-            finish(runs[out])
+        (out / "checkpoint_4.pt").write_bytes(content)
+        runs[out] = start(None, out, "--steps 5", sizes="")
     for out, run in runs.items():
         code, output = finish(run)
         assert code == 0 and f"{out / 'checkpoint_4.pt'} is damaged" in output, output
-    code, output = run_train(data, out, "--steps 6 --checkpoint_interval 2")
-    assert code == 0 and "after step 2\n" in output and checkpoints(out) == [4, 6], output
-    assert (out / "model").is_dir() and logged(out, "step")[-2:] == [6, 6]
+        assert "after step 2\n" in output and logged(out, "step")[-2:] == [5, 5]
 
 
 def test_what_cannot_be_read_or_is_not_ours_is_never_replaced(data, trained, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained, out)
-    for name in ("checkpoint_best.pt", "checkpoint_2_keep.pt", "checkpoint_007.pt"):
+    for name in ("checkpoint_best.pt", "checkpoint_2_keep.pt"):
         (out / name).write_text("mine")
-    before = {path.name: path.read_bytes() for path in out.glob("[!.]*.*")}
-    (out / "checkpoint_9.pt").symlink_to(
-        "checkpoint_9.pt"
-    )  # a loop: the operating system cannot read it
-    code, output = run_train(data, out, "--steps 8")
-    assert code == 1 and "checkpoint_9.pt" in output and "Traceback" not in output, output
+    (out / "checkpoint_9.pt").symlink_to("checkpoint_9.pt")  # a loop: no system can read it
+    before = files_of(out)
+    code, output = run_train(data, out, "--steps 10")
+    assert code == 1 and "checkpoint_9.pt" in output, output
     (out / "checkpoint_9.pt").unlink()
     for step in 2, 4:
         (out / f"checkpoint_{step}.pt").write_bytes(b"damaged")
-    code, output = run_train(data, out, "--steps 8")
+    code, output = run_train(data, out, "--steps 10")
     assert code == 1 and "no checkpoint in" in output and "--fresh" in output, output
-    for name, content in before.items():
-        assert (out / name).read_bytes() == content or name in (
-            "checkpoint_2.pt",
-            "checkpoint_4.pt",
-        ), name
-    code, output = run_train(data, out, "--steps 2 --checkpoint_interval 1 --fresh")
-    assert (
-        code == 0
-        and checkpoints(out) == [1, 2]
-        and (out / "checkpoint_best.pt").read_text() == "mine"
-    ), output
+    after = files_of(out)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"checkpoint_2.pt", "checkpoint_4.pt"}
 
 
-def test_what_cannot_be_written_is_told_in_a_sentence_and_what_was_stays(data, trained, tmp_path):
-    def copy(name):
-        return shutil.copytree(trained, tmp_path / name)
+def test_a_fresh_run_leaves_the_old_one_whole(data, trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    before = files_of(out)
+    run = start(data, out, "--fresh --steps 100000 --eval_interval 100000 --n_layers 1")
+    while not (run.output.exists() and "step 3/" in run.output.read_text()):
+        assert run.exitcode is None
+        time.sleep(0.01)
+    run.kill()
+    finish(run)
+    (old,) = tmp_path.glob("run.*")
+    assert files_of(old) == before
+    code, output = run_train(data, out, "--steps 3 --n_layers 1 --eval_interval 3")
+    assert code == 0 and checkpoints(out) == [3] and logged(out, "step") == [0, 1, 2, 3, 3], output
+    code, output = run_train(None, old, "--steps 6", sizes="")
+    assert code == 0 and "after step 4" in output, output
 
-    disk, log, model, picture = map(copy, ("disk", "log", "model", "picture"))
-    shutil.rmtree(model / "model")
-    (model / "model").write_text("a file")
-    (picture / "loss.png").unlink()
-    (picture / "loss.png").mkdir()
-    good, more = (disk / "checkpoint_4.pt").read_bytes(), "--steps 6 --checkpoint_interval 2"
-    run = start(data, log, "--steps 100000 --decay none --eval_interval 100000")
+
+def test_what_cannot_be_written_leaves_what_was(data, trained, tmp_path):
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    for out in (disk, log):
+        shutil.copytree(trained, out)
+    good = (disk / "checkpoint_4.pt").read_bytes()
+    forever = start(None, log, "--steps 100000 --eval_interval 100000", sizes="")
     while len(logged(log)) < 20:
+        assert forever.exitcode is None
         time.sleep(0.01)
     (tmp_path / "full").symlink_to("/dev/full")
     os.replace(tmp_path / "full", log / "log.jsonl")
     runs = {
-        "cannot write": start(data, disk, more, max_file_size=50000),
-        "No space left": run,
-        "model: ": start(data, model, more),
-        "loss.png": start(data, picture, more),
-        "cannot write to": start(data, trained / "log.jsonl" / "run", more),
+        "cannot write": start(None, disk, "--steps 6", sizes="", max_file_size=50000),
+        "No space left": forever,
+        "cannot write to": start(data, trained / "log.jsonl" / "run", "--steps 6"),
     }
     for message, run in runs.items():
         code, output = finish(run)
-        assert code == 1 and message in output and "Traceback" not in output, output
+        assert code == 1 and message in output, output
     assert (disk / "checkpoint_4.pt").read_bytes() == good and checkpoints(disk) == [2, 4]
-    assert checkpoints(model) == checkpoints(picture) == [4, 6] and (picture / "model").is_dir()
-    assert run_train(data, disk, more)[0] == 0
+    assert run_train(None, disk, "--steps 6", sizes="")[0] == 0
 
 
-def test_nothing_that_is_printed_or_logged_ends_a_run(data, trained, tmp_path):
-    """A reader who has gone, letters that the encoding lacks, control characters, lines that are none."""
-    ascii_out, nobody = shutil.copytree(trained, tmp_path / "a"), tmp_path / "nobody é"
-    with open(ascii_out / "log.jsonl", "a", errors="surrogateescape") as f:
-        f.write(
-            '{"step": 3, "loss": 1.0\n[1]\n{"step": "x"}\n{"loss": 1}\n\udcff' + "[" * 100000 + "\n"
-        )
-    flags = ["--steps", "6", "--eval_interval", "1", "--prompt", "\x1b[31mé\udcff\u4e2d\u202e"]
-    runs = [
-        start(data, ascii_out, flags, encoding="ascii"),
-        start(data, nobody, flags, closed_pipe=True),
-    ]
-    assert [finish(run)[0] for run in runs] == [0, 0], runs[0].output.read_text()
-    assert checkpoints(nobody) == checkpoints(ascii_out)[-1:] == [6]
-    shown = runs[0].output.read_bytes()
-    assert b"\\x1b[31m\\xe9" in shown and all(c in b"\n\t" or 32 <= c < 127 for c in shown)
-    assert logged(ascii_out, "step") == [0, 1, 2, 3, 4, 4, 5, 5, 6, 6]
+def test_nothing_that_is_printed_ends_a_run(data, tmp_path):
+    """A reader who has gone, letters that the encoding lacks, control characters, a clock that
+    stands still."""
+    flags = ["--steps", "6", "--eval_interval", "3", "--prompt", "\x1b[31mé\udcff\u4e2d\u202e"]
+    runs = {
+        "ascii": start(data, tmp_path / "ascii", flags, encoding="ascii"),
+        "nobody é": start(data, tmp_path / "nobody é", flags, closed_pipe=True),
+        "clock": start(data, tmp_path / "clock", flags, clock_stands_still=True),
+    }
+    outputs = {}
+    for name, run in runs.items():
+        code, outputs[name] = finish(run)
+        assert code == 0 and checkpoints(tmp_path / name) == [3, 6], outputs[name]
+    assert "\\x1b[31m\\xe9" in outputs["ascii"]
+    shown = runs["ascii"].output.read_bytes()
+    assert all(c in b"\n\t" or 32 <= c < 127 for c in shown)
+    assert "step 1/6: loss" in outputs["clock"] and "step 0/6: validation loss" in outputs["clock"]
 
 
 def test_what_continues_is_the_same_run(data, trained, tmp_path):
     (tmp_path / "other.txt").write_text("something else\n" * 500)
-    prepare_data.prepare([str(tmp_path / "other.txt")], tmp_path / "other")
-    changes = {
-        "--n_layers 3": "n_layers: 2, now 3",
-        "--optimizer adamw": "optimizer: 'muon', now 'adamw'",
-        "--batch_size 4": "batch_size: 8, now 4",
-        "--seed 2": "seed: 1, now 2",
-        "--steps 1": "already at step 4",
-        "": "text: ",
-    }
-    runs = {}
-    for flags, message in changes.items():
-        out = shutil.copytree(trained, tmp_path / message.replace(" ", "_"))
-        runs[message] = start(data if flags else tmp_path / "other", out, "--steps 8 " + flags)
-    for message, run in runs.items():
-        code, output = finish(run)
-        assert code == 1 and message in output, output
-    assert run_train(data, out, "--steps 1 --fresh --checkpoint_interval 1")[0] == 0
-    assert checkpoints(out) == [1]  # what was there is replaced
-
-
-def test_a_run_starts_from_the_weights_of_another_and_says_so(data, trained, tmp_path):
-    (tmp_path / "other.txt").write_text("something else\n" * 500)
-    other, gpt2 = tmp_path / "other", tmp_path / "gpt2"
+    other = tmp_path / "other"
     prepare_data.prepare([str(tmp_path / "other.txt")], other)
-    FlashSTU(small_config(vocab_size=50304, torch_dtype="float32")).save_pretrained(gpt2)
-    flags = f"--init_from {trained} --steps 1 --eval_interval 1"
+    changes = {
+        "--n_layers 3": "has --n_layers 2, not 3",
+        "--optimizer adamw": "has --optimizer 'muon', not 'adamw'",
+        "--batch_size 4": "has --batch_size 8, not 4",
+        "--seed 2": "has --seed 1, not 2",
+        "--steps 1": "already at step 4",
+        f"--data {other}": "other data",
+        f"--init_from {trained}": "has --init_from ",
+    }
+    before = files_of(trained)
+    runs = {flags: start(None, trained, flags, sizes="") for flags in changes}
+    for flags, run in runs.items():
+        code, output = finish(run)
+        assert code == 1 and changes[flags] in output and "Traceback" not in output, output
+    assert files_of(trained) == before
+
+
+def test_a_run_continues_from_its_folder_alone_and_says_what_changed(data, trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    code, output = run_train(None, out, "--steps 6 --lr 0.005", sizes="")
+    assert code == 0 and "--steps was 4 until here, and now is 6\n" in output, output
+    assert "--lr was 0.01 until here" in output and output.count("until here") == 2
+    assert json.loads((out / "config.json").read_text())["settings"]["lr"] == 0.005
+    assert logged(out, "step")[-1] == 6
+
+
+def test_a_run_starts_from_the_weights_of_another_and_leaves_that_alone(data, trained, tmp_path):
+    (tmp_path / "other.txt").write_text("something else\n" * 500)
+    other = tmp_path / "other"
+    prepare_data.prepare([str(tmp_path / "other.txt")], other)
+    gpt2 = tmp_path / "gpt2"
+    shutil.copytree(trained / "model", gpt2)
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps(config | {"tokenizer_name": "gpt2"}))
+    before = files_of(trained)
+    flags = "--steps 1 --eval_interval 1 --init_from"
     runs = [
-        start(other, tmp_path / "tuned", flags + " --dropout 0.1", sizes=""),
-        start(other, tmp_path / "again", flags.replace(" --steps", "/model --steps"), sizes=""),
-        start(other, tmp_path / "larger", flags + " --n_layers 3"),
-        start(other, tmp_path / "gpt2_run", f"--init_from {gpt2}"),
+        start(other, tmp_path / "tuned", f"{flags} {trained} --dropout 0.1", sizes=""),
+        start(other, tmp_path / "again", f"{flags} {trained / 'model'}", sizes=""),
+        start(other, tmp_path / "gpt2 run", f"{flags} {gpt2}", sizes=""),
+        start(None, tmp_path / "read", f"--eval_only --init_from {trained}", sizes=""),
     ]
-    (code, output), (code2, _), larger, tokens = map(finish, runs)
-    assert (
-        code == code2 == 0
-        and "the weights, {" in output
-        and "'n_embd': 32" in output
-        and "command: device, data," in output
-    ), output
-    assert larger[0] == 1 and "do not fit" in larger[1] and "'n_layers': 3" in larger[1], larger
-    assert tokens[0] == 1 and "reads gpt2" in tokens[1] and "holds bytes" in tokens[1], tokens
+    (code, output), (code2, _), (code3, output3), (code4, output4) = map(finish, runs)
+    assert code == code2 == code4 == 0, output
+    assert code3 == 1 and "reads gpt2" in output3 and "holds bytes" in output3, output3
+    assert not (tmp_path / "gpt2 run").exists() and not (tmp_path / "read").exists()
+    assert files_of(trained) == before
     model = FlashSTU.from_pretrained(trained / "model")
-    x = torch.from_numpy(np.stack([w.astype(np.int64) for w in windows_of(other, 32)]))
+    x = windows_of(other, 32)
+    starts = [i * len(x) // 64 for i in range(64)] if len(x) > 64 else range(len(x))
+    loss = model(x[list(starts)], labels=x[list(starts)]).loss.item()
     losses = [logged(tmp_path / name, "val_loss")[0] for name in ("tuned", "again")]
-    assert losses == pytest.approx([model(x[:64], labels=x[:64]).loss.item()] * 2, rel=1e-5)
-    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["model"]["dropout"] == 0.1
+    assert losses == pytest.approx([loss] * 2, rel=1e-5)
+    settings = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert settings["model"]["dropout"] == 0.1 and settings["model"]["n_embd"] == 32
+    # the loss of the whole split, on the data that the other run was trained on
+    x = windows_of(data, 32)
+    bits = model(x, labels=x).loss.item() / math.log(2)
+    assert f"{bits:.3f}" in output4 and "bits per byte" in output4, output4
 
 
 def windows_of(folder, T):
-    tokens = read_split(folder, "val")
-    return [tokens[i : i + T + 1] for i in range(0, len(tokens) - T, T)]
+    """All windows of the validation split [n, T + 1]."""
+    _, shards = prepare_data.open_data(folder)
+    tokens = torch.from_numpy(np.concatenate(shards["val"]).astype(np.int64))
+    return tokens.unfold(0, T + 1, T)
 
 
-def test_samples_and_chat_are_what_the_model_generates(data, trained, tmp_path):
-    model, tokenizer = (
-        FlashSTU.from_pretrained(trained / "model"),
-        prepare_data.get_tokenizer("bytes"),
-    )
-
-    def answer(tokens):
-        options = {"max_new_tokens": 7, "temperature": 0, "stop_token": tokenizer.eot}
-        new = model.generate(torch.tensor([tokens]), **options)[0, len(tokens) :].tolist()
-        tokens += new
-        text = tokenizer.decode(new)
-        return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text) + "\n"
-
-    (tmp_path / "prompt.txt").write_text("line 1: the é")
-    (tmp_path / "typed.txt").write_text("line 1\n\n: the\n")
-    flags = "--temperature 0 --max_new_tokens 7"
+def test_short_shards_are_one_long_split(data, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(300):
+        (texts / f"{i}.txt").write_text(f"text {i}: " + "a quick fox\n" * (i % 9))
+    prepare_data.prepare([str(texts)], tmp_path / "tokens")
+    prepare_data.prepare([str(texts)], tmp_path / "shards", shard_tokens=200)
+    _, shards = prepare_data.open_data(tmp_path / "shards")
+    assert max(len(shard) for shard in shards["val"]) < 256 and len(shards["val"]) > 5
+    flags = "--steps 3 --eval_interval 3"
     runs = [
-        start(
-            data, trained, f"--sample @{tmp_path / 'prompt.txt'} {flags} --num_samples 2", sizes=""
-        ),
-        start(data, trained / "model", f"--sample line {flags}", sizes=""),
-        start(data, trained, f"--chat {flags}", sizes="", stdin=tmp_path / "typed.txt"),
+        start(tmp_path / "tokens", tmp_path / "one", flags),
+        start(tmp_path / "shards", tmp_path / "many", flags),
     ]
-    command = [
-        sys.executable,
-        "train.py",
-        "--out_dir",
-        "../é\udcff",
-        "--sample",
-        "é\udcff",
-        *flags.split(),
-    ]
-    environment = os.environ | {
-        "LC_ALL": "C",
-        "PYTHONUTF8": "0",
-    }  # names and prompts are bytes there
-    (tmp_path / "code").mkdir()
-    for file in ("train.py", "stu.py", "prepare_data.py"):
-        (tmp_path / "code" / file).symlink_to(HERE / file)
-    shutil.copytree(trained, tmp_path / "é\udcff")
-    said = subprocess.run(
-        command, cwd=tmp_path / "code", env=environment, capture_output=True, check=True
-    )
-    assert said.stdout.startswith(b"\\xe9\\ufffd"), said
-    (_, two), (_, one), (_, chat) = map(finish, runs)
-    assert two == ("line 1: the é" + answer(list("line 1: the é".encode()))) * 2
-    assert one == "line" + answer(list(b"line"))
-    tokens = []
-    for typed, text in zip(["line 1", "", ": the"], chat.split("> ")[1:]):
-        tokens += typed.encode()
-        assert text == answer(tokens)
+    for run in runs:
+        code, output = finish(run)
+        assert code == 0, output
+    assert weights_are_equal(load_step(tmp_path / "one", 3), load_step(tmp_path / "many", 3))
+    assert logged(tmp_path / "one", "val_loss") == logged(tmp_path / "many", "val_loss")
 
 
-def test_eval_only_reads_far_past_seq_len_with_and_without_its_memory(data, trained, tmp_path):
-    text = (data.parent / "text.txt").read_text()[:1025]
-    (tmp_path / "text.txt").write_text(text)
-    flags = f"--eval_only --init_from {trained}"
-    runs = [
-        start(tmp_path / "text.txt", tmp_path, flags, sizes=""),
-        start(data, tmp_path / "b", flags, sizes=""),
-        start(tmp_path / "text.txt", tmp_path / "c", flags + " --window_size 8", sizes=""),
-    ]
-    (code, output), (code2, output2), (_, other) = map(finish, runs)
-    assert code == code2 == 0 and (tmp_path / "context.png").stat().st_size > 5000, output
-    rows = dict(re.findall(r"(.*): (0-64 .*)", output))
-    rows = {name: dict(span.split() for span in row.split(", ")) for name, row in rows.items()}
+def test_samples_are_what_the_model_generates(data, trained, tmp_path):
     model = FlashSTU.from_pretrained(trained / "model")
-    x = torch.tensor(list(text.encode()))
-    texts, x = x.unfold(0, 513, 512), x.unfold(0, 33, 32)
-    logits = model(texts[:, :-1]).logits.transpose(1, 2)
-    whole = F.cross_entropy(logits, texts[:, 1:], reduction="none").mean(0) / math.log(2)
-    windows = model(x, labels=x).loss.item() / math.log(2)
-    assert f"{windows:.4f} bits per byte" in output and "32 windows of 32" in output
-    assert "windows of 32" in output2
-    assert list(rows) == ["state carried", "all reset", "STU reset"] and output != other
-    assert list(rows["STU reset"]) == ["0-64", "64-128", "128-256", "256-512"]
-    assert float(rows["state carried"]["128-256"]) == pytest.approx(
-        whole[128:256].mean().item(), abs=2e-4
-    )
-    assert len({row["256-512"] for row in rows.values()}) == 3
+    tokenizer = prepare_data.get_tokenizer("bytes")
+
+    def answer(prompt):
+        ids = torch.tensor([list(prompt.encode())])
+        new = model.generate(ids, max_new_tokens=7, temperature=0, stop_token=tokenizer.eot)
+        text = tokenizer.decode(new[0, ids.shape[1] :].tolist())
+        shown = [c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text]
+        return prompt + "".join(shown) + "\n"
+
+    flags = ["--temperature", "0", "--max_new_tokens", "7", "--sample"]
+    runs = [
+        start(None, trained, [*flags, "line 1: the é", "--num_samples", "2"], sizes=""),
+        start(None, trained / "model", [*flags, "line"], sizes=""),
+        start(None, trained, [*flags, ""], sizes=""),
+    ]
+    (_, two), (_, one), (code, _) = map(finish, runs)
+    assert two == answer("line 1: the é") * 2 and one == answer("line") and code == 0
 
 
-def test_divergence_skips_steps_then_stops_and_only_good_weights_are_saved(data, trained, tmp_path):
-    out, flags = (
-        shutil.copytree(trained, tmp_path / "run"),
-        "--steps 50 --checkpoint_interval 1 --max_skipped 3",
-    )
-    code, output = run_train(
-        data, out, flags + " --lr 1e30 --muon_lr 1e30 --eval_interval 1 --warmup_steps 0"
-    )
-    assert code == 1 and output.count("step skipped") == 3 and "Traceback" not in output, output
-    assert "Good checkpoints: [2, 4]" in output, output
-    code, output = run_train(data, out, "--steps 5 --warmup_steps 0")
-    assert code == 0 and "after step 4" in output and "step skipped" not in output, output
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(data, trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    high = "--lr 1e30 --muon_lr 1e30 --warmup_steps 0 --max_skipped 3"
+    code, output = run_train(None, out, f"{high} --steps 50 --eval_interval 100", sizes="")
+    assert code == 1 and output.count("is skipped") == 3, output
+    assert "Checkpoints: [2, 4]" in output and "Traceback" not in output, output
+    code, output = run_train(None, out, "--steps 5", sizes="")
+    assert code == 0 and "after step 4" in output and "skipped" not in output, output
 
 
-OUT_OF_RANGE = {
-    0: "steps batch_size eval_interval eval_sequences eval_length log_interval checkpoint_interval max_skipped"
-    " max_new_tokens num_samples lr muon_lr grad_clip top_p",
-    -1: "seed warmup_steps micro_batch_size top_k temperature weight_decay min_lr",
-    "nan": "lr min_lr grad_clip temperature softcap top_p weight_decay",
-    "inf": "lr weight_decay grad_clip temperature",
-    10**10: "seed min_lr top_p",
-}
+def test_weights_without_a_finite_validation_loss_are_not_saved(data, trained, tmp_path):
+    broken = tmp_path / "broken"
+    model = FlashSTU.from_pretrained(trained / "model")
+    model.norm.weight.data.fill_(math.nan)
+    model.save_pretrained(broken)
+    code, output = run_train(data, tmp_path / "run", f"--init_from {broken}")
+    assert code == 1 and "not saved" in output and not checkpoints(tmp_path / "run"), output
+
+
+NOT_ZERO = """steps batch_size eval_interval eval_sequences log_interval max_skipped num_samples
+    max_new_tokens lr muon_lr grad_clip top_p mlp_scale seq_len"""
+NOT_NEGATIVE = "seed warmup_steps micro_batch_size top_k temperature weight_decay min_lr dropout"
+FINITE = "lr min_lr grad_clip temperature softcap weight_decay"
 
 
 def test_training_says_at_the_start_what_would_work(data, tmp_path):
+    text = data.parent / "text.txt"
     mistakes = {
-        "--n_embed 32": "unrecognized arguments: --n_embed",
-        "--window_size 33": "window_size 33 is larger than seq_len 32",
-        "--seq_len 10000000": "no shard of the train split holds",
-        "--n_heads 5": "32 channels are not 5 heads",
-        "--seq_len 0": "seq_len must be a positive integer",
-        "--use_attn no": "invalid choice",
-        "--batch_size 1000000000": "--micro_batch_size",
+        "--n_embed 32": "there is no --n_embed: see --help, or try ['n_embd'",
+        "--seq_len 1000000": "too short",
+        "--n_heads 5": "heads",
+        "--use_attn no": "--use_attn",
         "--preset 7B": "350M",
-        "--steps many": "invalid int value",
-        "--dropout nan": "dropout must lie between",
-        "--n_embd 1000000000000000": "no such model",
-        "--decay step": "cosine",
+        "--steps many": "--steps",
         "--data nowhere": "prepare_data.py",
-        "--sample line": "holds no checkpoint",
-        "--draw nowhere": "nowhere/log.jsonl",
-        "--chat --init_from nowhere": "nowhere holds no checkpoint",
-        "--sample @nowhere": "holds no checkpoint",
-        **{
-            f"--{k} {v}": f"--{k} must lie between "
-            for v, names in OUT_OF_RANGE.items()
-            for k in names.split()
-        },
-        **{
-            f"--{name}=": f"--{name} must not be empty"
-            for name in ("sample", "out_dir", "data", "draw")
-        },
+        f"--data {text}": f"{text} is a text. Prepare it first:  python prepare_data.py {text}",
+        "--sample line": "holds no checkpoint and no model",
+        "--eval_only --init_from nowhere": "nowhere holds no checkpoint and no model",
+        "--device mps": "--device mps: torch finds no such device here",
     }
-    runs = {flags: start(data, tmp_path / "run", flags) for flags in mistakes}
-    for flags, run in runs.items():
-        code, output = finish(run)
-        assert code != 0 and mistakes[flags] in output and "Traceback" not in output, (
-            flags,
-            output,
-        )
-    assert not (tmp_path / "run").exists()
+    mistakes |= {f"--{name} 0": f"--{name} must not be 0" for name in NOT_ZERO.split()}
+    mistakes |= {f"--{name} -1": f"--{name} is -1" for name in NOT_NEGATIVE.split()}
+    mistakes |= {f"--{name} nan": f"--{name} is nan" for name in FINITE.split()}
+    mistakes |= {f"--{name} inf": f"--{name} is inf" for name in FINITE.split()}
+    out = tmp_path / "run"
+    for flags, message in mistakes.items():
+        code, output = run_train(data, out, flags)
+        assert code != 0 and message in output and "Traceback" not in output, (flags, output)
+    assert not out.exists()
 
 
-def test_presets_say_their_size_and_run_one_step_on_the_meta_device(data, tmp_path):
-    flags = "--device meta --batch_size 1 --micro_batch_size 1 --preset "
-    sizes = {"1B": 1000, "350M": 350, "125M": 125}
-    runs = [start(data, tmp_path, flags + preset, sizes="") for preset in sizes]
-    for run, millions in zip(runs, sizes.values()):
-        code, output = finish(run)
-        assert code == 0 and "the embedding of bytes" in output and "GiB" in output, output
-        assert 0.6 * millions < float(output.split("M parameters")[0]) < 1.5 * millions
+def test_a_bug_shows_its_traceback(data, tmp_path):
+    (tmp_path / "wandb.py").write_text("def init(**options):\n    raise AttributeError('ours')\n")
+    code, output = run_train(data, tmp_path / "run", "--wandb w", extra_modules=tmp_path)
+    assert code == 1 and "Traceback" in output and "AttributeError: ours" in output, output
+
+
+def test_wandb_receives_what_the_log_receives(data, tmp_path):
+    path = tmp_path / "seen.jsonl"
+    module = f"""
+import json
+
+def init(project, config):
+    assert project == "mine" and config["n_embd"] == 32
+
+def log(values, step):
+    with open({str(path)!r}, "a") as file:
+        file.write(json.dumps({{"step": step, **values}}) + "\\n")
+"""
+    (tmp_path / "wandb.py").write_text(module)
+    flags = "--wandb mine --steps 2"
+    code, output = run_train(data, tmp_path / "run", flags, extra_modules=tmp_path)
+    assert code == 0, output
+    assert path.read_text() == (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_presets_have_the_sizes_in_their_names(data, tmp_path, monkeypatch):
+    flags = f"--data {data} --out_dir {tmp_path / 'run'} --steps 1 --device cpu {TINY}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    script = runpy.run_path("train.py")
+    for name, millions in {"125M": 125, "350M": 350, "1B": 1000}.items():
+        given = vars(script["parser"].parse_args(script["presets"][name].split()))
+        sizes = {key: value for key, value in given.items() if key in script["fields"]}
+        with torch.device("meta"):
+            model = FlashSTU(FlashSTUConfig(vocab_size=50304, torch_dtype="float32", **sizes))
+        n = sum(p.numel() for p in model.parameters()) / 1e6
+        assert 0.9 * millions < n < 1.3 * millions, name
 
 
 def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
-    flags, dtypes = (
-        "--steps 5 --eval_interval 100 --optimizer adamw",
-        ("float32", "bfloat16", "float16"),
-    )
+    flags = "--steps 5 --eval_interval 100"
+    dtypes = ("float32", "bfloat16", "float16")
     runs = [start(data, tmp_path / dtype, f"{flags} --dtype {dtype}") for dtype in dtypes]
     for dtype, run in zip(dtypes, runs):
         code, output = finish(run)
         assert code == 0, output
         assert logged(tmp_path / dtype) == pytest.approx(logged(tmp_path / "float32"), rel=1e-2)
-
-
-def test_the_losses_of_several_runs_are_drawn_in_one_picture(data, trained, tmp_path):
-    code, output = run_train(data, tmp_path / "pictures", f"--draw {trained},{trained}")
-    assert code == 0 and (tmp_path / "pictures" / "loss.png").stat().st_size > 5000, output

@@ -30,7 +30,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
@@ -67,7 +71,7 @@ RUN_SETTINGS = """
 data               "data/stdlib"   a folder of prepare_data.py; this one is made if it is not there
 init_from          ""              start from the weights and sizes of another run or a saved model
 seed               1               of the first weights, the order of the data, dropout and samples
-optimizer          "muon"          muon: Muon for matrices of layers, AdamW for the rest; adamw: for all
+optimizer          "muon"          muon (for matrices of layers, with adamw for the rest), or adamw
 batch_size         16              windows in a step, of all processes together
 micro_batch_size   0               windows that a process computes at once; 0: its whole share
 steps              400             length of the whole run
@@ -86,6 +90,9 @@ use_gradient_checkpointing  false  compute the layers again going backward, to s
 d_in_tile          null            input channels that a full STU takes at once; null: all
 d_out_tile         null            output channels that an STU takes at once; null: all
 use_flash_fft      true            use FlashFFTConv where it is installed
+dtype              "auto"          float32, bfloat16 or float16; auto: 16 bits on CUDA, else 32
+compile            "auto"          true or false: compile the layers; auto: on CUDA
+engine             "ddp"           each process has the whole model (ddp) or a part of it (fsdp)
 """
 
 # Of this command alone
@@ -101,9 +108,6 @@ temperature        0.8             of sampling; 0 takes the most likely token
 top_k              50              sample from so many of the most likely tokens; 0: from all
 top_p              1.0             sample from the likely tokens that together have this probability
 device             "auto"          cpu, cuda or mps; auto: a GPU where there is one
-dtype              "auto"          float32, bfloat16 or float16; auto: 16 bits on CUDA, else 32
-compile            "auto"          true or false: compile the layers; auto: on CUDA
-engine             "ddp"           each process has the whole model (ddp) or a part of it (fsdp)
 wandb              ""              also log to this project of Weights & Biases
 """
 
@@ -156,7 +160,6 @@ parser = argparse.ArgumentParser(
     description=__doc__ + MODEL_SETTINGS + RUN_SETTINGS + COMMAND_SETTINGS,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     argument_default=argparse.SUPPRESS,  # so the result holds only what is given
-    allow_abbrev=False,
 )
 for name, default in defaults.items():
     if isinstance(default, bool):  # --fresh is the same as --fresh true
@@ -167,7 +170,7 @@ for name, default in defaults.items():
 
 given, unknown = parser.parse_known_args()  # what this command says
 if unknown:
-    similar = difflib.get_close_matches(unknown[0].strip("-"), defaults, n=1)
+    similar = difflib.get_close_matches(unknown[0].strip("-"), defaults)
     parser.error(f"there is no {unknown[0]}: see --help, or try {similar}")
 if "preset" in given:  # what is said beside it, and comes later, holds
     given = parser.parse_args(presets[given.preset].split() + sys.argv[1:])
@@ -175,6 +178,8 @@ given = vars(given)
 for name, value in given.items():
     if isinstance(value, int | float) and not 0 <= value < math.inf:
         parser.error(f"--{name} is {value}, but must be finite and not negative")
+    if name == "top_p" and value > 1:
+        parser.error(f"--top_p is a probability, at most 1, not {value}")
     if value == 0 and name in not_zero.split():
         parser.error(f"--{name} must not be 0")
 args = argparse.Namespace(**defaults | given)  # all settings
@@ -245,14 +250,15 @@ def load_checkpoint(folder):
     """The newest checkpoint of a run that is not damaged, or None where there is none at all."""
     found = checkpoints(folder)
     for path in reversed(found.values()):
-        with open(path, "rb") as file:  # a zip file, in which every part has a checksum
-            is_whole = zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip() is None
+        try:  # it is a zip file, in which every part has a checksum
+            is_whole = zipfile.ZipFile(path).testzip() is None
+        except zipfile.BadZipFile:
+            is_whole = False
         if is_whole:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         say(f"{path} is damaged, so the one before it is taken")
     if found:
         sys.exit(f"no checkpoint in {folder} is whole: restore one, or --fresh to start anew")
-    return None
 
 
 def load_run_or_model(folder):
@@ -284,11 +290,17 @@ if only_reads or (args.init_from and not resumed):
     start = load_run_or_model(Path(args.init_from or args.out_dir))
 
 # A setting that is not given is as it was there. To tune a model, only what belongs to it is taken
+must_stay = ["init_from", "seed", "optimizer", "batch_size", *model_settings]
 if start:
     before = start["settings"] if resumed or only_reads else start["config"]
     for name in kept_settings:
-        if name in before and name not in given:
-            setattr(args, name, before[name])
+        was = before.get(name, getattr(args, name))  # an early run may not have it
+        now = given.get(name, was)
+        setattr(args, name, now)
+        if resumed and now != was:
+            if name in must_stay:
+                sys.exit(f"{out_dir} has --{name} {was!r}, not {now!r}: give another --out_dir")
+            say(f"--{name} was {was!r} until here, and now is {now!r}")
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
@@ -299,9 +311,9 @@ def continue_text(model, tokenizer, prompt, length):
     """Yield the text that a model writes after the prompt, in pieces of whole characters."""
     tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eot]  # the end of a text before
     ids = torch.tensor([tokens], device=device)
-    how = [args.temperature, args.top_k, args.top_p, tokenizer.eot]
+    sampling = [args.temperature, args.top_k, args.top_p, tokenizer.eot]
     pending = []
-    for token in model.stream(ids, length, *how):
+    for token in model.stream(ids, length, *sampling):
         pending.append(token.item())
         text = tokenizer.decode(pending)
         # a character has up to four bytes, and while the last are missing it is decoded as \ufffd
@@ -373,10 +385,9 @@ def micro_batches(step):
 # -----------------------------------------------------------------------------
 # Model. `engine` is what one calls in training: the model, or what exchanges its gradients
 
-fields = FlashSTUConfig().to_dict()
+fields = FlashSTUConfig(torch_dtype="float32").to_dict()
 for name in fields.keys() & kept_settings.keys():
     fields[name] = getattr(args, name)
-fields["torch_dtype"] = "float32"
 fields["vocab_size"] = math.ceil(meta["vocab_size"] / 64) * 64  # round products are faster
 if start:
     fields["vocab_size"] = start["config"]["vocab_size"]
@@ -444,7 +455,7 @@ def orthogonalize(matrices):
     is_tall = X.shape[1] > X.shape[2]
     if is_tall:
         X = X.mT  # X Xᵀ is then the smaller one of two possible products
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1
     for _ in range(5):
         gram = X @ X.mT
         X = 3.4445 * X + (-4.775 * gram + 2.0315 * gram @ gram) @ X
@@ -472,8 +483,9 @@ class Muon(torch.optim.Optimizer):
             lr = group["lr"] * max(1, rows / columns) ** 0.5
             for matrix, update in zip(group["params"], updates):
                 if sharded:  # of each matrix this process holds a part
-                    where = (matrix.device_mesh, matrix.placements)
-                    update = distribute_tensor(update, *where, src_data_rank=None)
+                    update = distribute_tensor(
+                        update, matrix.device_mesh, matrix.placements, src_data_rank=None
+                    )
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(update, alpha=lr)
 
@@ -489,7 +501,7 @@ for name, p in model.named_parameters():
     else:
         of_adamw[p.ndim].append(p)
 groups = [{"params": parameters} for parameters in of_adamw.values()]
-optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")]
+optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 if of_muon:
     groups = [{"params": matrices} for matrices in of_muon.values()]
     optimizers.append(Muon(groups, {"lr": 0.0, "weight_decay": 0.0}))
@@ -514,40 +526,34 @@ def set_rates(step):
 in_one_piece = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process
 settings = {name: getattr(args, name) for name in kept_settings}
 data_checksum = zlib.crc32(json.dumps([meta["train"], meta["val"]]).encode())
-must_stay = ["init_from", "seed", "optimizer", "batch_size", *model_settings]
-start_step = 0
+start_step = resumed["step"] if resumed else 0
+mean_step = mean_over_processes(start_step)
+if mean_over_processes(start_step != mean_step) > 0:
+    sys.exit(f"the processes found different checkpoints in {out_dir}: do they share this folder?")
 if resumed:
-    for name, now in settings.items():
-        before = resumed["settings"].get(name, now)
-        if before != now and name in must_stay:
-            sys.exit(f"{out_dir} has --{name} {before}, not {now}: give another --out_dir")
-        if before != now:
-            say(f"--{name} was {before} until here, and now is {now}")
     if resumed.get("data_checksum", data_checksum) != data_checksum:
         sys.exit(f"{out_dir} was trained on other data than {args.data}: give another --out_dir")
-    start_step = resumed["step"]
     if start_step > args.steps:
         sys.exit(f"{out_dir} is already at step {start_step}: give more --steps")
-    states = {"model_state_dict": resumed["model"], "optim_state_dict": resumed["optimizer"]}
-    set_state_dict(model, optimizers, **states, options=in_one_piece)
+    moments = {"state": resumed["optimizer"]["state"], "param_groups": []}  # rates are set anew
+    set_optimizer_state_dict(model, optimizers, moments, options=in_one_piece)
     if resumed["scaler"]:
         scaler.load_state_dict(resumed["scaler"])
     say(f"continuing {out_dir} after step {start_step}")
-if mean_over_processes(start_step) != start_step:
-    sys.exit(f"the processes found different checkpoints in {out_dir}: do they share this folder?")
 
 log_path = out_dir / "log.jsonl"
 if is_main:
     owner = lock(out_dir)  # for as long as this process lives
     if args.fresh and checkpoints(out_dir):
-        beside = time.strftime(f"{out_dir}.%Y-%m-%d_%H-%M-%S")
+        beside = f"{out_dir}.{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         out_dir.rename(beside)
         say(f"the run that was in {out_dir} is now in {beside}")
         owner = lock(out_dir)
     about = {"settings": settings, "model": config.to_dict()}
     (out_dir / "config.json").write_text(json.dumps(about, indent=1))
     with open(log_path, "ab") as file:  # what was logged after the checkpoint will come again
-        file.truncate(min(resumed["log"], file.tell()) if resumed else 0)
+        end = min(resumed["log"], file.tell()) if resumed else 0
+        file.truncate(end)
     if args.wandb:
         import wandb
 
@@ -591,8 +597,8 @@ def save_checkpoint(step):
         "log": log_path.stat().st_size,
     }
     write_atomically(out_dir / f"checkpoint_{step}.pt", partial(torch.save, checkpoint))
-    older = [path for number, path in checkpoints(out_dir).items() if number < step]
-    for path in older[:-1]:  # one is kept, for the case that the new one gets damaged
+    found = list(checkpoints(out_dir).values())
+    for path in found[:-2]:  # the one before is kept, for the case that the new one gets damaged
         path.unlink()
 
 
@@ -620,14 +626,13 @@ def report(step, loss, norm):
 def draw_losses():
     from matplotlib.figure import Figure
 
-    figure = Figure()
-    axes = figure.subplots()
+    axes = Figure().subplots()
     records = [json.loads(line) for line in log_path.read_text().splitlines()]
     for name in ["loss", "val_loss"]:
         points = [(record["step"], record[name]) for record in records if name in record]
         axes.plot(*zip(*points), label=name)
     axes.legend()
-    figure.savefig(out_dir / "loss.png")
+    axes.figure.savefig(out_dir / "loss.png")
 
 
 # -----------------------------------------------------------------------------
@@ -648,10 +653,11 @@ skipped = 0  # steps in a row
 seconds = 1e-9  # that the steps of this command took; never 0, whatever the clock does
 
 for step in range(start_step, args.steps + 1):
-    # Evaluate, save, show a sample; where a run is resumed this was done before
+    # Evaluate, save, show a sample
     orphaned = world_size > 1 and os.getppid() != torchrun
     stop = step == args.steps or mean_over_processes(stop_requested or orphaned) > 0
-    if (stop or step % args.eval_interval == 0) and not step == start_step > 0:
+    is_done = resumed and step == start_step  # before the run was interrupted
+    if (stop or step % args.eval_interval == 0) and not is_done:
         validate(step)
         if step > 0:
             save_checkpoint(step)
@@ -696,7 +702,7 @@ for step in range(start_step, args.steps + 1):
 # The end: a folder for FlashSTU.from_pretrained and for transformers, and a picture of the losses
 
 if step < args.steps:
-    say(f"stopped after step {step}, and saved; the same command continues")
+    say(f"stopped after step {step}; the same command continues from the last checkpoint")
 elif is_main:
     restore_model(load_checkpoint(out_dir)).save_pretrained(out_dir / "model")
     config_path = out_dir / "model" / "config.json"

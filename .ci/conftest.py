@@ -48,6 +48,10 @@ def load(folder, auto_class=transformers.AutoModelForCausalLM, **options):
     return auto_class.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
+def load_tokenizer(folder, **options):
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, **options)
+
+
 @pytest.fixture
 def pair(request, tmp_path):
     """A model, and the same as transformers loads it from the folder tmp_path/model."""

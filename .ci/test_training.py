@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import REPOSITORY, load, random_ids, relative_error
+from conftest import REPOSITORY, load, load_tokenizer, random_ids, relative_error
 
 import prepare_data
 from stu import FlashSTU
@@ -182,8 +182,7 @@ def test_trl_trains_it_by_reward(pair, tmp_path):
 def test_what_trl_saves_is_whole(pair, tmp_path):
     rows = [{"text": text} for text in TEXTS]
     train_with_trl("SFT", str(tmp_path / "model"), rows, tmp_path / "run", {})
-    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")("abc").input_ids
-    ids = torch.tensor([ids])
+    ids = torch.tensor([load_tokenizer(tmp_path / "run")("abc").input_ids])
     ours = FlashSTU.from_pretrained(tmp_path / "run")
     assert torch.equal(ours(ids).logits, load(tmp_path / "run")(ids).logits)
 
@@ -246,7 +245,7 @@ def tokenizers(request, tmp_path):
     """A tokenizer of prepare_data.py, and the same as transformers loads it."""
     ours = prepare_data.get_tokenizer("bytes") if request.param == "bytes" else tiny_tiktoken()
     prepare_data.save_tokenizer(ours, tmp_path)
-    return ours, transformers.AutoTokenizer.from_pretrained(tmp_path)
+    return ours, load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from conftest import (
     REPOSITORY,
     in_all_variants,
     load,
+    load_tokenizer,
     make_model,
     random_ids,
     relative_error,
@@ -370,7 +371,7 @@ def test_a_cache_that_has_read_everything_wants_new_ids(pair):
 
 def test_generation_ends_at_a_stop_string(pair, tmp_path):
     theirs = pair[1]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer = load_tokenizer(tmp_path / "model")
     ids = random_ids(1, 9)
     new = theirs.generate(ids, **GREEDY | {"max_new_tokens": 24})[0, 9:].tolist()
     stop = next(i for i in new if 32 < i < 127)  # the first that is a letter by itself
@@ -382,7 +383,7 @@ def test_generation_ends_at_a_stop_string(pair, tmp_path):
 def test_the_pipeline_writes_what_we_write(pair, tmp_path):
     model, _ = pair
     folder = tmp_path / "model"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = load_tokenizer(folder, padding_side="left")
     options = {"tokenizer": tokenizer, "trust_remote_code": True}
     pipe = transformers.pipeline("text-generation", str(folder), **options)
     prompts = ["def f", "import torch"]  # two lengths in one batch
