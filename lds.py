@@ -193,8 +193,9 @@ def white_filters(phi, use_hankel_L=False):
     L = len(bank)
     lag = torch.arange(L, dtype=torch.float64)
     root_w = (1 - lag / L).sqrt()[:, None]
+    # √w times the new filters shall be orthonormal. The SVD finds such signals, strongest first.
     U, sigma, _ = torch.linalg.svd(root_w * bank, full_matrices=False)
-    # Weaker directions are left out. They are 1e-10 of the variance, and float32 would lose them.
+    # The weak ones are left out. They are 1e-10 of the variance, and float32 would lose them.
     return U[:, sigma > 1e-5 * sigma[0]] / root_w
 
 
