@@ -91,7 +91,7 @@ def check_window(value):
 
 def check_heads(d_model, n_heads):
     if d_model % (2 * n_heads) != 0:
-        raise ValueError(f"{d_model} channels are not {n_heads} heads of the same even size")
+        raise ValueError(f"{n_heads = } does not cut {d_model} channels into heads of even size")
 
 
 def check_floating(dtype):

@@ -1127,7 +1127,7 @@ def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(make):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"n_heads": 5}, "32 channels are not 5 heads"), ({"use_approx": "False"}, "use_approx must be True or False"),
+    ({"n_heads": 5}, "n_heads = 5 does not cut 32"), ({"use_approx": "False"}, "use_approx must be True or False"),
     ({"softcap": math.inf}, "softcap"), ({"softcap": math.nan}, "softcap"), ({"n_layers": True}, "n_layers"),
     ({"torch_dtype": "int32"}, "torch_dtype .* int32"), ({"torch_dtype": "flot"}, "torch_dtype .* flot"),
     ({"n_embd": "32"}, "n_embd"), ({"window_size": 2.5}, "window_size"), ({"mlp_scale": -1.0}, "mlp_scale"),
