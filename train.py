@@ -47,9 +47,9 @@ from stu import FlashSTU, FlashSTUConfig
 
 # Of the model: fields of FlashSTUConfig. They stay as they are when a run is continued
 MODEL_SETTINGS = """
-n_embd             192             width of the model
+n_embd             128             width of the model
 n_layers           6               number of layers
-n_heads            6               heads of an attention layer
+n_heads            4               heads of an attention layer
 seq_len            256             tokens in a training window, and length of the filters
 window_size        64              how many tokens before itself a token attends to
 num_eigh           24              number of spectral filters
@@ -73,11 +73,11 @@ data               "data/stdlib"   a folder of prepare_data.py; this one is made
 init_from          ""              start from the weights and sizes of another run or a saved model
 seed               1               of the first weights, the order of the data, dropout and samples
 optimizer          "muon"          muon (for matrices of layers, with adamw for the rest), or adamw
-batch_size         16              windows in a step, of all processes together
+batch_size         8               windows in a step, of all processes together
 micro_batch_size   0               windows that a process computes at once; 0: its whole share
-steps              400             length of the whole run
+steps              1200            length of the whole run
 lr                 0.01            highest learning rate of AdamW
-muon_lr            0.01            highest learning rate of Muon
+muon_lr            0.02            highest learning rate of Muon
 min_lr             0.05            learning rate of the last step, in units of the highest
 warmup_steps       20              steps in which the learning rates rise
 weight_decay       0.1             decay of the matrices, in units of the learning rate
@@ -116,13 +116,14 @@ wandb              ""              also log to this project of Weights & Biases
 presets = {
     "125M": """--n_embd 768 --n_layers 12 --n_heads 12 --seq_len 2048 --window_size 1024
         --mlp_scale 3 --batch_size 256 --micro_batch_size 16 --steps 20000 --warmup_steps 500
-        --eval_interval 500""",
+        --eval_interval 500 --muon_lr 0.01""",
     "350M": """--n_embd 1024 --n_layers 24 --n_heads 16 --seq_len 4096 --window_size 1024
         --num_eigh 32 --mlp_scale 3 --batch_size 128 --micro_batch_size 4 --steps 30000
-        --warmup_steps 1000 --eval_interval 500""",
+        --warmup_steps 1000 --eval_interval 500 --muon_lr 0.01""",
     "1B": """--n_embd 2048 --n_layers 32 --n_heads 32 --seq_len 8192 --window_size 1024
         --num_eigh 48 --mlp_scale 2 --batch_size 128 --micro_batch_size 1 --steps 50000
-        --warmup_steps 2000 --eval_interval 500 --use_gradient_checkpointing --engine fsdp""",
+        --warmup_steps 2000 --eval_interval 500 --muon_lr 0.01 --use_gradient_checkpointing
+        --engine fsdp""",
 }
 choices = {
     "optimizer": ["muon", "adamw"],
