@@ -78,7 +78,7 @@ micro_batch_size   0               windows that a process computes at once; 0: i
 steps              1200            length of the whole run
 lr                 0.01            highest learning rate of AdamW
 muon_lr            0.02            highest learning rate of Muon
-min_lr             0.05            learning rate of the last step, in units of the highest
+min_lr             0.02            learning rate of the last step, in units of the highest
 warmup_steps       20              steps in which the learning rates rise
 weight_decay       0.1             decay of the matrices, in units of the learning rate
 grad_clip          1.0             a gradient with a larger norm is scaled down to it
@@ -116,13 +116,13 @@ wandb              ""              also log to this project of Weights & Biases
 presets = {
     "125M": """--n_embd 768 --n_layers 12 --n_heads 12 --seq_len 2048 --window_size 1024
         --mlp_scale 3 --batch_size 256 --micro_batch_size 16 --steps 20000 --warmup_steps 500
-        --eval_interval 500 --muon_lr 0.01""",
+        --eval_interval 500 --muon_lr 0.01 --min_lr 0.05""",
     "350M": """--n_embd 1024 --n_layers 24 --n_heads 16 --seq_len 4096 --window_size 1024
         --num_eigh 32 --mlp_scale 3 --batch_size 128 --micro_batch_size 4 --steps 30000
-        --warmup_steps 1000 --eval_interval 500 --muon_lr 0.01""",
+        --warmup_steps 1000 --eval_interval 500 --muon_lr 0.01 --min_lr 0.05""",
     "1B": """--n_embd 2048 --n_layers 32 --n_heads 32 --seq_len 8192 --window_size 1024
         --num_eigh 48 --mlp_scale 2 --batch_size 128 --micro_batch_size 1 --steps 50000
-        --warmup_steps 2000 --eval_interval 500 --muon_lr 0.01 --use_gradient_checkpointing
+        --warmup_steps 2000 --eval_interval 500 --muon_lr 0.01 --min_lr 0.05 --use_gradient_checkpointing
         --engine fsdp""",
 }
 choices = {
