@@ -1,7 +1,7 @@
 """
 Who learns a linear system with a long memory?
 
-    python experiments/linear_systems.py    # TIME on one CPU thread; draws linear_systems.png
+    python experiments/linear_systems.py    # draws linear_systems.png
 
 A random system of 256 states, with real eigenvalues up to 0.99 in size, is learned from its inputs
 and outputs by models of about the same size, with Adam at the best of five learning rates, each

@@ -1,7 +1,7 @@
 """
 What needs attention? Recall and copying, by models with one kind of layer or with both.
 
-    python experiments/recall.py            # TIME on one CPU thread; draws recall.png
+    python experiments/recall.py            # draws recall.png
 
 Three tasks, each with new questions at every step, and the share of right answers:
 - associative recall: pairs of a key and a value, then the keys again in another order;
