@@ -1876,7 +1876,7 @@ def test_training_that_diverges_says_so():
         ("filters.py", "--seq_len 64", "largest error"),
         ("ringing.py", "--seq_len 16 --num_filters 4", "r = 0.5"),
         ("linear_systems.py", "--state_dim 6 --seq_len 32 --steps 4", "diagonal system"),
-        ("recall.py", "--steps 5 --batch_size 4", "selective copying    attention"),
+        ("recall.py", "--steps 5 --batch_size 4", "== selective copying, attention"),
         ("cost.py", "--tiny", "full attention"),
     ],
 )
