@@ -1,8 +1,7 @@
 """
 Who predicts a robot? MuJoCo's Ant, a body with four legs, under random torques.
 
-    pip install "gymnasium[mujoco]"
-    python experiments/ant.py               # draws ant.png
+    python experiments/ant.py       # a quarter of an hour; needs pip install "gymnasium[mujoco]"
 
 Models of four layers predict the next state of the robot from its states and torques so far: 27
 numbers, or in a second task the 13 positions alone, so that they have to remember. They have about

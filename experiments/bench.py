@@ -1,8 +1,8 @@
 """
 How fast are the layers of stu.py, and how exact its filters? Against the usual way.
 
-    python experiments/bench.py
-    python experiments/bench.py --full      # also eigh at length 8192
+    python experiments/bench.py             # two minutes on a CPU
+    python experiments/bench.py --full      # also eigh at length 8192, minutes more
 
 The usual way makes the filters by eigh of the Hankel matrix, and convolves two stacked branches
 with the channels last. On a machine with a GPU the layers are larger, and run there.

@@ -1,7 +1,7 @@
 """
 What does length cost? The next token after a long context, and training on long sequences.
 
-    python experiments/cost.py --out assets/cost.png
+    python experiments/cost.py --out assets/cost.png    # some minutes
 
 The next token of a model (4 layers of width 256) is computed from its state, or by reading the
 whole context again. And models of 2.5 million parameters, of four kinds, train on one sequence,

@@ -1,7 +1,7 @@
 """
 Who learns a linear system with a long memory?
 
-    python experiments/linear_systems.py    # draws linear_systems.png
+    python experiments/linear_systems.py    # five minutes; draws linear_systems.png
 
 A random system of 256 states, with real eigenvalues up to 0.99 in size, is learned from its inputs
 and outputs by models of about the same size, with Adam at the best of five learning rates, each
@@ -157,11 +157,10 @@ def train(name, system, L, rate, num_steps, seed, progress):
 
 
 def compare(system, L, num_steps, seed):
-    """Trains all models, prints a table -> {name: losses}."""
+    """Trains all models, and prints a line for each -> {name: losses}."""
     num_trial_steps = num_steps // 4 + 1
     progress = Progress(len(MAKERS) * (len(RATES) * num_trial_steps + num_steps))
     curves = {}
-    rows = []
     for name in MAKERS:
         last_losses = {}
         for rate in RATES:
@@ -172,9 +171,8 @@ def compare(system, L, num_steps, seed):
         n_params = sum(p.numel() for p in model.parameters())
         torch.manual_seed(seed + 2)  # the same data for every model
         final = error(model, system, L)
-        rows.append(f"{name:26} {n_params:10} {rate:10g} {final:18.1e}")
-    print(f"\n{'':26} {'parameters':>10} {'rate':>10} {'error / variance':>18}")
-    print("\n".join(rows))
+        what = f"{name}, {n_params} parameters, rate {rate:g}"
+        print(f"== {what}: error / variance {final:.1e}", flush=True)
     return curves
 
 

@@ -2,7 +2,7 @@
 What is a memory worth? The loss of a language model by position in a text, far past seq_len.
 
     python train.py                             # makes a model in runs/default, some minutes
-    python experiments/loss_by_position.py      # draws context.png
+    python experiments/loss_by_position.py      # two minutes; draws context.png
     python experiments/loss_by_position.py --model my_model --data book.txt
 
 A model was trained on windows of seq_len tokens, and reads texts 16 times as long, in three ways:

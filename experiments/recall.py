@@ -1,7 +1,7 @@
 """
 What needs attention? Recall and copying, by models with one kind of layer or with both.
 
-    python experiments/recall.py            # draws recall.png
+    python experiments/recall.py            # some minutes; draws recall.png
 
 Three tasks, each with new questions at every step, and the share of right answers:
 - associative recall: pairs of a key and a value, then the keys again in another order;
@@ -149,7 +149,6 @@ def main():
     figure = Figure((13, 4), layout="constrained")
     figure.suptitle("Share of right answers while learning")
     axes = figure.subplots(1, len(TASKS))
-    rows = []
     for axis, (task, (questions, _)) in zip(axes, TASKS.items()):
         for kind, options in KINDS.items():
             torch.manual_seed(args.seed)
@@ -159,12 +158,10 @@ def main():
             axis.plot(shares, label=kind)
             with torch.no_grad():
                 _, right = ask(model, questions, 512)
-            rows.append(f"{task:20} {kind:10} {right:.2f}")
+            print(f"== {name}: {right:.2f} of 512 new questions are answered right", flush=True)
         axis.set(title=task.capitalize(), xlabel="step", ylim=(0, 1.02))
     axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(args.out)
-    print("\nshare of right answers to 512 new questions")
-    print("\n".join(rows))
     print(f"the picture: {args.out}")
 
 

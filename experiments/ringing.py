@@ -1,7 +1,7 @@
 """
 What does an STU miss? Systems that ring for long.
 
-    python experiments/ringing.py           # draws ringing.png
+    python experiments/ringing.py           # five seconds; draws ringing.png
 
 The spectral filters are made for real eigenvalues of both signs. Here an STU is fitted, by least
 squares, to systems with two eigenvalues r exp(±iθ): an oscillation of θ degrees a step that decays
