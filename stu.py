@@ -156,10 +156,10 @@ class FlashSTUConfig:
 
 # ---- 2. The filters ------------------------------------------------------------------------------
 #
-# Which few signals does one need, so that weighted sums of them come close to every decay? Write the
-# decay of α as a vector a = (1, α, α², ...). As in a principal component analysis, the best signals
-# are the top eigenvectors of the sum of all a aᵀ. With the paper's weight (1-α)², under which slow
-# decays do not outweigh the others, this sum has a closed form, the Hankel matrix
+# Which few signals does one need, so that weighted sums of them come close to every decay? Write
+# the decay of α as a vector a = (1, α, α², ...). As in a principal component analysis, the best
+# signals are the top eigenvectors of the sum of all a aᵀ. With the paper's weight (1-α)², under
+# which slow decays do not outweigh the others, this sum has a closed form, the Hankel matrix
 #     Z_ij = ∫ (1-α)² α^(i-1) α^(j-1) dα = 2 / ((i+j)^3 - (i+j)),    α from 0 to 1, i, j = 1..L.
 # The second Hankel matrix of the paper, "Hankel-L", has α from -1 to 1 and the weight (1-α²)².
 #
@@ -244,6 +244,14 @@ def stu_formula(x, bank, M):
     return torch.stack(outputs, dim=1)
 
 
+def check_filters(filters):
+    if not isinstance(filters, torch.Tensor) or filters.ndim != 2:
+        raise ValueError("filters must be a tensor [seq_len, number of filters]")
+    check_floating(filters.dtype)
+    if not filters.isfinite().all() or not filters.any():
+        raise ValueError("filters must be finite, and not all zero")
+
+
 class FilterBank:
     """The filters Φ [L, 2K] of a layer, in float64, and the same as a recurrence (section 7).
 
@@ -251,11 +259,7 @@ class FilterBank:
     """
 
     def __init__(self, filters, **fit_options):
-        if not isinstance(filters, torch.Tensor) or filters.ndim != 2:
-            raise ValueError("filters must be a tensor [seq_len, number of filters]")
-        check_floating(filters.dtype)
-        if not filters.isfinite().all() or not filters.any():
-            raise ValueError("filters must be finite, and not all zero")
+        check_filters(filters)
         self.filters = filters.detach().double().cpu()
         self.lds = fit_recurrence(self.filters, **fit_options)  # None if no recurrence fits
         self.copies = {}
@@ -440,6 +444,7 @@ class STU(nn.Module):
         elif use_hankel_L:
             self.bank = FilterBank(precomputed_filters)
         else:
+            check_filters(precomputed_filters)
             self.bank = FilterBank(both_signs(precomputed_filters))
         L, n_filters = self.bank.filters.shape
         if L != seq_len:
@@ -560,7 +565,7 @@ def rotary_angles(position, head_size):
 
 
 def rotate(x, rotation):
-    """Turn the pairs of channels (i, i + half) of x [B, H, T, head_size] by angles of rotary_angles."""
+    """Turn the pairs of channels (i, i + half) of x [B, H, T, head_size] by rotary_angles."""
     cos, sin = rotation
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
@@ -594,9 +599,9 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
         position = torch.arange(k.shape[2], device=k.device)[None]
     tile = 512 if q.is_cuda else 128  # measured
     q_tiles = q.split(tile, dim=2)
-    # Keys are cut into the same tiles, and tile 0 of the keys is the past. They are all cut at once:
-    # had each tile of queries its own slice of the keys, then the gradient of each of these slices
-    # would be a tensor as long as all keys.
+    # Keys are cut into the same tiles, and tile 0 of the keys is the past. They are all cut at
+    # once: had each tile of queries its own slice of the keys, then the gradient of each of these
+    # slices would be a tensor as long as all keys.
     sizes = [k.shape[2] - q.shape[2]]
     sizes += [q_tile.shape[2] for q_tile in q_tiles]
     k_tiles = k.split(sizes, dim=2)
@@ -621,7 +626,7 @@ FAR_AWAY = 2**40
 
 
 class SlidingWindowAttention(nn.Module):
-    """Causal multi-head attention to oneself and the window before. See STU for states and masks."""
+    """Causal multi-head attention to oneself and the window before. STU explains state and mask."""
 
     def __init__(self, d_model, n_heads, window_size=1024, softcap=50.0, bias=False):
         super().__init__()
@@ -834,8 +839,8 @@ class LanguageModel(nn.Module):
             self.layers.append(FlashSTUBlock(config=c, use_attention=use_attention))
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix of
-        # each is scaled down, so that the sum has the same size at any depth.
+        # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix
+        # of each is scaled down, so that the sum has the same size at any depth.
         scaled_down = (
             "mixer.M",
             "mixer.M_filters",
@@ -892,8 +897,8 @@ class LanguageModel(nn.Module):
 
         With labels, usually the input_ids themselves, there is a loss and no logits: the mean
         cross-entropy, in nats, of predicting labels[:, t + 1] at position t. Labels of -100 do not
-        count. The last token predicts nothing that one could check, so it is not read. To go on from
-        the state, begin the next call with that token.
+        count. The last token predicts nothing that one could check, so it is not read. To go on
+        from the state, begin the next call with that token.
         """
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
@@ -936,15 +941,16 @@ class LanguageModel(nn.Module):
 #     v_{i+1} = g S_i - p v_i.
 # The matrix [p g; g -p] is orthogonal, therefore so is one step of the whole chain, from (S, u) to
 # (S, v_{n+1}). Its first n rows are [A b], hence I = b bᵀ + A I Aᵀ. Put the right side in for the I
-# between A and Aᵀ, again and again: I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., since A^t goes to 0.
+# between A and Aᵀ, again and again: I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., since A^t -> 0.
 # This says that ψ(t) = A^t b, the answers of the n sections to an impulse, are orthonormal signals.
 # Then their weights C are about as large as the filters, not larger, and float32 is right to 1e-6.
 # (This is the Takenaka-Malmquist basis.)
 #
 # What rings is a pair of decays r e^(±iθ), and its section holds two numbers (Kautz' basis). A step
-# is two rotations (x, y) -> (c x - s y, s x + c y), which are orthogonal too. The first, c = r², turns
-# (S_j, v_i) into an inner number and what leaves. The second, c = 2r cos θ / (1 + r²), turns S_i and
-# the inner number into the new S_i and S_j. The characteristic polynomial is z² - 2r cos θ z + r².
+# is two rotations (x, y) -> (c x - s y, s x + c y), which are orthogonal too. The first, c = r²,
+# turns (S_j, v_i) into an inner number and what leaves. The second, c = 2r cos θ / (1 + r²), turns
+# S_i and the inner number into the new S_i and S_j. The characteristic polynomial of the two is
+# z² - 2r cos θ z + r².
 
 # powers: A^0, A^1, ..., A^chunk [chunk + 1, n, n]; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
@@ -1019,8 +1025,8 @@ def fit_recurrence(
         psi.append(A @ psi[-1])
     psi = np.stack(psi)  # [L, n], ψ(t) = A^t b
     # The best C minimises Σ_{t<L} |C ψ(t) - Φ(t)|². It may make the answer grow after lag L, where
-    # the filters say nothing, so we add fade² Σ_{t>=L} |C ψ(t)|². With ψ orthonormal over all t, and
-    # ψ(t + L) = A^L ψ(t), the sum of ψψᵀ over t >= L is P = A^L (A^L)ᵀ, and over t < L it is I - P.
+    # the filters say nothing, so we add fade² Σ_{t>=L} |C ψ(t)|². With ψ orthonormal over all t,
+    # and ψ(t + L) = A^L ψ(t), the sum of ψψᵀ over t >= L is P = A^L (A^L)ᵀ, and over t < L I - P.
     A_L = np.linalg.matrix_power(A, L)
     P = A_L @ A_L.T
     gram = np.eye(n) - P + fade**2 * P
@@ -1119,7 +1125,7 @@ def overwrite(old, new):
 
 
 def start_ring(k, window):
-    """The empty state of attention for keys like k [B, H, T, head_size]: a ring of window + 1 slots.
+    """The empty state of attention for keys like k [B, H, T, head_size]: window + 1 slots.
 
     Token t goes to slot t mod (window + 1), where it replaces the one that just left the window.
     A slot knows the position of its token, so the ring need not be put in order.
@@ -1280,9 +1286,9 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def filters_of_a_sector(G, K, max_angle):
     """Z = G Gᵀ holds the decays r^t; the top K eigenvectors for r^t cos θt and r^t sin θt together.
 
-    Since cos θt cos θs + sin θt sin θs = cos θ(t-s), each entry Z_ts is multiplied by the average of
-    cos θ(t-s) over |θ| <= max_angle. The weight stays (1-r)²: with |1-α|² or none, poles of radius
-    0.999 would take 3 to 10% fewer filters, and poles of radius 0.9 up to 45% more.
+    Since cos θt cos θs + sin θt sin θs = cos θ(t-s), each entry Z_ts is multiplied by the average
+    of cos θ(t-s) over |θ| <= max_angle. The weight stays (1-r)². (Measured: with |1-α|² or none,
+    poles of radius 0.999 need 3 to 10% fewer filters, but poles of radius 0.9 up to 45% more.)
     """
     # The average over θ is a sum over Gauss-Legendre's angles from 0 to max_angle, which is exact
     # from a few more than L · max_angle / 4 of them on. Written as E Eᵀ, E has a column for each
@@ -1296,10 +1302,10 @@ def filters_of_a_sector(G, K, max_angle):
     angles = np.outer(np.arange(L), max_angle * (1 + nodes) / 2)
     E = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     E = torch.from_numpy(E * np.sqrt(np.tile(weights, 2)))  # [L, 2 n_angles]
-    # The entrywise product of G Gᵀ and E Eᵀ is H Hᵀ, where H has a column for each column of G times
-    # each of E. These are too many to write down, but H times a vector is cheap. A vector that is
-    # multiplied by H Hᵀ again and again turns towards the top eigenvectors. The span of all vectors
-    # on its way holds them to 1e-12 (Lanczos: each is made orthogonal to those before it).
+    # The entrywise product of G Gᵀ and E Eᵀ is H Hᵀ, where H has a column for each column of G
+    # times each of E. These are too many to write down, but H times a vector is cheap. A vector
+    # that is multiplied by H Hᵀ again and again turns towards the top eigenvectors. The span of all
+    # vectors on its way holds them to 1e-12 (Lanczos: each is made orthogonal to those before it).
     steps = min(L, 2 * K + 32)
     basis = G.new_zeros(L, steps)
     images = []  # Hᵀ times each vector of the basis
@@ -1378,7 +1384,7 @@ HF_CONFIG = {  # what transformers looks for in a config.json, to find the class
 
 
 def save_own_filters(stu, state_dict, prefix, _):
-    """A hook of STU.state_dict: filters that the layer was given are saved, the standard ones not."""
+    """A hook of STU.state_dict: filters that the layer was given are saved, standard ones not."""
     if stu.has_own_filters:
         state_dict[prefix + "filters"] = stu.bank.filters.clone()  # layers may share a bank
 
@@ -1606,7 +1612,8 @@ if transformers_is_here():
             if cache is None:
                 cache = FlashSTUCache()
             if not isinstance(cache, FlashSTUCache):
-                raise ValueError(f"FlashSTU takes a cache of its own, got {type(cache).__name__}")  # noqa: TRY004
+                kind = type(cache).__name__
+                raise ValueError(f"FlashSTU takes a cache of its own, got {kind}")  # noqa: TRY004
             if attention_mask is not None:
                 B, T = input_ids.shape
                 mask = check_mask(attention_mask, B, T)

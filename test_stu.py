@@ -600,6 +600,24 @@ def test_derivatives_of_any_order_agree_with_the_recurrence(approx):
         assert relative_error(*rows) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "filters",
+    [
+        torch.zeros(8, 3),
+        torch.full((8, 3), math.inf),
+        torch.full((8, 3), math.nan),
+        torch.ones(8, 3, dtype=torch.complex64),
+        torch.ones(8, 3, dtype=torch.int64),
+        torch.ones(8),
+        [[1.0]],
+    ],
+)
+@pytest.mark.parametrize("hankel_L", [False, True])
+def test_filters_that_are_none_are_refused(filters, hankel_L):
+    with pytest.raises(ValueError, match=r"filters must be|floating-point"):
+        STU(4, 4, 8, precomputed_filters=filters, use_hankel_L=hankel_L)
+
+
 def test_precomputed_filters_are_used():
     phi, x, own = get_spectral_filters(60, 10), torch.randn(1, 60, 4), STU(4, 4, 60, 10)
     for filters, expected in (

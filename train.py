@@ -122,8 +122,8 @@ presets = {
         --warmup_steps 1000 --eval_interval 500 --muon_lr 0.01 --min_lr 0.05""",
     "1B": """--n_embd 2048 --n_layers 32 --n_heads 32 --seq_len 8192 --window_size 1024
         --num_eigh 48 --mlp_scale 2 --batch_size 128 --micro_batch_size 1 --steps 50000
-        --warmup_steps 2000 --eval_interval 500 --muon_lr 0.01 --min_lr 0.05 --use_gradient_checkpointing
-        --engine fsdp""",
+        --warmup_steps 2000 --eval_interval 500 --muon_lr 0.01 --min_lr 0.05
+        --use_gradient_checkpointing --engine fsdp""",
 }
 choices = {
     "optimizer": ["muon", "adamw"],
