@@ -9,8 +9,9 @@ Train a Flash STU language model, on one CPU or GPU or on many, and let it write
     python train.py --eval_only                    its loss on the whole validation split
 
 The folder of the run, --out_dir, receives config.json, log.jsonl and checkpoints, and at the end
-loss.png and a folder with the model. The same command, or --out_dir alone, continues a run that was
-interrupted, and on as many processes the result is the same bit for bit. Ctrl-C and SIGTERM save.
+loss.png and a folder with the model. Ctrl-C and SIGTERM save. The same command, or --out_dir alone,
+continues a run that was interrupted. If the number of processes is the same, then so is the result,
+bit for bit.
 """
 
 import argparse
@@ -57,12 +58,12 @@ mlp_scale          2.75            hidden width of the MLPs, in units of n_embd
 bias               false           let the linear layers have a bias
 dropout            0.0             share of activations that training sets to zero
 softcap            0.0             bound of the attention logits; 0 is none
-use_stu            true            false: every layer is attention
-use_attn           true            false: every layer is an STU
+use_stu            true            layers 0, 2, 4, ... are STUs; false: every layer is attention
+use_attn           true            layers 1, 3, 5, ... are attention; false: every layer is an STU
 use_approx         true            true: STU-T, one filter a channel; false: the full STU
-use_hankel_L       false           filters of one Hankel matrix for decays of both signs
+use_hankel_L       false           the other set of filters in the papers
 use_tensorized     false           filters that are Kronecker products of short ones
-max_angle          0.0             degrees: filters also for systems that ring, up to this angle
+max_angle          0.0             degrees a step; above 0 the filters also fit what oscillates so
 stu_enable_mlp_sandwich     false  put each STU between two linear layers
 stu_mlp_hidden_size         null   width of the STU between them; null: that of the MLPs
 """
@@ -88,8 +89,8 @@ eval_sequences     64              windows of the validation split in an evaluat
 log_interval       10              steps from one line of the log to the next
 prompt             "def"           beginning of the samples that are shown
 use_gradient_checkpointing  false  compute the layers again going backward, to save memory
-d_in_tile          null            input channels that a full STU takes at once; null: all
-d_out_tile         null            output channels that an STU takes at once; null: all
+d_in_tile          null            to save memory a full STU takes so many inputs at once; null: all
+d_out_tile         null            and every STU so many outputs
 use_flash_fft      true            use FlashFFTConv where it is installed
 dtype              "auto"          float32, bfloat16 or float16; auto: 16 bits on CUDA, else 32
 compile            "auto"          true or false: compile the layers; auto: on CUDA
@@ -164,20 +165,22 @@ parser = argparse.ArgumentParser(
     formatter_class=argparse.RawDescriptionHelpFormatter,
     argument_default=argparse.SUPPRESS,  # so the result holds only what is given
 )
+add = partial(parser.add_argument, help=argparse.SUPPRESS)  # the tables are the help
 for name, default in defaults.items():
     if isinstance(default, bool):  # --fresh is the same as --fresh true
-        kind = {"type": true_or_false, "nargs": "?", "const": True}
+        add(f"--{name}", type=true_or_false, nargs="?", const=True)
     else:
-        kind = {"type": int if default is None else type(default), "choices": choices.get(name)}
-    parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **kind)
+        value_type = int if default is None else type(default)
+        add(f"--{name}", type=value_type, choices=choices.get(name))
 
 parsed, unknown = parser.parse_known_args()
 if unknown:
     similar = difflib.get_close_matches(unknown[0].strip("-"), defaults)
     parser.error(f"there is no {unknown[0]}: see --help, or try {similar}")
-if "preset" in parsed:  # its flags come first, so those of the command overrule them
-    parsed = parser.parse_args(presets[parsed.preset].split() + sys.argv[1:])
-given = vars(parsed)  # what this command says
+given = vars(parsed)  # what this command says, and nothing else
+if "preset" in given:  # its flags come first, so those of the command overrule them
+    flags = presets[given["preset"]].split()
+    given = vars(parser.parse_args(flags + sys.argv[1:]))
 for name, value in given.items():
     if isinstance(value, int | float) and not 0 <= value < math.inf:
         parser.error(f"--{name} is {value}, but must be finite and not negative")
@@ -185,15 +188,14 @@ for name, value in given.items():
         parser.error(f"--top_p is a probability, at most 1, not {value}")
     if value == 0 and name in not_zero.split():
         parser.error(f"--{name} must not be 0")
-args = argparse.Namespace(**defaults | given)  # all settings; a run that goes on changes some below
+args = argparse.Namespace(**defaults | given)  # all settings, where `given` overrules
 
 # -----------------------------------------------------------------------------
-# The machine: processes, device, precision
+# Processes and device
 
 rank = int(os.environ.get("RANK", "0"))  # torchrun sets it, and the number of processes
 world_size = int(os.environ.get("WORLD_SIZE", "1"))
 is_main = rank == 0
-sharded = world_size > 1 and args.engine == "fsdp"
 
 accelerator = torch.accelerator.current_accelerator(check_available=True)
 found = accelerator.type if accelerator else "cpu"
@@ -201,35 +203,33 @@ if args.device not in ("auto", "cpu", found):
     parser.error(f"--device {args.device}: torch finds no such device here")
 device = torch.device(found if args.device == "auto" else args.device)
 on_cuda = device.type == "cuda"
-dtype = "float32" if args.dtype == "auto" else args.dtype
 if on_cuda:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.set_float32_matmul_precision("high")
-    if args.dtype == "auto":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if has_bfloat16 else "float16"
-autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-# In float16 small gradients would become 0. So the loss is scaled up, and they down again; torch
-# adapts the scale, which only begins at 4096
-scaler = torch.amp.GradScaler(device.type, init_scale=4096.0, enabled=dtype == "float16")
 if world_size > 1:
     dist.init_process_group("nccl" if on_cuda else "gloo")
 
 
 def mean_over_processes(number):
-    """The mean of a number that each process has. What follows from it they all do alike."""
+    """The mean over all processes. It is the same on each, so they can decide by it together."""
     number = torch.as_tensor(number, dtype=torch.float32, device=device)
     if world_size > 1:
         dist.all_reduce(number)
     return number.item() / world_size
 
 
+def any_process(flag):
+    return mean_over_processes(flag) > 0
+
+
 def say(text, end="\n"):
     """Print on the main process. Control characters, which a model may write, are made visible."""
-    visible = [c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text]
+    visible = ""
+    for c in text:
+        visible += c if c.isprintable() or c in "\n\t" else repr(c)[1:-1]
     try:
         if is_main:
-            print("".join(visible), end=end, flush=True)
+            print(visible, end=end, flush=True)
     except OSError:  # nobody reads it any more, but training goes on
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -261,22 +261,27 @@ def load_checkpoint(folder):
         if is_whole:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         say(f"{path} is damaged, so the one before it is taken")
-    if found:
-        sys.exit(f"no checkpoint in {folder} is whole: restore one, or --fresh to start anew")
+    if not found:
+        return None
+    sys.exit(f"no checkpoint in {folder} is whole: restore one, or --fresh to start anew")
 
 
 def load_run_or_model(folder):
-    """The last checkpoint of a run (save_checkpoint says what it holds), or of a saved model what
-    of that it has."""
+    """The last checkpoint of a run, or a dict with the same entries of a model that was saved.
+    save_checkpoint, below, lists the entries."""
     checkpoint = load_checkpoint(folder)
     if checkpoint:
         return checkpoint
     if not list(folder.glob("model*.safetensors")):
         sys.exit(f"{folder} holds no checkpoint and no model")
     model = FlashSTU.from_pretrained(folder)
-    config = model.config.to_dict()
-    name = json.loads((folder / "config.json").read_text()).get("tokenizer_name")
-    return {"model": model.state_dict(), "config": config, "settings": config, "tokenizer": name}
+    config = json.loads((folder / "config.json").read_text())
+    return {
+        "model": model.state_dict(),
+        "config": model.config.to_dict(),
+        "settings": model.config.to_dict(),  # all that is known of them
+        "tokenizer": config.get("tokenizer_name"),
+    }
 
 
 def restore_model(checkpoint):
@@ -285,28 +290,45 @@ def restore_model(checkpoint):
     return model.to(device).eval()
 
 
-# The weights are new, or they come from `start`: this is either the last checkpoint of the run in
-# out_dir, which is then `resumed`, or the run or model of --init_from
+# Where the weights and the settings begin. A setting that is not given is as it was `before`
 out_dir = Path(args.out_dir)
 only_reads = args.eval_only or "sample" in given
 resumed = None if only_reads or args.fresh else load_checkpoint(out_dir)
-start = resumed
-if only_reads or (args.init_from and not resumed):
+if only_reads:
     start = load_run_or_model(Path(args.init_from or args.out_dir))
-
-# A setting that is not given is as it was there: any if the run goes on or is only read, those of
-# the model if it is the start of another run
+    before = start["settings"]
+elif resumed:  # the run in out_dir goes on
+    start = resumed
+    before = start["settings"]
+elif args.init_from:  # a new run begins with the weights, and so with the sizes, of another model
+    start = load_run_or_model(Path(args.init_from))
+    before = start["config"]
+else:
+    start = None
+    before = {}
 must_stay = ["init_from", "seed", "optimizer", "batch_size", *model_settings]
-if start:
-    before = start["settings"] if resumed or only_reads else start["config"]
-    for name in kept_settings:
-        was = before.get(name, getattr(args, name))  # an early run may not have it
-        now = given.get(name, was)
-        setattr(args, name, now)
-        if resumed and now != was:
-            if name in must_stay:
-                sys.exit(f"{out_dir} has --{name} {was!r}, not {now!r}: give another --out_dir")
-            say(f"--{name} was {was!r} until here, and now is {now!r}")
+for name in kept_settings:
+    was = before.get(name, getattr(args, name))
+    now = given.get(name, was)
+    setattr(args, name, now)
+    if resumed and now != was:
+        if name in must_stay:
+            sys.exit(f"{out_dir} has --{name} {was!r}, not {now!r}: give another --out_dir")
+        say(f"--{name} was {was!r} until here, and now is {now!r}")
+
+# Here the settings are final. What follows from them:
+sharded = world_size > 1 and args.engine == "fsdp"  # else every process has the whole model
+dtype = args.dtype
+if dtype == "auto":
+    dtype = "float32"
+    if on_cuda:
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bfloat16 else "float16"
+autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+# In float16 small gradients would be rounded to zero. So the scaler multiplies the loss by a large
+# number and later divides the gradients by it. It adapts this number, from 4096 on: with torch's
+# 65536 the first steps would overflow
+scaler = torch.amp.GradScaler(device.type, init_scale=4096.0, enabled=dtype == "float16")
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
@@ -318,12 +340,12 @@ def continue_text(model, tokenizer, prompt, length):
     # Without a prompt it begins after the end of another text
     tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
     ids = torch.tensor([tokens], device=device)
-    sampling = [args.temperature, args.top_k, args.top_p, tokenizer.eot]
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     pending = []
-    for token in model.stream(ids, length, *sampling):
+    for token in model.stream(ids, length, stop_token=tokenizer.eot, **options):
         pending.append(token.item())
         text = tokenizer.decode(pending)
-        # a character has up to four bytes, and while the last are missing it is decoded as \ufffd
+        # A character has up to four bytes. While its last are missing it is decoded as \ufffd
         if not text.endswith("\ufffd") or len(pending) == 4:
             yield text
             pending = []
@@ -332,8 +354,11 @@ def continue_text(model, tokenizer, prompt, length):
 
 if "sample" in given:
     model = restore_model(start)
-    # An early checkpoint does not name its tokenizer, but its data does
-    tokenizer = get_tokenizer(start.get("tokenizer") or open_data(args.data)[0]["tokenizer"])
+    tokenizer_name = start.get("tokenizer")
+    if tokenizer_name is None:  # in an early checkpoint; but its data names it
+        meta, _ = open_data(args.data)
+        tokenizer_name = meta["tokenizer"]
+    tokenizer = get_tokenizer(tokenizer_name)
     for _ in range(args.num_samples):
         say(args.sample, end="")
         for text in continue_text(model, tokenizer, args.sample, args.max_new_tokens):
@@ -344,8 +369,8 @@ if "sample" in given:
 # -----------------------------------------------------------------------------
 # Data. A split is one long row of tokens, and its window i begins at token i * T
 
-if args.data == "data/stdlib":
-    prepare(out=args.data)  # unless it is there; other processes wait
+if args.data == defaults["data"]:
+    prepare(out=args.data)  # this is done only if it is not there; other processes wait
 if Path(args.data).is_file():
     sys.exit(f"{args.data} is a text. Prepare it first:  python prepare_data.py {args.data}")
 meta, shards = open_data(args.data)
@@ -363,16 +388,17 @@ micro = args.micro_batch_size or share  # how many of them at once
 
 
 def read_windows(split, starts):
-    """Yield the windows that begin at these tokens, a few at once: [micro, T + 1], of which T are
-    inputs and the T from the second on their targets."""
+    """Yield the windows that begin at these tokens, a few at once: [micro, T + 1]. The model is
+    given one as ids and as labels. It then predicts each token from those before, so T of them."""
     for i in range(0, len(starts), micro):
         windows = [read_tokens(shards[split], a, a + T + 1) for a in starts[i : i + micro]]
         yield torch.from_numpy(np.stack(windows).astype(np.int64)).to(device)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # one step may reach from an epoch into the next
 def order_of_epoch(epoch):
-    """Where the windows of an epoch start: in random order, and all shifted by one distance."""
+    """Where the windows of an epoch begin, in random order. They lie side by side; where the first
+    of them begins is random, too, so that each epoch cuts the text elsewhere."""
     rng = np.random.default_rng([args.seed, epoch])
     starts = rng.permutation(n_windows["train"]) * T + rng.integers(T)
     return np.minimum(starts, meta["train"]["tokens"] - T - 1)  # the last one must fit, too
@@ -390,12 +416,13 @@ def micro_batches(step):
 
 
 # -----------------------------------------------------------------------------
-# Model. `engine` is what one calls in training: the model, or what exchanges its gradients
+# Model
 
 # Weights are float32; autocast rounds them where that does no harm
 fields = FlashSTUConfig(torch_dtype="float32").to_dict()
-for name in fields.keys() & kept_settings.keys():
-    fields[name] = getattr(args, name)
+for name in fields:
+    if name in kept_settings:
+        fields[name] = getattr(args, name)
 fields["vocab_size"] = math.ceil(meta["vocab_size"] / 64) * 64  # round products are faster
 if start:
     fields["vocab_size"] = start["config"]["vocab_size"]
@@ -411,18 +438,21 @@ n_parameters = sum(p.numel() for p in model.parameters())
 say(f"{n_parameters:,} parameters, {model.tok_emb.weight.numel():,} of them embeddings, in {dtype}")
 say(f"{meta['train']['tokens']:,} tokens ({tokenizer.name}) to train, from {args.data}")
 
-engine = model
+# Training calls `parallel_model`. It is the model, which under FSDP is cut into parts in place, or
+# under DDP a module around it that takes the mean of the gradients of all processes
+parallel_model = model
+uses_ddp = world_size > 1 and not sharded
 if sharded:
     mesh = dist.device_mesh.init_device_mesh(device.type, (world_size,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the angles of positions need float32
+        cast_forward_inputs=False,  # the angles of the rotary embedding stay in float32
     )
     for module in [*model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-elif world_size > 1:
-    engine = torch.nn.parallel.DistributedDataParallel(model)
+elif uses_ddp:
+    parallel_model = torch.nn.parallel.DistributedDataParallel(model)
 if args.compile == "true" or (args.compile == "auto" and on_cuda):
     for layer in model.layers:
         layer.compile()
@@ -433,15 +463,15 @@ def evaluate(n):
     """The mean loss, in nats per token, of n windows spread evenly over the validation split."""
     n = min(n, n_windows["val"])
     n = math.ceil(n / world_size) * world_size  # each process has equally many
-    # Of the n windows this process takes every world_size-th
-    starts = np.arange(rank, n, world_size) * n_windows["val"] // n * T
+    mine = np.arange(rank, n, world_size)  # of 0, 1, ..., n-1, dealt out like cards
+    windows = mine * n_windows["val"] // n  # and spread over the split
     total = 0.0
     model.eval()
-    for x in read_windows("val", starts):
+    for x in read_windows("val", windows * T):
         with autocast:
-            total += engine(x, labels=x).loss * len(x)
+            total += parallel_model(x, labels=x).loss * len(x)
     model.train()
-    return mean_over_processes(total) / len(starts)
+    return mean_over_processes(total) / len(mine)
 
 
 def bits_per_byte(loss):
@@ -459,9 +489,11 @@ if args.eval_only:
 
 
 def orthogonalize(matrices):
-    """Bring the singular values of each matrix [n, rows, columns] to about 1. Five times
-    X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X makes σ <- a σ + b σ³ + c σ⁵ of each, whatever the others
-    are; K. Jordan chose a, b, c so that this goes fast (a Newton-Schulz iteration)."""
+    """Bring the singular values of each matrix [n, rows, columns] to about 1.
+
+    A step of this iteration (Newton-Schulz) is X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X. It changes each
+    singular value σ of X by itself, to a σ + b σ³ + c σ⁵, and keeps the singular vectors. With the
+    a, b, c of K. Jordan five steps bring any σ from about 0.005 to 1 near 1."""
     X = matrices.bfloat16() if on_cuda else matrices  # most CPUs are slow in 16 bits
     is_tall = X.shape[1] > X.shape[2]
     if is_tall:
@@ -474,26 +506,30 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, with the step of each matrix made orthogonal: all directions move equally far.
-    It is torch.optim.Muon, but faster: a group has the matrices of one shape, as one batch."""
+    """Gradient descent with momentum, where the step of a matrix is made orthogonal: it moves
+    equally far in all directions. The steps are those of torch.optim.Muon. But here a group holds
+    the matrices of one shape, which are multiplied as one batch, and that is faster."""
 
     @torch.no_grad()
     def step(self, closure=None):  # torch calls it with a closure, which we do not need
+        momentum = 0.95
         for group in self.param_groups:
             directions = []
             for matrix in group["params"]:
                 state = self.state[matrix]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
-                # The running mean of the gradients, and of it and the newest again 95 to 5
-                mean = state["momentum_buffer"].lerp_(matrix.grad, 0.05)
-                direction = matrix.grad.lerp(mean, 0.95)
+                # Nesterov's momentum: a running mean of the gradients, and then of that and the
+                # newest gradient the mean once more
+                mean = state["momentum_buffer"]
+                mean.lerp_(matrix.grad, 1 - momentum)
+                direction = torch.lerp(matrix.grad, mean, momentum)
                 directions.append(direction.full_tensor() if sharded else direction)
             updates = orthogonalize(torch.stack(directions))  # [n, rows, columns]
             rows, columns = updates.shape[1:]
-            lr = group["lr"] * max(1, rows / columns) ** 0.5  # tall ones have larger outputs
+            lr = group["lr"] * max(1, rows / columns) ** 0.5
             for matrix, update in zip(group["params"], updates):
-                if sharded:  # cut out the part of the matrix that this process holds
+                if sharded:  # every process has the whole update, and takes its own part of it
                     update = distribute_tensor(
                         update, matrix.device_mesh, matrix.placements, src_data_rank=None
                     )
@@ -536,10 +572,10 @@ def set_rates(step):
 
 in_one_piece = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process
 settings = {name: getattr(args, name) for name in kept_settings}
-data_checksum = zlib.crc32(json.dumps([meta["train"], meta["val"]]).encode())
+shards_of_data = json.dumps([meta["train"], meta["val"]])  # with the checksums of their contents
+data_checksum = zlib.crc32(shards_of_data.encode())
 start_step = resumed["step"] if resumed else 0
-mean_step = mean_over_processes(start_step)
-if mean_over_processes(start_step != mean_step) > 0:
+if any_process(start_step != mean_over_processes(start_step)):
     sys.exit(f"the processes found different checkpoints in {out_dir}: do they share this folder?")
 if resumed:
     if resumed.get("data_checksum", data_checksum) != data_checksum:
@@ -562,9 +598,10 @@ if is_main:
         owner = lock(out_dir)
     about = {"settings": settings, "model": config.to_dict()}
     (out_dir / "config.json").write_text(json.dumps(about, indent=1))
-    with open(log_path, "ab") as file:  # what was logged after the checkpoint will come again
-        end = min(resumed["log"], file.tell()) if resumed else 0  # tell: the file may be shorter
-        file.truncate(end)
+    # Cut the log back to its length at the checkpoint: the steps after it are logged again
+    with open(log_path, "ab") as file:
+        length = file.tell()  # a file that is opened to append begins at its end
+        file.truncate(min(resumed["log"], length) if resumed else 0)
     if args.wandb:
         import wandb
 
@@ -607,22 +644,26 @@ def save_checkpoint(step):
         "data_checksum": data_checksum,
         "log": log_path.stat().st_size,
     }
-    write_atomically(out_dir / f"checkpoint_{step}.pt", partial(torch.save, checkpoint))
+    path = out_dir / f"checkpoint_{step}.pt"
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
     found = list(checkpoints(out_dir).values())
-    for path in found[:-2]:  # the one before is kept, for the case that the new one gets damaged
-        path.unlink()
+    for old in found[:-2]:  # the one before is kept, for the case that the new one gets damaged
+        old.unlink()
 
 
 def show_sample():
-    """Let the model that was just saved write."""
+    """Let the model write that was just saved. (Of one that is sharded a process has a part.)"""
     if is_main:
-        model = restore_model(load_checkpoint(out_dir))
-        text = args.prompt + "".join(continue_text(model, tokenizer, args.prompt, 200))
+        saved = restore_model(load_checkpoint(out_dir))
+        text = args.prompt + "".join(continue_text(saved, tokenizer, args.prompt, length=200))
         say("\n    " + text.replace("\n", "\n    ") + "\n")
 
 
-def report(step, loss, norm):
-    """Print and log what a step gave; between the lines of the log only print, on a terminal."""
+def report(step, loss, norm, seconds):
+    """Print and log what a step gave; between the lines of the log only print, on a terminal.
+
+    All steps of this command together took so many seconds."""
+    seconds = max(seconds, 1e-9)  # a clock that is set back may say 0 or less
     done = step - start_step
     speed = round(args.batch_size * T * done / seconds)
     minutes = seconds / done * (args.steps - step) / 60
@@ -640,8 +681,9 @@ def draw_losses():
     axes = Figure().subplots()
     records = [json.loads(line) for line in log_path.read_text().splitlines()]
     for name in ["loss", "val_loss"]:
-        points = [(record["step"], record[name]) for record in records if name in record]
-        axes.plot(*zip(*points), label=name)
+        having_it = [record for record in records if name in record]
+        steps = [record["step"] for record in having_it]
+        axes.plot(steps, [record[name] for record in having_it], label=name)
     axes.legend()
     axes.figure.savefig(out_dir / "loss.png")
 
@@ -659,16 +701,17 @@ def request_stop(signum, frame):
 
 signal.signal(signal.SIGTERM, request_stop)
 signal.signal(signal.SIGINT, request_stop)
-torchrun = os.getppid()  # the process that started this one
+launcher = os.getppid()  # torchrun, if there are several processes
 skipped = 0  # steps in a row
-seconds = 1e-9  # that the steps of this command took; never 0, whatever the clock does
+seconds = 0.0  # that the steps of this command took
 
 for step in range(start_step, args.steps + 1):
     # Evaluate, save, show a sample
-    orphaned = world_size > 1 and os.getppid() != torchrun  # it was killed
-    stop = step == args.steps or mean_over_processes(stop_requested or orphaned) > 0
-    was_done = resumed and step == start_step  # before the run was interrupted
-    if (stop or step % args.eval_interval == 0) and not was_done:
+    launcher_died = world_size > 1 and os.getppid() != launcher
+    finished = step == args.steps
+    stop = finished or any_process(stop_requested or launcher_died)
+    is_saved_already = resumed and step == start_step
+    if (stop or step % args.eval_interval == 0) and not is_saved_already:
         validate(step)
         if step > 0:
             save_checkpoint(step)
@@ -683,10 +726,10 @@ for step in range(start_step, args.steps + 1):
     batches = micro_batches(step)
     loss = 0.0
     for x in batches:
-        if engine is not model:  # DDP exchanges the gradients when the last is done
-            engine.require_backward_grad_sync = x is batches[-1]
+        if uses_ddp:  # the gradients are exchanged with the last of them
+            parallel_model.require_backward_grad_sync = x is batches[-1]
         with autocast:
-            part = engine(x, labels=x).loss * len(x) / share
+            part = parallel_model(x, labels=x).loss * len(x) / share
         scaler.scale(part).backward()
         loss += part.detach()
     loss = mean_over_processes(loss)
@@ -695,24 +738,25 @@ for step in range(start_step, args.steps + 1):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     norm = float(norm.full_tensor() if sharded else norm)
 
-    # The step, unless something is not finite: then the sum is not
-    skipped = 0 if math.isfinite(loss + norm) else skipped + 1
-    if skipped:
-        say(f"step {step + 1} is skipped: loss {loss}, norm of the gradient {norm}")
-    else:
+    # The step, unless the gradient is not finite
+    if math.isfinite(loss) and math.isfinite(norm):
+        skipped = 0
         for optimizer in optimizers:
             scaler.step(optimizer)
-    if skipped == args.max_skipped:
-        sys.exit(f"a lower --lr may help. Checkpoints: {list(checkpoints(out_dir))}")
-    scaler.update()
+    else:
+        skipped += 1
+        say(f"step {step + 1} is skipped: loss {loss}, norm of the gradient {norm}")
+        if skipped == args.max_skipped:
+            sys.exit(f"a lower --lr may help. Checkpoints: {list(checkpoints(out_dir))}")
+    scaler.update()  # in float16 the scale becomes smaller after a step that was skipped
     model.zero_grad()
     seconds += time.perf_counter() - began
-    report(step + 1, loss, norm)
+    report(step + 1, loss, norm, seconds)
 
 # -----------------------------------------------------------------------------
 # The end: a folder for FlashSTU.from_pretrained and for transformers, and a picture of the losses
 
-if step < args.steps:
+if not finished:
     say(f"stopped after step {step}; the same command continues from the last checkpoint")
 elif is_main:
     restore_model(load_checkpoint(out_dir)).save_pretrained(out_dir / "model")
