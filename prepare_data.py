@@ -79,11 +79,13 @@ def lock(folder, wait=False):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")  # noqa: SIM115 (the caller holds it)
         if fcntl:
-            at_once = 0 if wait else fcntl.LOCK_NB  # NB: raise BlockingIOError rather than wait
-            fcntl.flock(file, fcntl.LOCK_EX | at_once)
+            kind = fcntl.LOCK_EX  # only one process can have it
+            if not wait:
+                kind |= fcntl.LOCK_NB  # if another has it: raise BlockingIOError
+            fcntl.flock(file, kind)
             for leftover in path.parent.glob("*" + TEMPORARY):  # of a process that was killed
                 leftover.unlink()
-        path.write_text(str(os.getpid()))
+        path.write_text(str(os.getpid()))  # for the message below
     except BlockingIOError:
         raise SystemExit(f"{folder} is in use by process {path.read_text()}") from None
     except OSError as error:
@@ -92,22 +94,24 @@ def lock(folder, wait=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokenizers. encode(text) gives ids, int32 as torch likes them, decode(ids) the text without ends
+# Tokenizers. encode(text) gives ids as int32. decode(ids) gives the text, without end-of-text tokens
 
 
 class ByteTokenizer:
-    """A token is a byte of UTF-8. Byte 0 ends a text."""
+    """A token is a byte of UTF-8. Byte 0 ends a text, and texts that hold one are left out."""
 
     name = "bytes"
     n_vocab = 256
     eot = 0
 
     def encode(self, text):
-        return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int32)
+        text = text.encode(errors="replace")  # half of a surrogate pair becomes a question mark
+        return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def decode(self, tokens):
-        # a model may have more outputs than there are tokens
-        return bytes(token for token in tokens if 0 < token < 256).decode(errors="replace")
+        # A model may have more outputs than there are tokens.
+        text = bytes(token for token in tokens if 0 < token < 256)
+        return text.decode(errors="replace")
 
 
 class TiktokenTokenizer:
@@ -128,7 +132,8 @@ class TiktokenTokenizer:
         self.eot = self.encoding.eot_token
 
     def encode(self, text):
-        text = text.encode(errors="replace").decode()  # tiktoken takes no lone surrogates
+        text = text.encode(errors="replace").decode()  # as above
+        # disallowed_special=(): a text may say "<|endoftext|>", which is then no special token
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
 
     def decode(self, tokens):
@@ -158,41 +163,42 @@ def save_tokenizer(tokenizer, folder):
     from tokenizers.models import BPE
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+    # The pattern cuts a text into words; no token reaches from one into another.
     if isinstance(tokenizer, ByteTokenizer):
-        pattern = r"[\s\S]{1,64}"  # no token is longer than a byte, so a text is cut anywhere
+        pattern = r"[\s\S]{1,64}"  # any cut will do
         ids = {bytes([i]): i for i in range(1, 256)}
         special_ids = {END_OF_TEXT: 0}
     else:
         pattern = tokenizer.encoding._pat_str
         ids = dict(tokenizer.encoding._mergeable_ranks)
         special_ids = dict(tokenizer.encoding._special_tokens)
-    padding = ids.pop(b"\xff")  # no text in UTF-8 has this byte
+    padding = ids.pop(b"\xff")  # no text in UTF-8 has this byte, so its id is free
     special_ids["<|padding|>"] = padding
     for token, i in special_ids.items():
         ids[token.encode()] = i
 
-    # tokenizer.json has a letter for each byte.
+    # A tokenizer.json holds no bytes. There is an agreed letter for each of the 256.
     letter_of = bytes_to_unicode()
 
     def as_letters(token):
         return "".join(letter_of[byte] for byte in token)
 
-    # Two tokens merge into a third, in the order of the third's id.
+    # Of two neighbours that could be merged, those go first whose union has the smaller id.
     merges = []
-    for token, i in ids.items():
+    for token in sorted(ids, key=ids.get):
         for cut in range(1, len(token)):
             left = token[:cut]
             right = token[cut:]
             if left in ids and right in ids:
-                merges.append((i, ids[left], ids[right], as_letters(left), as_letters(right)))
-    merges = [(left, right) for *_, left, right in sorted(merges)]
+                merges.append((as_letters(left), as_letters(right)))
     vocab = {as_letters(token): i for token, i in ids.items()}
+    # ignore_merges: a word that is a token is not merged from its parts
     converted = Tokenizer(BPE(vocab, merges, ignore_merges=True))
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     bytes_as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     converted.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_as_letters])
     converted.decoder = decoders.ByteLevel()
-    converted.model.unk_token = END_OF_TEXT  # for byte 0: `encode` gives it the same id, 0
+    converted.model.unk_token = END_OF_TEXT  # byte 0 of ByteTokenizer, whose id is 0 too
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=converted,
         eos_token=END_OF_TEXT,
@@ -231,7 +237,7 @@ def walk(folder, left_out):
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             left_out["hidden"].append(path)
-        elif os.path.isfile(path):  # unlike path.is_file() also where one may not look
+        elif os.path.isfile(path):  # path.is_file() fails in a folder that one may not enter
             yield path
         elif path.is_symlink() or not os.path.isdir(path) or (path / LOCK).exists():
             left_out["linked folders, pipes, outputs of prepare_data.py"].append(path)
@@ -245,9 +251,10 @@ def files_of(source, left_out):
         return standard_library()
     if source in HUB:
         return download(source)
-    if source and path.is_file():
+    is_empty = source == ""  # which Path takes for the folder we are in
+    if path.is_file():
         return [path]
-    if source and path.is_dir() and not (path / LOCK).exists():
+    if path.is_dir() and not (path / LOCK).exists() and not is_empty:
         return walk(path, left_out)
     raise SystemExit(f"{source!r} is no file or folder of texts, nor stdlib, {', '.join(HUB)}")
 
@@ -276,7 +283,7 @@ def find_files(sources, left_out):
 # Files -> records -> texts
 
 PACKED = (".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst", ".lz4")
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # byte 0, which ends texts, and surrogates
+NOT_IN_TEXTS = re.compile("[\0\ud800-\udfff]")  # byte 0, which ends texts, and surrogates
 
 
 def parse_json(data):
@@ -319,7 +326,7 @@ def read_parquet(file, path, field):
 
 
 def read_records(path, field):
-    """What a file holds, each text in a record {field: text}."""
+    """What a file holds as records {field: text}; the text of a plain file is still bytes."""
     name = path.lower()
     open_file = gzip.open if name.endswith(".gz") else open
     name = name.removesuffix(".gz")
@@ -340,9 +347,9 @@ def texts_of(path, field, left_out):
             record = {}
         text = record.get(field)
         if isinstance(text, bytes):
-            # what is no UTF-8 becomes surrogates, which NO_TEXT finds
+            # Here bytes that are no UTF-8 become surrogates, and those are found below.
             text = text.decode("utf-8-sig", errors="surrogateescape")
-        if isinstance(text, str) and not NO_TEXT.search(text):
+        if isinstance(text, str) and not NOT_IN_TEXTS.search(text):
             yield text
         else:
             name = f"{path}, record {number}"
@@ -365,27 +372,22 @@ def read_texts(files, field, left_out):
             raise SystemExit(f"{path!r} changed while it was read: start again")
 
 
-# Texts -> pieces. All cores can share a long text when it comes in pieces. A piece ends where no
-# token reaches across, so the tokens are those of the whole text
+# Texts -> pieces. All cores can share a long text when it comes in pieces. A piece has at least 2^14
+# characters, and then goes on to the next place where no token reaches across, so that the tokens
+# are those of the whole text: before a space, or behind a newline. What is shorter is one piece. And
+# one ends after 2^17 characters without such a place, because tiktoken fails on a million spaces.
 
 Piece = namedtuple("Piece", "split text ends_text")
-PIECE = re.compile(
-    r"""
-    .{16384,131072}?       # at least 2^14 characters, then on to the first of these places:
-    (?: (?<=\S)(?=[ ])     #     before a space that follows a visible character,
-      | (?<=\S)\n(?=\w)    #     behind a newline between a visible character and a letter,
-      | \Z )               #     at the end of the text;
-    | .{1,131072}          # or 2^17 with no such place: tiktoken fails on a million spaces
-    """,
-    re.DOTALL | re.VERBOSE,
-)
+SAFE_PLACE = r"(?<=\S)(?= )|(?<=\S)\n(?=\w)|\Z"  # \Z is the end of the text
+PIECE = re.compile(rf".{{16384,131072}}?(?:{SAFE_PLACE})|.{{1,131072}}", re.DOTALL)
 
 
 def are_few(texts, val_fraction):
-    """Are the different texts too few to give about twenty of them to the smaller split?"""
-    enough = int(20 / min(val_fraction, 1 - val_fraction))
-    enough = min(enough, 1_000_000)  # what follows is kept in memory
-    different = {hash(text) for text in islice(texts, 2 * enough)}  # some of them are copies
+    """Are the texts too few to give about twenty different ones to the smaller split?"""
+    smaller_share = min(val_fraction, 1 - val_fraction)
+    enough = min(int(20 / smaller_share), 1_000_000)  # so many are kept in memory here
+    first_texts = islice(texts, 2 * enough)
+    different = {hash(text) for text in first_texts}
     return len(different) < enough
 
 
@@ -396,7 +398,7 @@ def split_text(text, val_fraction, few):
     """
     if few:
         cut = int(len(text) * (1 - val_fraction))
-        return [("train", text[:cut]), ("val", text[cut:])]
+        return [("train", text[:cut]), ("val", text[cut:])]  # both parts end as a text does
     place = zlib.crc32(text.encode()) / 2**32  # from 0 to 1, by chance, but the same for a copy
     return [("val" if place < val_fraction else "train", text)]
 
@@ -426,7 +428,7 @@ def encode_pieces(pieces, tokenizer):
 
 # Tokens -> shards, and meta.json, which lists them
 
-BLOCK = 1 << 20  # each so many bytes of a shard have a checksum
+BLOCK = 2**20  # bytes of a shard that share a checksum
 
 
 def shard_path(folder, split, number):
@@ -434,7 +436,7 @@ def shard_path(folder, split, number):
 
 
 def checksums(path, step=1):
-    """The size of a file, then the CRC-32 of each of its blocks, or of every `step`th."""
+    """[size of the file, CRC-32 of its first block, ...]: of every block, or of every `step`th."""
     size = path.stat().st_size
     sums = [size]
     with open(path, "rb") as file:
@@ -445,7 +447,7 @@ def checksums(path, step=1):
 
 
 def checksum_of(meta):
-    return zlib.crc32(json.dumps(meta).encode())
+    return zlib.crc32(json.dumps(meta).encode())  # JSON keeps the order of the entries
 
 
 def read_meta(folder):
@@ -466,12 +468,16 @@ def write_meta(folder, meta):
 
 
 def write_shards(folder, meta, waiting):
-    """Write the tokens that wait, a shard for each split, then meta.json, which lists them."""
+    """Write the tokens that wait, {split: [arrays]}, as a shard for each split, then meta.json.
+
+    If this is killed before meta.json is written, the same shards are made once more.
+    """
     for split, arrays in waiting.items():
         if arrays:
             shards = meta[split]["shards"]
             path = shard_path(folder, split, len(shards))
-            write_atomically(path, partial(np.save, arr=np.concatenate(arrays)))
+            tokens = np.concatenate(arrays)
+            write_atomically(path, partial(np.save, arr=tokens))
             shards.append(checksums(path))
             arrays.clear()
     write_meta(folder, meta)
@@ -483,7 +489,7 @@ def show_progress(meta):
 
 
 def write_tokens(folder, meta, encoded, shard_tokens):
-    """Collect the tokens of both splits, and write them whenever there are `shard_tokens`."""
+    """Collect the tokens of both splits, and write them whenever `shard_tokens` wait in both."""
     waiting = {split: [] for split in SPLITS}
     n_waiting = 0
     for piece, tokens in encoded:
@@ -511,42 +517,55 @@ def write_tokens(folder, meta, encoded, shard_tokens):
 
 
 def start_or_continue(folder, request):
-    """The meta.json of an earlier run with the same request, or that of a new one."""
-    progress = {split: {"tokens": 0, "bytes": 0, "shards": []} for split in SPLITS}
-    progress["complete"] = False
-    progress["pieces"] = 0  # how many are in the shards
+    """What meta.json holds is the request and the progress. -> the old one, or one to begin with.
+
+    If there is an old one it has to have the same request.
+    """
+    progress = {
+        "train": {"tokens": 0, "bytes": 0, "shards": []},  # of each shard its `checksums`
+        "val": {"tokens": 0, "bytes": 0, "shards": []},
+        "complete": False,
+        "pieces": 0,  # how many are in the shards
+    }
     meta = read_meta(folder)
     if not meta:
         return request | progress
-    for name in sorted(set(request | meta) - set(progress)):
-        before = meta.get(name, "absent")
+    before = {name: value for name, value in meta.items() if name not in progress}
+    for name in sorted(before.keys() | request.keys()):
+        was = before.get(name, "absent")
         now = request.get(name, "absent")
-        if before != now:
-            trouble = f"{folder} was made with {name!r}: {before}, now {now}"
+        if was != now:
+            trouble = f"{folder} was made with {name!r}: {was}, now {now}"
             raise SystemExit(f"{trouble}: choose another --out")
     return meta
 
 
+def prepare_default(folder="data/stdlib"):
+    """What train.py reads by default, Python's standard library.
+
+    If it is there it is taken, whichever Python it comes from. If another process is making it we
+    wait.
+    """
+    meta = read_meta(Path(folder))
+    if meta and meta["complete"]:
+        return meta
+    return prepare(["stdlib"], folder, wait=True)
+
+
 def prepare(
-    sources=None,
-    out="data/stdlib",
+    sources,
+    out,
     tokenizer="bytes",
     field="text",
     val_fraction=0.1,
     shard_tokens=100_000_000,
+    wait=False,
 ):
     """Write the shards of the sources to the folder `out`, and return what its meta.json holds.
 
-    Without sources it makes the default data, for train.py: if another process is making them it
-    waits, and once complete they are good, whichever Python they come from.
+    wait: until the process that now writes there is done. Otherwise that is an error.
     """
     folder = Path(out)
-    default = sources is None
-    if default:
-        sources = ["stdlib"]
-        meta = read_meta(folder)
-        if meta and meta["complete"]:
-            return meta
     if shard_tokens < 1:
         raise SystemExit(f"shard_tokens is {shard_tokens}, but must be at least 1")
     if not 0 < val_fraction < 1:
@@ -555,7 +574,7 @@ def prepare(
         raise SystemExit(f"{folder} is to be written, it cannot be a source")
     encoder = get_tokenizer(tokenizer)
     left_out = defaultdict(list)
-    with lock(folder, wait=default):
+    with lock(folder, wait):
         try:
             files = find_files(sources, left_out)
         except OSError as error:
@@ -568,11 +587,13 @@ def prepare(
             "vocab_size": encoder.n_vocab,
             "eot": encoder.eot,
         }
-        request |= {f"file {path}": stamp for path, stamp in files.items()}
+        for path, stamp in files.items():
+            request[f"file {path}"] = stamp
         meta = start_or_continue(folder, request)
         if meta["complete"]:
             return meta
-        few = are_few(read_texts(files, field, defaultdict(list)), val_fraction)
+        ignored = defaultdict(list)  # what is left out is told when all is read, below
+        few = are_few(read_texts(files, field, ignored), val_fraction)
         pieces = make_pieces(read_texts(files, field, left_out), val_fraction, few)
         missing = islice(pieces, meta["pieces"], None)  # those that no shard holds yet
         try:
@@ -580,7 +601,8 @@ def prepare(
         finally:
             print(file=sys.stderr)  # ends the line of the progress, whatever comes next
         for reason, names in left_out.items():
-            print(f"left out {len(names)}: {reason} ({str(names[0])!r})", file=sys.stderr)
+            first = repr(str(names[0]))  # control characters in a name are made visible
+            print(f"left out {len(names)}: {reason} ({first})", file=sys.stderr)
     if not meta["complete"]:
         raise SystemExit(f"{sources}: not enough text for two splits, train and val")
     return meta
@@ -602,10 +624,13 @@ def open_data(folder, full=False):
         raise SystemExit(f"{folder} is not complete:  {command}")
     opened = {split: [] for split in SPLITS}
     for split, shards in opened.items():
-        for number, (size, *sums) in enumerate(meta[split]["shards"]):
+        for number, right in enumerate(meta[split]["shards"]):
             path = shard_path(folder, split, number)
-            step = 1 if full else max(1, len(sums) // 32)  # check every so many blocks
-            if not path.is_file() or checksums(path, step) != [size, *sums[::step]]:
+            step = 1
+            if not full:
+                step = max(1, len(right) // 32)  # about 32 blocks, spread over the shard
+            expected = right[:1] + right[1::step]  # the size, and the checksums of these blocks
+            if not path.is_file() or checksums(path, step) != expected:
                 trouble = f"cannot use {path}: it is not what prepare_data.py wrote"
                 raise SystemExit(f"{trouble}: delete {folder} and prepare it again")
             shards.append(np.load(path, mmap_mode="r"))
@@ -615,11 +640,11 @@ def open_data(folder, full=False):
 def read_tokens(shards, start, stop):
     """Tokens `start` to `stop` of a split, as if its shards were one long array."""
     parts = []
+    first = 0  # number of the first token of the shard
     for shard in shards:
-        if start < len(shard) and stop > 0:
-            parts.append(shard[max(0, start) : stop])
-        start -= len(shard)  # now they count from the beginning of the next shard
-        stop -= len(shard)
+        if start < first + len(shard) and stop > first:
+            parts.append(shard[max(0, start - first) : stop - first])
+        first += len(shard)
     return np.concatenate(parts)
 
 
@@ -635,11 +660,11 @@ def main():
     add("--tokenizer", default="bytes", help="bytes, gpt2 or o200k_base")
     add("--field", default="text", help="holds the text in records of JSON, .parquet and the Hub")
     add("--val_fraction", type=float, default=0.1, help="share of the validation split")
-    add("--shard_tokens", type=int, default=100_000_000, help="tokens of a shard")
+    add("--shard_tokens", type=int, default=100_000_000, help="write whenever so many are ready")
     args = parser.parse_args()
     if not args.out:
         name = Path(args.sources[0]).resolve().stem
-        args.out = "data/" + re.sub(r"[^\w.-]", "_", name)  # the command below can be pasted
+        args.out = "data/" + re.sub(r"[^\w.-]", "_", name)  # so that it needs no quotes
         if args.tokenizer != "bytes":
             args.out += f"-{args.tokenizer}"
     try:

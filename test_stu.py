@@ -2091,7 +2091,7 @@ def write_parquet(path, **columns):
 
 
 def test_the_default_data_is_the_standard_library(tmp_path):
-    meta = prepare_data.prepare(out=tmp_path)
+    meta = prepare_data.prepare_default(tmp_path)
     assert meta["vocab_size"] == 256
     assert meta["train"]["tokens"] > 3e6
     assert b"def " in read_split(tmp_path, "val")[:100000].astype(np.uint8).tobytes()
@@ -2475,10 +2475,10 @@ def test_a_folder_has_one_owner_until_its_process_ends(tmp_path, monkeypatch):
         prepare_data.prepare([str(text)], out)
     threading.Timer(0.5, owner.kill).start()
     monkeypatch.setattr(prepare_data, "standard_library", lambda: [text])
-    meta = prepare_data.prepare(out=out)  # the default data is waited for
+    meta = prepare_data.prepare_default(out)  # the default data is waited for
     monkeypatch.undo()
     assert (
-        prepare_data.prepare(out=out) == meta
+        prepare_data.prepare_default(out) == meta
     )  # what is ready is good, whatever Python is there today
     with pytest.raises(SystemExit, match="was made with 'file"):
         prepare_data.prepare(["stdlib"], out)

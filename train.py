@@ -39,7 +39,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from prepare_data import get_tokenizer, lock, open_data, prepare, read_tokens, write_atomically
+from prepare_data import (
+    get_tokenizer,
+    lock,
+    open_data,
+    prepare_default,
+    read_tokens,
+    write_atomically,
+)
 from stu import FlashSTU, FlashSTUConfig
 
 # -----------------------------------------------------------------------------
@@ -370,7 +377,7 @@ if "sample" in given:
 # Data. A split is one long row of tokens, and its window i begins at token i * T
 
 if args.data == defaults["data"]:
-    prepare(out=args.data)  # this is done only if it is not there; other processes wait
+    prepare_default(args.data)  # this is done only if it is not there; other processes wait
 if Path(args.data).is_file():
     sys.exit(f"{args.data} is a text. Prepare it first:  python prepare_data.py {args.data}")
 meta, shards = open_data(args.data)
