@@ -94,7 +94,7 @@ def lock(folder, wait=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokenizers. encode(text) gives ids as int32. decode(ids) gives the text, without end-of-text tokens
+# Tokenizers. encode(text) gives ids as int32; decode(ids) the text, without end-of-text tokens
 
 
 class ByteTokenizer:
@@ -372,10 +372,11 @@ def read_texts(files, field, left_out):
             raise SystemExit(f"{path!r} changed while it was read: start again")
 
 
-# Texts -> pieces. All cores can share a long text when it comes in pieces. A piece has at least 2^14
-# characters, and then goes on to the next place where no token reaches across, so that the tokens
-# are those of the whole text: before a space, or behind a newline. What is shorter is one piece. And
-# one ends after 2^17 characters without such a place, because tiktoken fails on a million spaces.
+# Texts -> pieces. All cores can share a long text when it comes in pieces. A piece has at least
+# 2^14 characters, and then goes on to the next place where no token reaches across, so that the
+# tokens are those of the whole text: before a space, or behind a newline. What is shorter is one
+# piece. And one ends after 2^17 characters without such a place, because tiktoken fails on a
+# million spaces.
 
 Piece = namedtuple("Piece", "split text ends_text")
 SAFE_PLACE = r"(?<=\S)(?= )|(?<=\S)\n(?=\w)|\Z"  # \Z is the end of the text

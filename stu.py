@@ -22,10 +22,9 @@ The letters, everywhere in this file:
     T  length of the input at hand
     d  number of channels; a layer maps d_in channels to d_out
     L  length of the filters, `seq_len`
-    K  number of eigenvectors, `num_eigh`
+    K  number of eigenvectors; the papers' code calls it `num_eigh`
     φ  the eigenvectors, signals of length L: phi [L, K]
-    Φ  the filter bank [L, 2K]: each φ_k(t), and its alternating twin (-1)^t φ_k(t). (The filters
-       of "Hankel-L", section 2, have both signs in themselves. There Φ is φ.)
+    Φ  the filter bank [L, 2K]: each φ_k(t), and its alternating twin (-1)^t φ_k(t)
     M  the weights of an STU
 
 Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.10489), "SpectraLDS"
@@ -71,7 +70,7 @@ def check_integer(name, value, least=1):
     return int(value)
 
 
-def check_number(name, value, most):
+def check_number(name, value, most=1e6):
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
         raise ValueError(f"{name} must be a number from 0 to {most:g}, got {value!r}")
     return float(value)
@@ -91,6 +90,7 @@ def check_window(value):
 
 def check_heads(d_model, n_heads):
     if d_model % (2 * n_heads) != 0:
+        # (Even, because the rotary embedding turns pairs of channels.)
         raise ValueError(f"{n_heads = } does not cut {d_model} channels into heads of even size")
 
 
@@ -107,24 +107,24 @@ class FlashSTUConfig:
     seq_len: int = 8192  # length of the filters; inputs may be longer
     window_size: int = 1024  # how many tokens before itself a token attends to
     num_eigh: int = 24  # number of eigenvectors
-    vocab_size: int = 200064
+    vocab_size: int = 200064  # o200k_base, rounded up
     mlp_scale: float = 4.0  # hidden width of the MLP, as a multiple of n_embd
     bias: bool = False  # in the linear layers
     dropout: float = 0.0
     use_hankel_L: bool = False  # the other Hankel matrix of the paper, see section 2
     use_approx: bool = True  # the smaller of two kinds of STU, STU-T; see section 4
-    use_tensorized: bool = False  # filters made of short ones, see section 9
+    use_tensorized: bool = False  # filters that are products of short ones, see section 9
     use_flash_fft: bool = True  # FlashFFTConv, where it is installed
     use_stu: bool = True  # False: attention in every layer
     use_attn: bool = True  # False: STU in every layer
     softcap: float = 50.0  # bound on attention logits; 0 turns it off
-    stu_enable_mlp_sandwich: bool = False  # an STU between two linear layers, see FlashSTUBlock
-    stu_mlp_hidden_size: int | None = None  # its width there; None: that of the MLP
+    stu_enable_mlp_sandwich: bool = False  # put each STU between two linear layers
+    stu_mlp_hidden_size: int | None = None  # width of the STU between them; None: that of the MLP
     d_in_tile: int | None = None  # these two bound the memory of the convolution,
     d_out_tile: int | None = None  # the smaller the less; the results are the same
     use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
-    torch_dtype: str = "bfloat16"  # of the weights; to train, choose "float32" and autocast
-    max_angle: float = 0.0  # in degrees; > 0: filters also for systems that oscillate, section 2
+    torch_dtype: str = "bfloat16"  # of the weights, as published. To train, choose "float32"
+    max_angle: float = 0.0  # > 0: filters also for systems that oscillate, by this angle a step
 
     def __post_init__(self):
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
@@ -132,9 +132,9 @@ class FlashSTUConfig:
         for name in ("stu_mlp_hidden_size", "d_in_tile", "d_out_tile"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_integer(name, getattr(self, name)))
-        self.mlp_scale = check_number("mlp_scale", self.mlp_scale, most=1e6)
+        self.mlp_scale = check_number("mlp_scale", self.mlp_scale)
         self.dropout = check_number("dropout", self.dropout, most=1.0)
-        self.softcap = check_number("softcap", self.softcap, most=1e6)
+        self.softcap = check_number("softcap", self.softcap)
         self.max_angle = check_number("max_angle", self.max_angle, most=90.0)
         for name in ("use_stu", "use_attn", "use_approx", "use_hankel_L", "use_tensorized"):
             check_flag(name, getattr(self, name))
@@ -167,8 +167,8 @@ class FlashSTUConfig:
 # column for each of these α, with the entries √dα (1-α) α^t, t = 0..L-1. The left singular vectors
 # of G are the eigenvectors of Z, and the eigenvalues of Z are the squares of its singular values.
 # This is not only cheaper, it is also what makes the filters right. In float64 one cannot see an
-# eigenvalue of Z that is 1e-16 of the largest, and at L = 64 all but the first 18 are smaller. For
-# singular values, the square roots, that limit is reached only after twice as many.
+# eigenvalue of Z that is 1e-16 of the largest, and at L = 64 all but the first 18 are smaller. Of
+# singular values, which are their square roots, one sees twice as many.
 
 
 def get_spectral_filters(
@@ -184,14 +184,14 @@ def get_spectral_filters(
     K = check_integer("num_eigh", K)
     max_angle = check_number("max_angle", max_angle, most=90.0)
     check_floating(dtype)
-    # The decays are α = exp(-rate), and log(rate) is evenly spaced. For a smooth function that goes
-    # to zero at both ends, as ours then does, such a sum is as good as the integral: with half the
-    # spacing no filter that is used changes by more than 1e-12. The fastest decay has
-    # forgotten everything after one step. The slowest is constant over L lags, or so slow that the
-    # weight (1-α)² dα is less than 1e-26.
+    # The integral is a sum over decays α = exp(-rate), where log(rate) is evenly spaced. For a
+    # smooth function that goes to zero at both ends, as ours then does, the error of such a sum is
+    # tiny: with half the spacing no filter that is used changes by more than 1e-12.
     spacing = 0.1
-    lowest_log_rate = max(-12 - math.log(L), -21)
-    rate = np.exp(np.arange(3.8, lowest_log_rate, -spacing))
+    fastest = 3.8  # log(rate) of a decay that has forgotten everything after one step
+    slowest = -12 - math.log(L)  # of one that is constant over L lags
+    slowest = max(slowest, -21)  # where the weight (1-α)² dα is less than 1e-26
+    rate = np.exp(np.arange(fastest, slowest, -spacing))
     d_alpha = spacing * rate * np.exp(-rate)  # since dα = -α rate d(log rate)
     exponent = 2 if use_hankel_L else 1
     one_minus = -np.expm1(-exponent * rate)  # 1-α, or 1-α² for Hankel-L
@@ -205,8 +205,9 @@ def get_spectral_filters(
     U, sigma, _ = torch.linalg.svd(R)
     phi = Q @ U
     if max_angle > 0:
-        seen = sigma > 1e-16 * sigma[0]
-        G = (phi * sigma)[:, seen]  # Z = G Gᵀ, with fewer columns than before
+        # Of Z = G Gᵀ with the columns σ φ those suffice that float64 can tell from zero.
+        visible = sigma > 1e-16 * sigma[0]
+        G = phi[:, visible] * sigma[visible]
         phi, sigma = filters_of_a_sector(G, K, math.radians(max_angle))  # section 9
     if K > len(sigma):
         raise ValueError(f"num_eigh must be at most {len(sigma)} at length {L}, got {K}")
@@ -253,34 +254,36 @@ def check_filters(filters):
 
 
 class FilterBank:
-    """The filters Φ [L, 2K] of a layer, in float64, and the same as a recurrence (section 7).
+    """What layers with the same filters share: Φ [L, 2K] in float64, and a recurrence `lds` that
+    computes the same (section 7), or None if there is no such recurrence.
 
     A bank is no part of a module, because a module that is cast to 16 bits must keep its filters.
+    fit_options: how the recurrence is found, see fit_recurrence.
     """
 
     def __init__(self, filters, **fit_options):
         check_filters(filters)
         self.filters = filters.detach().double().cpu()
-        self.lds = fit_recurrence(self.filters, **fit_options)  # None if no recurrence fits
+        self.lds = fit_recurrence(self.filters, **fit_options)
         self.copies = {}
+        # How to make this bank again: a function and its arguments. This is what pickle keeps.
         self.recipe = (partial(FilterBank, **fit_options), (self.filters,))
 
-    def __reduce__(self):  # a pickled bank is the recipe to make it
+    def __reduce__(self):
         return self.recipe
 
-    # A compiler takes the result, which is the same at every call, for a constant.
+    # A compiler need not look inside. It takes the result for a constant.
     @torch.compiler.assume_constant_result
     def on(self, device, dtype):
-        """Copies of the filters and the recurrence for inputs of this dtype, float32 or better."""
+        """(filters, lds) for inputs on this device and of this dtype, in float32 or better."""
         dtype = torch.promote_types(dtype, torch.float32)
         if (device, dtype) not in self.copies:
-            # Under inference_mode the copies could never be used to train. And each is a copy, also
-            # where there is nothing to convert, so that nobody can change the original.
+            # (Tensors that are made under inference_mode could never be used in training.)
             with torch.inference_mode(False):
                 filters = self.filters.to(device, dtype, copy=True)
                 lds = None
                 if self.lds is not None:
-                    lds = SpectralLDS(*(t.to(device, dtype, copy=True) for t in self.lds))
+                    lds = SpectralLDS(*[t.to(device, dtype, copy=True) for t in self.lds])
             self.copies[device, dtype] = (filters, lds)
         return self.copies[device, dtype]
 
@@ -293,8 +296,12 @@ def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False, max_angl
     if use_tensorized:
         phi = get_tensorized_spectral_filters(seq_len, K, use_hankel_L, dtype=torch.float64)
     else:
-        phi = get_spectral_filters(seq_len, K, use_hankel_L, None, torch.float64, max_angle)
-    bank = FilterBank(phi if use_hankel_L else both_signs(phi), max_angle=max_angle)
+        phi = get_spectral_filters(
+            seq_len, K, use_hankel_L, dtype=torch.float64, max_angle=max_angle
+        )
+    if not use_hankel_L:  # whose filters have both signs already
+        phi = both_signs(phi)
+    bank = FilterBank(phi, max_angle=max_angle)
     bank.recipe = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
     return bank
 
@@ -314,12 +321,13 @@ def fft_conv(u, h, most_channels=None):
 
     u [B, d, T], h [d, at most T] -> y [B, d, T]. most_channels: so many are computed at a time.
     """
-    B, d, T = u.shape
+    B, _, T = u.shape
     n = fft_size(T + h.shape[1] - 1)  # on fewer points the end would wrap around to the beginning
-    # A few channels at a time: measured, this is fastest while their spectra fit into the cache.
-    points = 2**24 if u.is_cuda else 2**19
-    tile = min(most_channels or d, points // (B * n))
-    tile = max(tile, 1)
+    # A few channels at a time. Measured, this is fastest while their spectra fit into the cache.
+    cache = 2**24 if u.is_cuda else 2**19  # numbers
+    tile = max(1, cache // (B * n))
+    if most_channels is not None:
+        tile = min(tile, most_channels)
     outputs = []
     for u_tile, h_tile in zip(u.split(tile, dim=1), h.split(tile, dim=0)):
         y_f = rfft(u_tile.to(h.dtype), n=n) * rfft(h_tile, n=n)
@@ -328,7 +336,10 @@ def fft_conv(u, h, most_channels=None):
 
 
 def recompute(function, *inputs):
-    """function(*inputs), of which the backward pass computes the intermediate results again."""
+    """function(*inputs), whose intermediate results are not kept for the backward pass.
+
+    There they are computed again.
+    """
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)
@@ -348,23 +359,25 @@ def full_stu_conv(x, filters, M, most_entries):
     x_f = rfft(x.to(filters.dtype), n=n, dim=1).transpose(0, 1)  # [frequencies, B, d_in]
     filters_f = rfft(filters, n=n, dim=0)  # [frequencies, 2K]
 
-    def multiply(x_band, filters_band):
+    def multiply(x_band, filters_band, M):
         matrices = filters_band @ M.flatten(1).to(filters_band.dtype)  # [band, d_in · d_out]
         return x_band @ matrices.view(-1, d_in, d_out)  # [band, B, d_out]
 
     band = max(1, most_entries // (d_in * d_out))  # so many frequencies at a time
     outputs = []
     for x_band, filters_band in zip(x_f.split(band), filters_f.split(band)):
-        outputs.append(recompute(multiply, x_band, filters_band))
+        outputs.append(recompute(multiply, x_band, filters_band, M))
     y_f = torch.cat(outputs).transpose(0, 1)  # [B, frequencies, d_out]
     return irfft(y_f, n=n, dim=1)[:, :T]
 
 
 # ---- 4. The STU layer ----------------------------------------------------------------------------
 
-# What a layer remembers of the tokens before (section 7): tensors [B, ...], and how many tokens it
-# has read, a tensor without dimensions.
-LayerState = namedtuple("LayerState", "memory position")
+# What a layer remembers of the tokens before, so that an input may come in pieces (section 7). In
+# each `position` is how many tokens were read. It is a tensor, so that a CUDA graph can count.
+STUState = namedtuple("STUState", "S position")  # S [B, n, d], of a recurrence with n states
+InputState = namedtuple("InputState", "inputs position")  # the last inputs [B, at most L, d_in]
+RingState = namedtuple("RingState", "keys values positions position")  # of attention
 
 
 def check_input(x, channels):
@@ -379,10 +392,10 @@ def check_mask(mask, B, T):
     In generation transformers gives a mask of all tokens so far, so it may be longer than the
     input at hand: only its last T columns count.
     """
-    right = mask.ndim == 2 and len(mask) == B and mask.shape[1] >= T
-    if right and mask.dtype != torch.bool and not torch.compiler.is_compiling():
-        right = ((mask == 0) | (mask == 1)).all()
-    if not right:
+    valid = mask.ndim == 2 and len(mask) == B and mask.shape[1] >= T
+    if valid and mask.dtype != torch.bool and not torch.compiler.is_compiling():
+        valid = ((mask == 0) | (mask == 1)).all()
+    if not valid:
         wanted = f"[{B}, at least {T}], 1 at tokens and 0 at padding"
         raise ValueError(f"attention_mask must be {wanted}, got {mask.dtype} {list(mask.shape)}")
     return mask[:, -T:].bool()
@@ -394,12 +407,12 @@ class STU(nn.Module):
     The full STU (use_approx=False) has a matrix M [2K, d_in, d_out], a linear map for each filter.
     STU-T has fewer weights, M_k = M_inputs · diag(M_filters[k]). Then the layer is a projection
     x M_inputs, and a convolution of each channel with a filter of its own, a column of Φ M_filters.
-    In M and M_filters φ_k and its alternating twin have separate rows. With one row for both, as in
-    the published code, φ_k(t) + (-1)^t φ_k(t) is zero at every odd lag.
+    In M and M_filters φ_k and its alternating twin have a row each. The published code has one row
+    for both. But then their sum φ_k(t) + (-1)^t φ_k(t) is all that counts, and it is zero at odd t.
 
-    precomputed_filters: other filters than the eigenvectors, phi [seq_len, K] or a FilterBank.
-    backend: "fft" convolves if the whole input is given and is no longer than seq_len, "lds" runs
-    the recurrence of section 7 also then. For the other options see FlashSTUConfig.
+    precomputed_filters: other filters than the eigenvectors, phi [seq_len, K], or a whole bank.
+    backend: "fft" convolves, and takes the recurrence of section 7 only where that is needed, in
+    pieces and past seq_len. "lds" always takes the recurrence. Other options: FlashSTUConfig.
     """
 
     def __init__(
@@ -423,8 +436,12 @@ class STU(nn.Module):
         self.d_in = check_integer("d_in", d_in)
         self.d_out = check_integer("d_out", d_out)
         self.seq_len = check_integer("seq_len", seq_len)
-        self.d_in_tile = check_integer("d_in_tile", d_in if d_in_tile is None else d_in_tile)
-        self.d_out_tile = check_integer("d_out_tile", d_out if d_out_tile is None else d_out_tile)
+        if d_in_tile is None:
+            d_in_tile = d_in
+        if d_out_tile is None:
+            d_out_tile = d_out
+        self.d_in_tile = check_integer("d_in_tile", d_in_tile)
+        self.d_out_tile = check_integer("d_out_tile", d_out_tile)
         check_flag("use_approx", use_approx)
         check_flag("use_hankel_L", use_hankel_L)
         check_flag("use_tensorized", use_tensorized)
@@ -434,7 +451,7 @@ class STU(nn.Module):
         if backend not in ("fft", "lds"):
             raise ValueError(f'backend must be "fft" or "lds", got {backend!r}')
 
-        self.has_own_filters = precomputed_filters is not None
+        self.has_own_filters = precomputed_filters is not None  # then they are saved, section 10
         if precomputed_filters is None:
             self.bank = standard_bank(
                 self.seq_len, num_eigh, use_hankel_L, use_tensorized, max_angle
@@ -449,7 +466,6 @@ class STU(nn.Module):
         L, n_filters = self.bank.filters.shape
         if L != seq_len:
             raise ValueError(f"filters must have the length {seq_len = }, got {L}")
-        # Filters that were given are saved and loaded with the weights (section 10).
         self.register_state_dict_post_hook(save_own_filters)
         self.register_load_state_dict_pre_hook(load_own_filters)
 
@@ -477,8 +493,9 @@ class STU(nn.Module):
         """x [B, T, d_in] -> y [B, T, d_out], or with use_cache (y, state).
 
         An input may come in pieces of any size: begin with state None, then give the state that
-        the last call returned. Do not use a state again that was given to a call: its tensors may
-        have been overwritten. Past seq_len the recurrence lets the filters fade out.
+        the last call returned. A state that was given to a call cannot be used again: where no
+        gradient is asked for, its tensors are overwritten. (select_rows copies a state.)
+        An input may be longer than seq_len. The filters then go on, and fade out.
         attention_mask [B, T] is 0 at padding, which then counts as an input of zeros.
         """
         check_input(x, self.d_in)
@@ -486,7 +503,8 @@ class STU(nn.Module):
         if attention_mask is not None:
             mask = check_mask(attention_mask, B, T)
             x = x.masked_fill(~mask[:, :, None], 0)
-        if use_cache or state is not None or T > self.seq_len or self.backend == "lds":
+        in_pieces = use_cache or state is not None
+        if in_pieces or T > self.seq_len or self.backend == "lds":
             y, state = self.go_on(x, state)
         else:
             y = self.convolve(x)
@@ -500,7 +518,9 @@ class STU(nn.Module):
         filters, _ = self.bank.on(x.device, x.dtype)
         filters = filters[:T]  # lags that the input does not reach are left out
         if not self.use_approx:
-            most_entries = 64 * self.d_in_tile * self.d_out_tile
+            most_entries = (
+                64 * self.d_in_tile * self.d_out_tile
+            )  # 64 frequencies, if no tile is set
             return full_stu_conv(x, filters, self.M, most_entries).to(x.dtype)
         # One matrix product for the whole batch, channels first, as the FFT wants them.
         u = self.M_inputs.T @ x.flatten(0, 1).T  # [d_out, B T]
@@ -528,27 +548,25 @@ class STU(nn.Module):
         B, T, d = u.shape
         n = len(lds.b)
         if state is None:
-            state = start_state(lds.b.new_zeros(B, n, d))
-        (S,) = state.memory
-        check_state(S, [B, n, d])
+            state = STUState(lds.b.new_zeros(B, n, d), zero_position(x))
+        check_state(state.S, [B, n, d])
         with torch.autocast(x.device.type, enabled=False):
             recurrence = recur_one if T == 1 else recur
-            y, S_after = recurrence(u.to(S.dtype), S, lds, M.to(S.dtype))
-        S = overwrite(S, S_after)
+            y, S = recurrence(u.to(state.S.dtype), state.S, lds, M.to(state.S.dtype))
+        S = overwrite(state.S, S)
         position = overwrite(state.position, state.position + T)
-        return y.to(u.dtype), LayerState((S,), position)
+        return y.to(u.dtype), STUState(S, position)
 
     def go_on_from_inputs(self, x, state):
         """If no recurrence fits the filters: convolve again with the last seq_len inputs."""
         B, T, _ = x.shape
         if state is None:
-            state = start_state(x[:, :0])
-        (past,) = state.memory
-        check_state(past, [B, past.shape[1], self.d_in])
-        inputs = torch.cat([past.to(x.dtype), x], dim=1)
+            state = InputState(x.new_zeros(B, 0, self.d_in), zero_position(x))
+        check_state(state.inputs, [B, state.inputs.shape[1], self.d_in])
+        inputs = torch.cat([state.inputs.to(x.dtype), x], dim=1)
         y = self.convolve(inputs)[:, -T:]
-        past = inputs[:, -self.seq_len :].clone()  # a slice alone would keep all of it in memory
-        return y, LayerState((past,), state.position + T)
+        inputs = inputs[:, -self.seq_len :].clone()  # a slice alone would keep all of it in memory
+        return y, InputState(inputs, state.position + T)
 
 
 # ---- 5. Sliding-window attention -----------------------------------------------------------------
@@ -599,29 +617,31 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
         position = torch.arange(k.shape[2], device=k.device)[None]
     tile = 512 if q.is_cuda else 128  # measured
     q_tiles = q.split(tile, dim=2)
-    # Keys are cut into the same tiles, and tile 0 of the keys is the past. They are all cut at
-    # once: had each tile of queries its own slice of the keys, then the gradient of each of these
-    # slices would be a tensor as long as all keys.
+    # Keys are cut into the same tiles, but before them there is the past, of any length:
+    #     keys     | past | 1 | 2 | 3 | ...
+    #     queries         | 1 | 2 | 3 | ...
+    # (They are all cut at once. If each tile of queries had its own slice of the keys, the gradient
+    # of every slice would be as long as all keys.)
     sizes = [k.shape[2] - q.shape[2]]
     sizes += [q_tile.shape[2] for q_tile in q_tiles]
     k_tiles = k.split(sizes, dim=2)
     v_tiles = v.split(sizes, dim=2)
     position_tiles = position.split(sizes, dim=1)
-    reach = math.ceil(window / tile)  # so many tiles back a window reaches
+    reach = math.ceil(window / tile)  # a query sees its own tile and at most so many before that
     outputs = []
     for i, q_tile in enumerate(q_tiles, start=1):
-        near = slice(max(0, i - reach), i + 1)
-        k_near = torch.cat(k_tiles[near], dim=2)
-        v_near = torch.cat(v_tiles[near], dim=2)
-        k_position = torch.cat(position_tiles[near], dim=1)
+        first = max(0, i - reach)
+        k_near = torch.cat(k_tiles[first : i + 1], dim=2)
+        v_near = torch.cat(v_tiles[first : i + 1], dim=2)
+        k_position = torch.cat(position_tiles[first : i + 1], dim=1)
         y = attend(q_tile, k_near, v_near, position_tiles[i], k_position, window, softcap)
         outputs.append(y)
     return torch.cat(outputs, dim=2)
 
 
-# A key that nobody may see has a position far before all others: padding by FAR_AWAY, the empty
-# slots of a state by twice as much. So the window alone decides who sees whom. (Padding sees
-# padding. It must see something, because a softmax over nothing is NaN.)
+# Only the window decides who sees whom. So what no token may see is given a position out of reach:
+# padding one that is FAR_AWAY before its own, the empty slots of a state one that is twice as far.
+# (Padding sees padding. It must see something, because a softmax over nothing is NaN.)
 FAR_AWAY = 2**40
 
 
@@ -635,7 +655,7 @@ class SlidingWindowAttention(nn.Module):
         check_heads(d_model, n_heads)
         self.head_size = d_model // n_heads
         self.window = check_window(window_size)
-        self.softcap = check_number("softcap", softcap, most=1e6)
+        self.softcap = check_number("softcap", softcap)
         self.c_attn = nn.Linear(d_model, 3 * d_model, bias)
         self.c_proj = nn.Linear(d_model, d_model, bias)
         self.q_norm = nn.RMSNorm(self.head_size, eps=1e-6)
@@ -660,35 +680,36 @@ class SlidingWindowAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, head_size]
         q = rotate(self.q_norm(q), rotation).to(v.dtype)  # (angles are float32)
         k = rotate(self.k_norm(k), rotation).to(v.dtype)
-        begins = state is None
-        if not begins:
+        is_first_piece = state is None
+        if not is_first_piece:
             y, state = self.go_on(q, k, v, position, state)
         elif flash_attn_func is not None and attention_mask is None and on_cuda_16_bit(q):
             y = flash_attention(q, k, v, self.window, self.softcap)  # section 9
         else:
             y = windowed_attention(q, k, v, self.window, self.softcap, position)
-        if use_cache and begins:
-            state = write_to_ring(start_ring(k, self.window), k, v, position)  # section 7
+        if use_cache and is_first_piece:
+            empty = start_ring(k, self.window)  # section 7
+            state = write_to_ring(empty, k, v, position)
         y = self.c_proj(y.transpose(1, 2).flatten(2))
         return (y, state) if use_cache else y
 
     def go_on(self, q, k, v, position, state):
         """Attention to what the state holds and to the new tokens -> y, the state after them."""
         B, _, T, _ = q.shape
-        keys, values, positions = state.memory
-        check_state(keys, [B, self.n_heads, self.window + 1, self.head_size])
-        if T == 1:
-            # The new key takes the slot of the one that leaves the window, and the token attends
-            # to the ring as it is: shapes and addresses are the same for every token.
-            state = write_to_ring(state, k, v, position)
-            keys, values, positions = state.memory
-            y = attend(q, keys, values, position, positions, self.window, self.softcap)
-            return y, state
-        keys = torch.cat([keys, k], dim=2)
-        values = torch.cat([values, v], dim=2)
-        positions = torch.cat([positions, position.expand(B, T)], dim=1)
-        y = windowed_attention(q, keys, values, self.window, self.softcap, positions)
-        return y, write_to_ring(state, k, v, position)
+        check_state(state.keys, [B, self.n_heads, self.window + 1, self.head_size])
+        if T > 1:
+            keys = torch.cat([state.keys, k], dim=2)
+            values = torch.cat([state.values, v], dim=2)
+            positions = torch.cat([state.positions, position.expand(B, T)], dim=1)
+            y = windowed_attention(q, keys, values, self.window, self.softcap, positions)
+            return y, write_to_ring(state, k, v, position)
+        # A single token takes the slot of the one that leaves the window, and attends to the ring
+        # as it is. So every token finds tensors of the same shape at the same place in memory, as a
+        # CUDA graph wants it.
+        state = write_to_ring(state, k, v, position)
+        keys, values, positions, _ = state
+        y = attend(q, keys, values, position, positions, self.window, self.softcap)
+        return y, state
 
 
 # ---- 6. Block and model --------------------------------------------------------------------------
@@ -710,28 +731,14 @@ class MLP(nn.Module):
 class FlashSTUBlock(nn.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is an STU, or attention.
 
-    The model gives a config. By hand one gives sizes, and other fields of FlashSTUConfig by name.
+    options: other fields of FlashSTUConfig, by name.
     In the sandwich the mixer is down(STU(silu(up(x)))), with an STU of another width.
     """
 
-    def __init__(
-        self,
-        d_model=None,
-        sequence_length=None,
-        num_filters=None,
-        use_attention=False,
-        *,
-        config=None,
-        **options,
-    ):
+    def __init__(self, d_model, sequence_length, num_filters=24, use_attention=False, **options):
         super().__init__()
-        if config is not None and (d_model or sequence_length or num_filters or options):
-            raise ValueError("give a block either a config, or sizes and options")
-        c = config
-        if c is None:
-            options["use_attn"] = use_attention  # without attention n_heads does not matter
-            options["num_eigh"] = num_filters or 24
-            c = FlashSTUConfig(d_model, seq_len=sequence_length, **options)
+        options["use_attn"] = use_attention  # for an STU n_heads does not matter
+        c = FlashSTUConfig(d_model, seq_len=sequence_length, num_eigh=num_filters, **options)
         d = c.n_embd
         mlp_width = int(d * c.mlp_scale)
         stu_width = d
@@ -769,11 +776,13 @@ class FlashSTUBlock(nn.Module):
         if self.sandwich is not None:
             h = F.silu(self.sandwich[0](h))
         if self.use_attention:
-            h = self.mixer(h, state, use_cache, attention_mask, rotation)
+            output = self.mixer(h, state, use_cache, attention_mask, rotation)
         else:
-            h = self.mixer(h, state, use_cache, attention_mask)
+            output = self.mixer(h, state, use_cache, attention_mask)
         if use_cache:
-            h, state = h
+            h, state = output
+        else:
+            h = output
         if self.sandwich is not None:
             h = self.sandwich[1](h)
         x = x + self.dropout(h)
@@ -808,8 +817,8 @@ def check_ids(ids, vocab_size, ignored=None):
 class TiedEmbedding(nn.Embedding):
     """Token ids [B, T] -> their rows [B, T, d], or vectors [..., d] -> logits [..., vocab_size].
 
-    Both are done here, because libraries that move a weight only for the time in which it is used
-    watch the calls of its module.
+    Both are done here, because libraries that move weights to the GPU only while they are used, as
+    accelerate does, watch the calls of a module.
     """
 
     def forward(self, x):
@@ -831,12 +840,14 @@ class LanguageModel(nn.Module):
         self.gradient_checkpointing = c.use_gradient_checkpointing  # transformers sets it, too
         self.tok_emb = TiedEmbedding(c.vocab_size, c.n_embd)
         self.dropout = nn.Dropout(c.dropout)
+        options = c.to_dict()
+        sizes = [options.pop(name) for name in ("n_embd", "seq_len", "num_eigh")]
         self.layers = nn.ModuleList()
         for i in range(c.n_layers):
             use_attention = c.use_attn and i % 2 == 1
             if not c.use_stu:
                 use_attention = True
-            self.layers.append(FlashSTUBlock(config=c, use_attention=use_attention))
+            self.layers.append(FlashSTUBlock(*sizes, use_attention, **options))
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
         # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix
@@ -939,101 +950,124 @@ class LanguageModel(nn.Module):
 # each step, with g = √(1-p²) and the old S_i on the right,
 #     S_i     = p S_i + g v_i
 #     v_{i+1} = g S_i - p v_i.
-# The matrix [p g; g -p] is orthogonal, therefore so is one step of the whole chain, from (S, u) to
-# (S, v_{n+1}). Its first n rows are [A b], hence I = b bᵀ + A I Aᵀ. Put the right side in for the I
-# between A and Aᵀ, again and again: I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., since A^t -> 0.
-# This says that ψ(t) = A^t b, the answers of the n sections to an impulse, are orthonormal signals.
+# Why the answers of the sections to an impulse, ψ(t) = A^t b, are orthonormal signals:
+#     The matrix [p g; g -p] is orthogonal: what a section holds and what leaves it have the same
+#     sum of squares as what it held and what entered.
+#     So one step of the whole chain, from (S, u) to (new S, v_{n+1}), is an orthogonal matrix.
+#     Its first n rows are [A b], and rows of such a matrix are orthonormal: A Aᵀ + b bᵀ = I.
+#     Put this sum in for the I of A I Aᵀ, again and again. Since A^t goes to 0, this gives
+#     I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., which is Σ_t ψ(t) ψ(t)ᵀ.
 # Then their weights C are about as large as the filters, not larger, and float32 is right to 1e-6.
-# (This is the Takenaka-Malmquist basis.)
+# This is the Takenaka-Malmquist basis.
 #
-# What rings is a pair of decays r e^(±iθ), and its section holds two numbers (Kautz' basis). A step
-# is two rotations (x, y) -> (c x - s y, s x + c y), which are orthogonal too. The first, c = r²,
-# turns (S_j, v_i) into an inner number and what leaves. The second, c = 2r cos θ / (1 + r²), turns
-# S_i and the inner number into the new S_i and S_j. The characteristic polynomial of the two is
-# z² - 2r cos θ z + r².
+# What oscillates is a pair of decays p = r e^(iθ) and r e^(-iθ), and its section holds two numbers
+# (Kautz' basis). A step is two rotations, which are orthogonal too. The first turns S_j and v_i
+# into an inner number and what leaves, by an angle with cosine r². The second turns S_i and the
+# inner number into the new S_i and S_j, by an angle with cosine 2r cos θ / (1 + r²). Together they
+# are a matrix from (S_i, S_j) to the new ones that has the eigenvalues r e^(±iθ).
 
 # powers: A^0, A^1, ..., A^chunk [chunk + 1, n, n]; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 
 
-def choose_decays(L, n_filters, n_pairs, max_angle):
-    """Decays of both signs, ±α, and for a sector r e^(iθ) too, each with its mirror image."""
-    # The real ones forget within 1/8 of a step up to L steps.
-    memory = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_pairs))
-    decays = list(np.exp(-1 / memory))
-    # Those of a sector lie on arcs, that is, have a common memory, of L/3 steps or less. The angles
-    # it can tell apart differ by 1/memory or so. Few filters of a wide sector do not reach back as
-    # far as L, nor do the arcs need to. (These numbers were found by trial, for an error of 1e-6.)
-    arc = L / 3
-    if max_angle > 0:
-        arc = min(arc, (0.6 * n_filters + 60) / max_angle)
-    while arc * max_angle > 1.5:
-        n_angles = round(arc * max_angle / 3)
-        for angle in np.linspace(0, max_angle, n_angles + 1)[1:]:
-            decays.append(cmath.rect(math.exp(-1 / arc), angle))
-        arc = arc / 1.65
-    with_mirror_images = []
+def real_decays(L, n_decays):
+    """Decays that forget within 1/8 of a step up to L steps."""
+    steps = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_decays))
+    return list(np.exp(-1 / steps))
+
+
+def decays_of_a_sector(L, n_filters, max_angle):
+    """Decays r e^(iθ), 0 < θ <= max_angle, on arcs of one r each.
+
+    The numbers were found by trial, for an error of 1e-6.
+    """
+    decays = []
+    # On an arc all forget within so many steps. Few filters of a wide sector do not reach back as
+    # far as L, so the arcs need not either.
+    steps = min(L / 3, (0.6 * n_filters + 60) / max_angle)
+    while steps * max_angle > 1.5:  # the real decays do for shorter ones
+        n_angles = round(steps * max_angle / 3)  # the angles it can tell apart differ by 1/steps
+        for i in range(n_angles):
+            angle = max_angle * (i + 1) / n_angles
+            decays.append(cmath.rect(math.exp(-1 / steps), angle))
+        steps = steps / 1.65
+    return decays
+
+
+def count_states(decays):
+    return sum(1 if p.imag == 0 else 2 for p in decays)
+
+
+def turn(x, y, c):
+    """Turn (x, y) by the angle with cosine c."""
+    s = math.sqrt((1 - c) * (1 + c))
+    return c * x - s * y, s * x + c * y
+
+
+def chain_of_sections(decays):
+    """A [n, n] and b [n] of the chain described above."""
+    n = count_states(decays)
+    # What a section holds, and what goes from one to the next, is a weighted sum of the old
+    # S_1, ..., S_n and u. It is written as the row of its weights.
+    S = np.eye(n + 1)[:n]
+    v = np.eye(n + 1)[n]  # u enters the first section
+    new = []  # the rows of the new S_1, S_2, ...
     for p in decays:
-        with_mirror_images += [p, -p.conjugate()]
-    return with_mirror_images
+        i = len(new)
+        if p.imag == 0:
+            p = p.real
+            g = math.sqrt((1 - p) * (1 + p))
+            new.append(p * S[i] + g * v)
+            v = g * S[i] - p * v
+        else:
+            inner, v = turn(S[i + 1], v, abs(p) ** 2)
+            new_i, new_j = turn(S[i], inner, 2 * p.real / (1 + abs(p) ** 2))
+            new += [new_i, new_j]
+    new = np.stack(new)
+    return new[:, :n], new[:, n]
 
 
 def fit_recurrence(
     filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6, most_ringing=0.5, max_angle=0.0
 ):
-    """The system that answers an impulse with the filters [L, 2K], a SpectralLDS of n = 2 n_pairs
-    states, and more for a sector, or None.
+    """The system that answers an impulse with the filters [L, 2K], a SpectralLDS, or None.
 
+    Its decays are n_pairs of real ones, α and -α, and up to max_angle, in degrees, others.
+    fade: weight of the answer after lag L, which should be small.
     It is None if the error is more than `tolerance` of the largest value of a filter, or if what
     comes after lag L is more than `most_ringing` of a filter, as it is for filters that are no sums
-    of decays. It is also None if it took more than 512 states.
+    of decays. It is also None if it took more than 512 states. chunk: see recur.
     """
     bank = filters.numpy()
     L = len(bank)
     if n_pairs is None:
         n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
-    decays = choose_decays(L, bank.shape[1], n_pairs, math.radians(max_angle))
-    n = len(decays) + sum(p.imag != 0 for p in decays)
+    decays = real_decays(L, n_pairs)
+    if max_angle > 0:
+        decays += decays_of_a_sector(L, bank.shape[1], math.radians(max_angle))
+    with_mirror_images = []  # the same, but alternating in sign
+    for p in decays:
+        with_mirror_images += [p, -p.conjugate()]
+    n = count_states(with_mirror_images)
     if n > 512:
         return None
-
-    # What enters a section is a weighted sum of S_1, ..., S_n and u, written as a row of weights.
-    *held, enters = np.eye(n + 1)  # S_1, ..., S_n, and u, which enters the first section
-    new = []  # what S_1, S_2, ... become
-    for p in decays:
-        S_i = held[len(new)]
-        if p.imag == 0:
-            p = p.real
-            g = math.sqrt((1 - p) * (1 + p))
-            new.append(p * S_i + g * enters)
-            enters = g * S_i - p * enters
-        else:
-            S_j = held[len(new) + 1]
-            r2 = abs(p) ** 2
-            g = math.sqrt((1 - r2) * (1 + r2))
-            inner = r2 * S_j - g * enters
-            enters = g * S_j + r2 * enters
-            c = 2 * p.real / (1 + r2)
-            s = abs(1 - p**2) / (1 + r2)
-            new.append(c * S_i - s * inner)
-            new.append(s * S_i + c * inner)
-    A = np.stack(new)[:, :n]
-    b = np.stack(new)[:, n]
+    A, b = chain_of_sections(with_mirror_images)
 
     psi = [b]
     for _ in range(L - 1):
         psi.append(A @ psi[-1])
     psi = np.stack(psi)  # [L, n], ψ(t) = A^t b
     # The best C minimises Σ_{t<L} |C ψ(t) - Φ(t)|². It may make the answer grow after lag L, where
-    # the filters say nothing, so we add fade² Σ_{t>=L} |C ψ(t)|². With ψ orthonormal over all t,
-    # and ψ(t + L) = A^L ψ(t), the sum of ψψᵀ over t >= L is P = A^L (A^L)ᵀ, and over t < L I - P.
+    # the filters say nothing. So we add fade² Σ_{t>=L} |C ψ(t)|². Both are least squares, whose
+    # normal equations need the sums of ψ(t) ψ(t)ᵀ before and after L. After L we have
+    # ψ(t + L) = A^L ψ(t), so there the sum is A^L I (A^L)ᵀ. Together they are I.
     A_L = np.linalg.matrix_power(A, L)
-    P = A_L @ A_L.T
-    gram = np.eye(n) - P + fade**2 * P
-    C = np.linalg.solve(gram, psi.T @ bank).T  # the normal equations
+    gram_after = A_L @ A_L.T
+    gram_before = np.eye(n) - gram_after
+    C = np.linalg.solve(gram_before + fade**2 * gram_after, psi.T @ bank).T
     error = np.abs(psi @ C.T - bank).max() / np.abs(bank).max()
     norm = np.linalg.norm(bank, axis=0).max()
-    norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()
+    norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()  # of Cψ(L), Cψ(L+1), ...
     if error > tolerance or norm_after_L > most_ringing * norm:
         return None
     powers = [np.eye(n)]
@@ -1078,10 +1112,11 @@ def recur(u, S, lds, M):
     u = F.pad(u, (0, 0, 0, len(states) * size - T))  # zeros, to fill the last chunk
     u = u.view(B, len(states), size, d).transpose(0, 1)  # [chunks, B, size, d]
 
+    filters = psi @ C.T  # [lag, 2K]
     t = torch.arange(size, device=u.device)
-    lag = t[:, None] - t
-    answer = (psi @ C.T)[lag.clamp(min=0)]  # the filters at lag t - i: [t, i, 2K]
-    to_inputs = answer.masked_fill((lag < 0)[:, :, None], 0)
+    lag = t[:, None] - t  # from an input at i to the output at t
+    to_inputs = filters[lag.clamp(min=0)]  # [t, i, 2K]
+    to_inputs = to_inputs.masked_fill((lag < 0)[:, :, None], 0)  # inputs that are yet to come
     to_state = C @ powers[1 : size + 1]  # [t, 2K, n]
     if M.ndim == 2:
         # STU-T: first the filter of each channel d, then all chunks c at once
@@ -1103,9 +1138,8 @@ def recur(u, S, lds, M):
     return y[:, :T], S
 
 
-def start_state(*memory):
-    position = torch.zeros((), dtype=torch.long, device=memory[0].device)
-    return LayerState(memory, position)
+def zero_position(x):
+    return torch.zeros((), dtype=torch.long, device=x.device)
 
 
 def check_state(memory, shape):
@@ -1115,9 +1149,9 @@ def check_state(memory, shape):
 
 
 def overwrite(old, new):
-    """Write `new` into the memory of `old`, unless gradients are asked for, which need the old.
+    """Write `new` where `old` is, unless gradients are asked for, which need the old.
 
-    So a stream of tokens allocates nothing, and a CUDA graph finds each state where it was.
+    So the state of a stream of tokens stays where it is in memory, as a CUDA graph wants it.
     """
     if torch.is_grad_enabled():
         return new
@@ -1132,13 +1166,14 @@ def start_ring(k, window):
     """
     B, H, _, head_size = k.shape
     keys = k.new_zeros(B, H, window + 1, head_size)
-    positions = torch.full((B, window + 1), -2 * FAR_AWAY, device=k.device)  # of an empty slot
-    return start_state(keys, keys.clone(), positions)
+    values = torch.zeros_like(keys)
+    positions = torch.full((B, window + 1), -2 * FAR_AWAY, device=k.device)
+    return RingState(keys, values, positions, zero_position(k))
 
 
 def write_to_ring(state, k, v, position):
     """The state after tokens with keys and values [B, H, T, head_size] at positions [B or 1, T]."""
-    keys, values, positions = state.memory
+    keys, values, positions, n_read = state
     if torch.is_grad_enabled():
         keys = keys.clone()
         values = values.clone()
@@ -1146,13 +1181,12 @@ def write_to_ring(state, k, v, position):
     B, _, T, _ = k.shape
     n_slots = keys.shape[2]
     n_new = min(T, n_slots)  # of a piece that is longer than the ring only the end is kept
-    token = state.position + torch.arange(T - n_new, T, device=k.device)
+    token = n_read + torch.arange(T - n_new, T, device=k.device)
     slot = token % n_slots
     keys.index_copy_(2, slot, k[:, :, -n_new:])
     values.index_copy_(2, slot, v[:, :, -n_new:])
     positions.index_copy_(1, slot, position[:, -n_new:].expand(B, n_new))
-    position_after = overwrite(state.position, state.position + T)
-    return LayerState((keys, values, positions), position_after)
+    return RingState(keys, values, positions, overwrite(n_read, n_read + T))
 
 
 def select_rows(state, rows):
@@ -1163,8 +1197,10 @@ def select_rows(state, rows):
     copies = []
     for layer_state in state:
         index = torch.as_tensor(rows, device=layer_state.position.device)
-        memory = tuple(t.index_select(0, index) for t in layer_state.memory)
-        copies.append(LayerState(memory, layer_state.position.clone()))
+        rows_of = {}
+        for name, t in layer_state._asdict().items():
+            rows_of[name] = t.clone() if name == "position" else t.index_select(0, index)
+        copies.append(layer_state._replace(**rows_of))
     return copies
 
 
@@ -1205,7 +1241,7 @@ class FlashSTU(LanguageModel):
         """
         ids = check_ids(input_ids, self.config.vocab_size)
         check_integer("max_new_tokens", max_new_tokens, least=0)
-        check_number("temperature", temperature, most=1e6)
+        check_number("temperature", temperature)
         check_integer("top_k", top_k, least=0)
         if check_number("top_p", top_p, most=1.0) == 0:
             raise ValueError("top_p must be more than 0")
@@ -1220,10 +1256,11 @@ class FlashSTU(LanguageModel):
         def tokens(ids):
             stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
             for _ in range(max_new_tokens):
-                # The prompt in pieces, so that memory is bounded; later one token.
+                # First these are the prompt, in pieces so that memory is bounded, later one token.
                 for piece in ids.split(self.config.seq_len, dim=1):
-                    x, after = self.hidden(piece, state or None, use_cache=True)
-                    state[:] = after
+                    before = state if len(state) > 0 else None
+                    x, after = self.hidden(piece, before, use_cache=True)
+                    state[:] = after  # the caller's list
                 logits = self.logits(x[:, -1]).float()
                 token = sample(logits, temperature, top_k, top_p, generator)
                 if stop_token is not None:
@@ -1284,49 +1321,69 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def filters_of_a_sector(G, K, max_angle):
-    """Z = G Gᵀ holds the decays r^t; the top K eigenvectors for r^t cos θt and r^t sin θt together.
+    """If Z = G Gᵀ is made for the decays r^t, the top K eigenvectors of the matrix that is made
+    for r^t cos θt and r^t sin θt, |θ| <= max_angle, and the square roots of the eigenvalues.
 
-    Since cos θt cos θs + sin θt sin θs = cos θ(t-s), each entry Z_ts is multiplied by the average
-    of cos θ(t-s) over |θ| <= max_angle. The weight stays (1-r)². (Measured: with |1-α|² or none,
-    poles of radius 0.999 need 3 to 10% fewer filters, but poles of radius 0.9 up to 45% more.)
+    cos θt cos θs + sin θt sin θs = cos θ(t-s), so its entry t, s is Z_ts times the mean of
+    cos θ(t-s). We keep the weight (1-r)². (Measured: with |1-α|² or none, poles of radius 0.999
+    need 3 to 10% fewer filters, but poles of radius 0.9 up to 45% more.)
     """
-    # The average over θ is a sum over Gauss-Legendre's angles from 0 to max_angle, which is exact
-    # from a few more than L · max_angle / 4 of them on. Written as E Eᵀ, E has a column for each
-    # cosine and each sine. (The weights that `leggauss` gives are right to 1e-14, which is not
-    # enough for the weak filters. These are right to 1e-16.)
+    # With a cosine and a sine of each of many angles as columns of E, the mean is E Eᵀ.
     L = len(G)
-    n_angles = math.ceil(L * max_angle / 4 + math.sqrt(L * max_angle)) + 40
-    nodes, _ = legendre.leggauss(n_angles)  # from -1 to 1
-    polynomials = legendre.legvander(nodes, n_angles - 1)  # [n_angles, n_angles]
-    weights = 1 / (polynomials**2 @ np.arange(1, 2 * n_angles, 2))  # they add up to 1
-    angles = np.outer(np.arange(L), max_angle * (1 + nodes) / 2)
-    E = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    angles, weights = angles_and_weights(L, max_angle)
+    turns = np.outer(np.arange(L), angles)
+    E = np.concatenate([np.cos(turns), np.sin(turns)], axis=1)
     E = torch.from_numpy(E * np.sqrt(np.tile(weights, 2)))  # [L, 2 n_angles]
+
     # The entrywise product of G Gᵀ and E Eᵀ is H Hᵀ, where H has a column for each column of G
-    # times each of E. These are too many to write down, but H times a vector is cheap. A vector
-    # that is multiplied by H Hᵀ again and again turns towards the top eigenvectors. The span of all
-    # vectors on its way holds them to 1e-12 (Lanczos: each is made orthogonal to those before it).
+    # times each of E. These are too many to write down, but products with H are cheap.
+    def multiply_by_H_transposed(v):
+        return E.T @ (v[:, None] * G)  # [2 n_angles, columns of G]
+
+    def multiply_by_H(w):
+        return ((E @ w) * G).sum(dim=1)
+
+    # Lanczos' method. A vector that is multiplied by H Hᵀ again and again turns towards the top
+    # eigenvectors. The span of all vectors on its way holds them to 1e-12.
     steps = min(L, 2 * K + 32)
     basis = G.new_zeros(L, steps)
-    images = []  # Hᵀ times each vector of the basis
+    images = []  # W: Hᵀ times each vector of the basis
     v = torch.from_numpy(np.random.default_rng(0).standard_normal(L))
     for i in range(steps):
-        for _ in range(3):  # once is not enough where little is left of v
+        for _ in range(3):  # what is left of v may be tiny, and then once is not enough
             v = v - basis @ (basis.T @ v)
             v = v / v.norm()
         basis[:, i] = v
-        image = E.T @ (v[:, None] * G)  # [2 n_angles, columns of G]
+        image = multiply_by_H_transposed(v)
         images.append(image.flatten())
-        v = ((E @ image) * G).sum(dim=1)
-    R = torch.linalg.qr(torch.stack(images, dim=1)).R
+        v = multiply_by_H(image)
+    # Within the span of the basis the matrix is WᵀW. Its eigenvectors are the right singular
+    # vectors of W, and of the small R in W = Q R.
+    W = torch.stack(images, dim=1)
+    R = torch.linalg.qr(W).R
     _, sigma, Vh = torch.linalg.svd(R)
     return basis @ Vh.T, sigma
 
 
-def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
-    """Kronecker products φ_i ⊗ φ_j of short filters, [n, k'²].
+def angles_and_weights(L, max_angle):
+    """Angles from 0 to max_angle and weights, with which a sum is the mean over all angles.
 
-    There are k' = min(k, side) short ones, of length side = ⌈√(n-2)⌉ (as published).
+    This is Gauss-Legendre quadrature. For cos θt, t < L, it is exact from a few more than
+    L · max_angle / 4 angles on.
+    """
+    n = math.ceil(L * max_angle / 4 + math.sqrt(L * max_angle)) + 40
+    nodes, _ = legendre.leggauss(n)  # from -1 to 1
+    # The weights that come with them are right to 1e-14 only, too little for the weak filters. By
+    # Christoffel's formula they are right to 1e-16.
+    polynomials = legendre.legvander(nodes, n - 1)  # [n, n]
+    weights = 1 / (polynomials**2 @ np.arange(1, 2 * n, 2))
+    return max_angle * (1 + nodes) / 2, weights
+
+
+def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
+    """Kronecker products φ_i ⊗ φ_j of k short filters, [n, k²].
+
+    As published the short ones have length ⌈√(n-2)⌉. If k is larger than that, so many are taken.
     """
     check_floating(dtype)
     side = math.ceil(max(n - 2, 1) ** 0.5)
@@ -1356,11 +1413,13 @@ def flash_fft_conv(u, h):
     It computes on a power of two of points, at least 256, and takes channels by sixteens.
     """
     _, d, T = u.shape
-    n = 2 ** max(8, (2 * T - 1).bit_length())
-    new_channels = -d % 16
+    n = 2 ** math.ceil(math.log2(2 * T))
+    n = max(n, 256)
+    new_channels = -d % 16  # up to the next multiple
     u = F.pad(u, (0, n // 2 - T, 0, new_channels)).contiguous()
     h = F.pad(h, (0, n // 2 - h.shape[1], 0, new_channels)).contiguous()
-    return flash_fft(n, u.dtype, u.device)(u, h)[:, :d, :T]
+    convolution = flash_fft(n, u.dtype, u.device)
+    return convolution(u, h)[:, :d, :T]
 
 
 @lru_cache(maxsize=16)
@@ -1414,18 +1473,18 @@ def write_folder(model, folder):
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = replace(model.config, torch_dtype=model.tok_emb.weight.dtype).to_dict() | HF_CONFIG
-    text = json.dumps(config, indent=2)
+    config = replace(model.config, torch_dtype=model.tok_emb.weight.dtype)
+    text = json.dumps(config.to_dict() | HF_CONFIG, indent=2)
     tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as part:
-        part = Path(part)
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt", "config": text})
-        (part / CONFIG).write_text(text)
-        shutil.copyfile(__file__, part / "stu.py")
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+        new = Path(new)
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt", "config": text})
+        (new / CONFIG).write_text(text)
+        shutil.copyfile(__file__, new / "stu.py")
         # The weights carry their config. So if this is killed between two files, no old config is
         # taken for that of the new weights: read_folder compares the two.
         for name in (WEIGHTS, "stu.py", CONFIG):
-            (part / name).replace(folder / name)
+            (new / name).replace(folder / name)
         (folder / SHARDS).unlink(missing_ok=True)  # of the model that was here before
 
 
@@ -1439,13 +1498,15 @@ def read_folder(folder):
             raise ValueError(f"{folder} holds {WEIGHTS} and {SHARDS}: remove the one that is old")
         files = sorted(set(read_json(folder / SHARDS)["weight_map"].values()))
     tensors = {}
+    own_config = None  # the copy that the weights carry, if we saved them
     for file in files:
         if not (folder / file).is_file():
-            raise ValueError(f"a saved model (RUN/model) has a {file}; there is none in {folder}")
+            raise ValueError(f"a saved model has a {file}; there is none in {folder}")
         try:
             with safe_open(folder / file, framework="pt") as part:
-                metadata = part.metadata() or {}
+                own_config = (part.metadata() or {}).get("config")
                 for name in part.keys():  # noqa: SIM118 (it is no dict)
+                    # transformers saves the names of its own model, which holds ours as `model`
                     tensors[name.removeprefix("model.")] = part.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{folder / file} is damaged: {error}") from error
@@ -1460,22 +1521,21 @@ def read_folder(folder):
             "Load it with transformers, or fine-tune with ensure_weight_tying=True."
         )
 
-    config = None
-    if (folder / CONFIG).exists() or "config" not in metadata:
-        config = read_config(folder, read_json(folder / CONFIG), tensors)
-    if "config" in metadata:
-        own_config = read_config(folder, json.loads(metadata["config"]), tensors)
-        if config is not None and config != own_config:
+    if own_config is None:
+        return read_config(folder, read_json(folder / CONFIG), tensors), tensors
+    config = read_config(folder, json.loads(own_config), tensors)
+    if (folder / CONFIG).exists():
+        beside_it = read_config(folder, read_json(folder / CONFIG), tensors)
+        if beside_it != config:
             raise ValueError(
                 f"{folder / CONFIG} is not the one that the weights were saved with. They hold a "
                 f"copy of theirs: delete {CONFIG}, and it is used."
             )
-        config = own_config
     return config, tensors
 
 
 def read_config(folder, values, tensors):
-    values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # transformers calls it dtype
+    values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # (transformers writes it as dtype)
     values.setdefault("max_angle", 0.0)  # in folders from before there was this option
     names = [field.name for field in fields(FlashSTUConfig)]
     missing = [name for name in names if name not in values]
@@ -1588,7 +1648,7 @@ if transformers_is_here():
         reorder_cache = batch_select_indices  # as beam search calls it
 
         def batch_repeat_interleave(self, repeats):
-            batch_size = len(self.state[0].memory[0])
+            batch_size = len(self.state[0][0])
             self.batch_select_indices(torch.arange(batch_size).repeat_interleave(repeats))
 
     class FlashSTUDecoder(FlashSTU):

@@ -66,8 +66,7 @@ def forget_stu(model, state):
     state_after = []
     for layer, layer_state in zip(model.layers, state):
         if isinstance(layer.mixer, STU):
-            nothing = [torch.zeros_like(t) for t in layer_state.memory]
-            layer_state = layer_state._replace(memory=tuple(nothing))
+            layer_state = layer_state._replace(S=torch.zeros_like(layer_state.S))
         state_after.append(layer_state)
     return state_after
 
