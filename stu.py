@@ -10,8 +10,9 @@ The idea. A linear dynamical system turns inputs x into outputs y through a hidd
 After an impulse the state is B, A B, A² B, ..., so along an eigenvector of A with eigenvalue α it
 decays as 1, α, α², α³, ... A recurrent layer has to learn these α, which is hard when the memory is
 long. A spectral transform unit (STU) does not learn them. It filters its input with a few fixed
-signals, of which every decay is very nearly a weighted sum, and it learns only linear maps around
-them. Section 2 finds the best such signals: they are the top eigenvectors of one fixed matrix.
+signals, and it learns only linear maps around them. The signals are chosen so that each decay, for
+any α from 0 to 1, is very nearly a weighted sum of them. Section 2 finds the best such signals:
+they are the top eigenvectors of one fixed matrix.
 
 How to read this file. Sections 1 to 6 are a complete language model that trains: settings, filters,
 convolution, the STU layer, attention, block and model. Sections 7 to 11 are what a user wants
@@ -24,7 +25,8 @@ The letters, everywhere in this file:
     L  length of the filters, `seq_len`
     K  number of eigenvectors; the papers' code calls it `num_eigh`
     φ  the eigenvectors, signals of length L: phi [L, K]
-    Φ  the filter bank [L, 2K]: each φ_k(t), and its alternating twin (-1)^t φ_k(t)
+    Φ  the filter bank [L, 2K]: each φ_k(t), for decays with α > 0, and its alternating twin
+       (-1)^t φ_k(t), for α < 0
     M  the weights of an STU
 
 Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.10489), "SpectraLDS"
@@ -105,15 +107,15 @@ class FlashSTUConfig:
     n_layers: int = 26  # layers 0, 2, 4, ... are STU, layers 1, 3, 5, ... attention
     n_heads: int = 8  # of an attention layer
     seq_len: int = 8192  # length of the filters; inputs may be longer
-    window_size: int = 1024  # how many tokens before itself a token attends to
+    window_size: int = 1024  # a token attends to itself and so many tokens before
     num_eigh: int = 24  # number of eigenvectors
     vocab_size: int = 200064  # o200k_base, rounded up
     mlp_scale: float = 4.0  # hidden width of the MLP, as a multiple of n_embd
     bias: bool = False  # in the linear layers
     dropout: float = 0.0
-    use_hankel_L: bool = False  # the other Hankel matrix of the paper, see section 2
+    use_hankel_L: bool = False  # filters of another matrix, see section 2
     use_approx: bool = True  # the smaller of two kinds of STU, STU-T; see section 4
-    use_tensorized: bool = False  # filters that are products of short ones, see section 9
+    use_tensorized: bool = False  # filters that are Kronecker products, see section 9
     use_flash_fft: bool = True  # FlashFFTConv, where it is installed
     use_stu: bool = True  # False: attention in every layer
     use_attn: bool = True  # False: STU in every layer
@@ -124,7 +126,7 @@ class FlashSTUConfig:
     d_out_tile: int | None = None  # the smaller the less; the results are the same
     use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
     torch_dtype: str = "bfloat16"  # of the weights, as published. To train, choose "float32"
-    max_angle: float = 0.0  # > 0: filters also for systems that oscillate, by this angle a step
+    max_angle: float = 0.0  # > 0: filters also for what oscillates, by so many degrees a step
 
     def __post_init__(self):
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
@@ -161,7 +163,8 @@ class FlashSTUConfig:
 # signals are the top eigenvectors of the sum of all a aᵀ. With the paper's weight (1-α)², under
 # which slow decays do not outweigh the others, this sum has a closed form, the Hankel matrix
 #     Z_ij = ∫ (1-α)² α^(i-1) α^(j-1) dα = 2 / ((i+j)^3 - (i+j)),    α from 0 to 1, i, j = 1..L.
-# The second Hankel matrix of the paper, "Hankel-L", has α from -1 to 1 and the weight (1-α²)².
+# The second Hankel matrix of the paper, "Hankel-L", has α from -1 to 1 and the weight (1-α²)². Its
+# eigenvectors have decays of both signs in themselves, so there Φ [L, K] is φ, without twins.
 #
 # We never build Z. An integral is nearly a sum over many values of α, so Z = G Gᵀ, where G has a
 # column for each of these α, with the entries √dα (1-α) α^t, t = 0..L-1. The left singular vectors
@@ -184,13 +187,13 @@ def get_spectral_filters(
     K = check_integer("num_eigh", K)
     max_angle = check_number("max_angle", max_angle, most=90.0)
     check_floating(dtype)
-    # The integral is a sum over decays α = exp(-rate), where log(rate) is evenly spaced. For a
-    # smooth function that goes to zero at both ends, as ours then does, the error of such a sum is
-    # tiny: with half the spacing no filter that is used changes by more than 1e-12.
+    # The integral becomes a sum over decays α = exp(-rate), where log(rate) is evenly spaced (the
+    # trapezoid rule). Its error is tiny for a smooth function that goes to zero at both ends, and
+    # as a function of log(rate) ours does: with half the spacing no filter changes by over 1e-12.
     spacing = 0.1
-    fastest = 3.8  # log(rate) of a decay that has forgotten everything after one step
-    slowest = -12 - math.log(L)  # of one that is constant over L lags
-    slowest = max(slowest, -21)  # where the weight (1-α)² dα is less than 1e-26
+    fastest = 3.8  # of log(rate): α = exp(-45) forgets everything in one step
+    slowest = -12 - math.log(L)  # rate · L = exp(-12): this α is constant over L lags
+    slowest = max(slowest, -21)  # below, the weight (1-α)² dα is less than 1e-26
     rate = np.exp(np.arange(fastest, slowest, -spacing))
     d_alpha = spacing * rate * np.exp(-rate)  # since dα = -α rate d(log rate)
     exponent = 2 if use_hankel_L else 1
@@ -205,7 +208,8 @@ def get_spectral_filters(
     U, sigma, _ = torch.linalg.svd(R)
     phi = Q @ U
     if max_angle > 0:
-        # Of Z = G Gᵀ with the columns σ φ those suffice that float64 can tell from zero.
+        # Z is also the product of the thinner matrix with the columns σ_k φ_k. Columns that are no
+        # more than rounding errors are left out.
         visible = sigma > 1e-16 * sigma[0]
         G = phi[:, visible] * sigma[visible]
         phi, sigma = filters_of_a_sector(G, K, math.radians(max_angle))  # section 9
@@ -222,10 +226,10 @@ def get_spectral_filters(
     return phi.to(device=device, dtype=dtype)
 
 
-def both_signs(phi):
-    """Decays α^t become decays of both signs, α^t and (-α)^t: [L, K] -> [L, 2K]."""
-    sign = (-1) ** torch.arange(len(phi), device=phi.device)
-    return torch.cat([phi, sign[:, None] * phi], dim=1)
+def both_signs(signals):
+    """Signals [L, K], and after them their alternating twins: [L, 2K]."""
+    sign = (-1) ** torch.arange(len(signals), device=signals.device)
+    return torch.cat([signals, sign[:, None] * signals], dim=1)
 
 
 def stu_formula(x, bank, M):
@@ -254,25 +258,25 @@ def check_filters(filters):
 
 
 class FilterBank:
-    """What layers with the same filters share: Φ [L, 2K] in float64, and a recurrence `lds` that
-    computes the same (section 7), or None if there is no such recurrence.
+    """What layers with the same filters share: Φ [L, 2K] in float64, and `lds`, a recurrence whose
+    answer to an impulse is Φ (section 7), or None if none was found.
 
     A bank is no part of a module, because a module that is cast to 16 bits must keep its filters.
-    fit_options: how the recurrence is found, see fit_recurrence.
+    fit_options: how the recurrence is looked for, see fit_recurrence.
     """
 
-    def __init__(self, filters, **fit_options):
+    def __init__(self, filters, recipe=None, **fit_options):
         check_filters(filters)
         self.filters = filters.detach().double().cpu()
         self.lds = fit_recurrence(self.filters, **fit_options)
         self.copies = {}
-        # How to make this bank again: a function and its arguments. This is what pickle keeps.
-        self.recipe = (partial(FilterBank, **fit_options), (self.filters,))
+        # How pickle makes this bank again, (function, arguments): by default from its filters.
+        self.recipe = recipe or (partial(FilterBank, **fit_options), (self.filters,))
 
     def __reduce__(self):
         return self.recipe
 
-    # A compiler need not look inside. It takes the result for a constant.
+    # A compiler need not look inside: the result is the same at every call, so it is a constant.
     @torch.compiler.assume_constant_result
     def on(self, device, dtype):
         """(filters, lds) for inputs on this device and of this dtype, in float32 or better."""
@@ -301,9 +305,8 @@ def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False, max_angl
         )
     if not use_hankel_L:  # whose filters have both signs already
         phi = both_signs(phi)
-    bank = FilterBank(phi, max_angle=max_angle)
-    bank.recipe = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
-    return bank
+    recipe = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
+    return FilterBank(phi, recipe, max_angle=max_angle)
 
 
 # ---- 3. The convolution --------------------------------------------------------------------------
@@ -373,11 +376,11 @@ def full_stu_conv(x, filters, M, most_entries):
 
 # ---- 4. The STU layer ----------------------------------------------------------------------------
 
-# What a layer remembers of the tokens before, so that an input may come in pieces (section 7). In
-# each `position` is how many tokens were read. It is a tensor, so that a CUDA graph can count.
+# An input may come in pieces. This is what a layer remembers of the pieces before (section 7). All
+# have a `position`, which is how many tokens were read, in a tensor without dimensions.
 STUState = namedtuple("STUState", "S position")  # S [B, n, d], of a recurrence with n states
-InputState = namedtuple("InputState", "inputs position")  # the last inputs [B, at most L, d_in]
-RingState = namedtuple("RingState", "keys values positions position")  # of attention
+InputState = namedtuple("InputState", "inputs position")  # an STU without one: [B, at most L, d_in]
+RingState = namedtuple("RingState", "keys values positions position")  # attention, see start_ring
 
 
 def check_input(x, channels):
@@ -407,8 +410,8 @@ class STU(nn.Module):
     The full STU (use_approx=False) has a matrix M [2K, d_in, d_out], a linear map for each filter.
     STU-T has fewer weights, M_k = M_inputs · diag(M_filters[k]). Then the layer is a projection
     x M_inputs, and a convolution of each channel with a filter of its own, a column of Φ M_filters.
-    In M and M_filters φ_k and its alternating twin have a row each. The published code has one row
-    for both. But then their sum φ_k(t) + (-1)^t φ_k(t) is all that counts, and it is zero at odd t.
+    Each φ_k and its alternating twin have weights of their own. In the published code they share
+    them. Then the layer sees only the sum φ_k(t) + (-1)^t φ_k(t), which is zero at every odd lag t.
 
     precomputed_filters: other filters than the eigenvectors, phi [seq_len, K], or a whole bank.
     backend: "fft" convolves, and takes the recurrence of section 7 only where that is needed, in
@@ -495,7 +498,7 @@ class STU(nn.Module):
         An input may come in pieces of any size: begin with state None, then give the state that
         the last call returned. A state that was given to a call cannot be used again: where no
         gradient is asked for, its tensors are overwritten. (select_rows copies a state.)
-        An input may be longer than seq_len. The filters then go on, and fade out.
+        An input may be longer than seq_len. Beyond that lag the filters of the recurrence fade out.
         attention_mask [B, T] is 0 at padding, which then counts as an input of zeros.
         """
         check_input(x, self.d_in)
@@ -518,9 +521,8 @@ class STU(nn.Module):
         filters, _ = self.bank.on(x.device, x.dtype)
         filters = filters[:T]  # lags that the input does not reach are left out
         if not self.use_approx:
-            most_entries = (
-                64 * self.d_in_tile * self.d_out_tile
-            )  # 64 frequencies, if no tile is set
+            # If no tile is set this is the size of the matrices of 64 frequencies.
+            most_entries = 64 * self.d_in_tile * self.d_out_tile
             return full_stu_conv(x, filters, self.M, most_entries).to(x.dtype)
         # One matrix product for the whole batch, channels first, as the FFT wants them.
         u = self.M_inputs.T @ x.flatten(0, 1).T  # [d_out, B T]
@@ -611,7 +613,7 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
     """`attend` in O(T · window) time: a tile of queries at a time, and the keys in its reach.
 
     q [B, H, T, head_size]; k and v [B, H, past + T, head_size], of which the last T belong to the
-    queries. position [B, past + T] of the keys, by default 0, 1, 2, ...
+    queries. position [B or 1, past + T] of the keys, by default 0, 1, 2, ...
     """
     if position is None:
         position = torch.arange(k.shape[2], device=k.device)[None]
@@ -639,9 +641,11 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
     return torch.cat(outputs, dim=2)
 
 
-# Only the window decides who sees whom. So what no token may see is given a position out of reach:
-# padding one that is FAR_AWAY before its own, the empty slots of a state one that is twice as far.
-# (Padding sees padding. It must see something, because a softmax over nothing is NaN.)
+# Only positions decide who sees whom:
+#     a token is at its position p;
+#     padding is at p - FAR_AWAY, so tokens and padding do not see each other, but padding sees
+#     padding (it must see something, because a softmax over nothing is NaN);
+#     an empty slot of a state is at -2 · FAR_AWAY, so nothing sees it.
 FAR_AWAY = 2**40
 
 
@@ -737,8 +741,8 @@ class FlashSTUBlock(nn.Module):
 
     def __init__(self, d_model, sequence_length, num_filters=24, use_attention=False, **options):
         super().__init__()
-        options["use_attn"] = use_attention  # for an STU n_heads does not matter
-        c = FlashSTUConfig(d_model, seq_len=sequence_length, num_eigh=num_filters, **options)
+        options["use_attn"] = use_attention  # if False the config does not look at n_heads
+        c = FlashSTUConfig(n_embd=d_model, seq_len=sequence_length, num_eigh=num_filters, **options)
         d = c.n_embd
         mlp_width = int(d * c.mlp_scale)
         stu_width = d
@@ -841,13 +845,15 @@ class LanguageModel(nn.Module):
         self.tok_emb = TiedEmbedding(c.vocab_size, c.n_embd)
         self.dropout = nn.Dropout(c.dropout)
         options = c.to_dict()
-        sizes = [options.pop(name) for name in ("n_embd", "seq_len", "num_eigh")]
+        for name in ("n_embd", "seq_len", "num_eigh"):  # a block calls these by other names
+            del options[name]
         self.layers = nn.ModuleList()
         for i in range(c.n_layers):
             use_attention = c.use_attn and i % 2 == 1
             if not c.use_stu:
                 use_attention = True
-            self.layers.append(FlashSTUBlock(*sizes, use_attention, **options))
+            block = FlashSTUBlock(c.n_embd, c.seq_len, c.num_eigh, use_attention, **options)
+            self.layers.append(block)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
         # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix
@@ -955,42 +961,43 @@ class LanguageModel(nn.Module):
 #     sum of squares as what it held and what entered.
 #     So one step of the whole chain, from (S, u) to (new S, v_{n+1}), is an orthogonal matrix.
 #     Its first n rows are [A b], and rows of such a matrix are orthonormal: A Aᵀ + b bᵀ = I.
-#     Put this sum in for the I of A I Aᵀ, again and again. Since A^t goes to 0, this gives
-#     I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., which is Σ_t ψ(t) ψ(t)ᵀ.
+#     A Aᵀ is A I Aᵀ. With the whole sum in place of this I, again and again, we get
+#     I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., since A^t goes to 0. This is Σ_t ψ(t) ψ(t)ᵀ.
 # Then their weights C are about as large as the filters, not larger, and float32 is right to 1e-6.
 # This is the Takenaka-Malmquist basis.
 #
-# What oscillates is a pair of decays p = r e^(iθ) and r e^(-iθ), and its section holds two numbers
-# (Kautz' basis). A step is two rotations, which are orthogonal too. The first turns S_j and v_i
-# into an inner number and what leaves, by an angle with cosine r². The second turns S_i and the
-# inner number into the new S_i and S_j, by an angle with cosine 2r cos θ / (1 + r²). Together they
-# are a matrix from (S_i, S_j) to the new ones that has the eigenvalues r e^(±iθ).
+# What oscillates is a pair of decays r e^(iθ) and r e^(-iθ), and its section holds two numbers, S_i
+# and S_j (Kautz' basis). A step is two rotations, which are orthogonal too. The first turns S_j and
+# v_i into an inner number and what leaves; its cosine is r², its sine √(1-r⁴). The second turns S_i
+# and the inner number into the new S_i and S_j; its cosine is c = 2r cos θ / (1 + r²), its sine s.
+# From (S_i, S_j) to the new ones this is the matrix [c, -s r²; s, c r²]. Its trace is 2r cos θ and
+# its determinant r², so its eigenvalues are r e^(±iθ).
 
-# powers: A^0, A^1, ..., A^chunk [chunk + 1, n, n]; b [n]; C [2K, n]
+# powers: A^0, A^1, ..., A^chunk [chunk + 1, n, n], of which `recur` tells the use; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 
 
 def real_decays(L, n_decays):
-    """Decays that forget within 1/8 of a step up to L steps."""
+    """Decays α = exp(-1/steps), from steps = L, a long memory, to 1/8, which is almost none."""
     steps = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_decays))
     return list(np.exp(-1 / steps))
 
 
-def decays_of_a_sector(L, n_filters, max_angle):
-    """Decays r e^(iθ), 0 < θ <= max_angle, on arcs of one r each.
+def decays_of_a_sector(L, n_filters, max_radians):
+    """Decays exp(-1/steps) e^(iθ), 0 < θ <= max_radians, on arcs with the same `steps`.
 
     The numbers were found by trial, for an error of 1e-6.
     """
     decays = []
-    # On an arc all forget within so many steps. Few filters of a wide sector do not reach back as
-    # far as L, so the arcs need not either.
-    steps = min(L / 3, (0.6 * n_filters + 60) / max_angle)
-    while steps * max_angle > 1.5:  # the real decays do for shorter ones
-        n_angles = round(steps * max_angle / 3)  # the angles it can tell apart differ by 1/steps
+    # The longest memory. If the filters are few for a wide sector they do not reach back as far as
+    # L, and the arcs need not either.
+    steps = min(L / 3, (0.6 * n_filters + 60) / max_radians)
+    while steps * max_radians > 1.5:  # what forgets sooner cannot be told from a real decay
+        n_angles = round(steps * max_radians / 3)
         for i in range(n_angles):
-            angle = max_angle * (i + 1) / n_angles
+            angle = max_radians * (i + 1) / n_angles
             decays.append(cmath.rect(math.exp(-1 / steps), angle))
-        steps = steps / 1.65
+        steps = steps / 1.65  # of the next arc
     return decays
 
 
@@ -1045,7 +1052,9 @@ def fit_recurrence(
     decays = real_decays(L, n_pairs)
     if max_angle > 0:
         decays += decays_of_a_sector(L, bank.shape[1], math.radians(max_angle))
-    with_mirror_images = []  # the same, but alternating in sign
+    # To each decay the one that alternates in sign. (Of a pair p and its conjugate we name only the
+    # one with a positive imaginary part; this is so with -p and its conjugate, too.)
+    with_mirror_images = []
     for p in decays:
         with_mirror_images += [p, -p.conjugate()]
     n = count_states(with_mirror_images)
@@ -1058,16 +1067,18 @@ def fit_recurrence(
         psi.append(A @ psi[-1])
     psi = np.stack(psi)  # [L, n], ψ(t) = A^t b
     # The best C minimises Σ_{t<L} |C ψ(t) - Φ(t)|². It may make the answer grow after lag L, where
-    # the filters say nothing. So we add fade² Σ_{t>=L} |C ψ(t)|². Both are least squares, whose
-    # normal equations need the sums of ψ(t) ψ(t)ᵀ before and after L. After L we have
-    # ψ(t + L) = A^L ψ(t), so there the sum is A^L I (A^L)ᵀ. Together they are I.
+    # the filters say nothing. So we add fade² Σ_{t>=L} |C ψ(t)|². The minimum is where
+    #     C (before + fade² · after) = Σ_{t<L} Φ(t) ψ(t)ᵀ,
+    # with before = Σ_{t<L} ψ(t) ψ(t)ᵀ, and after = Σ_{t>=L} ψ(t) ψ(t)ᵀ = A^L (A^L)ᵀ, because
+    # ψ(t + L) = A^L ψ(t) and the sum over all t is I.
     A_L = np.linalg.matrix_power(A, L)
-    gram_after = A_L @ A_L.T
-    gram_before = np.eye(n) - gram_after
-    C = np.linalg.solve(gram_before + fade**2 * gram_after, psi.T @ bank).T
+    after = A_L @ A_L.T
+    before = np.eye(n) - after
+    C = np.linalg.solve(before + fade**2 * after, psi.T @ bank).T  # (the matrix is symmetric)
     error = np.abs(psi @ C.T - bank).max() / np.abs(bank).max()
     norm = np.linalg.norm(bank, axis=0).max()
-    norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()  # of Cψ(L), Cψ(L+1), ...
+    # Of filter k the answer after L has the sum of squares C_k · after · C_kᵀ = |C_k A^L|².
+    norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()
     if error > tolerance or norm_after_L > most_ringing * norm:
         return None
     powers = [np.eye(n)]
@@ -1109,7 +1120,8 @@ def recur(u, S, lds, M):
         last_first = psi[:r].flip(0)  # ψ(r-1), ..., ψ(0)
         S = powers[r] @ S + last_first.T @ piece  # A^r S + Σ_i ψ(r-1-i) u_i
     states = torch.stack(states)  # [chunks, B, n, d]
-    u = F.pad(u, (0, 0, 0, len(states) * size - T))  # zeros, to fill the last chunk
+    missing = len(states) * size - T
+    u = F.pad(u, (0, 0, 0, missing))  # zeros, to fill the last chunk
     u = u.view(B, len(states), size, d).transpose(0, 1)  # [chunks, B, size, d]
 
     filters = psi @ C.T  # [lag, 2K]
@@ -1321,31 +1333,36 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def filters_of_a_sector(G, K, max_angle):
-    """If Z = G Gᵀ is made for the decays r^t, the top K eigenvectors of the matrix that is made
-    for r^t cos θt and r^t sin θt, |θ| <= max_angle, and the square roots of the eigenvalues.
+    """From Z = G Gᵀ for the real decays r^t to the filters of a sector, |θ| <= max_angle.
 
-    cos θt cos θs + sin θt sin θs = cos θ(t-s), so its entry t, s is Z_ts times the mean of
-    cos θ(t-s). We keep the weight (1-r)². (Measured: with |1-α|² or none, poles of radius 0.999
-    need 3 to 10% fewer filters, but poles of radius 0.9 up to 45% more.)
+    These are the top K eigenvectors of a matrix Z' that is made in the same way for r^t cos θt and
+    r^t sin θt. Since cos θt cos θs + sin θt sin θs = cos θ(t-s), we have
+        Z'_ts = Z_ts · (the mean of cos θ(t-s) over the angles θ).
+    (The weight stays (1-r)². Measured: with |1-α|² or none, poles of radius 0.999 need 3 to 10%
+    fewer filters, but poles of radius 0.9 up to 45% more.)
+    -> eigenvectors of Z', leading ones first, and the square roots of their eigenvalues
     """
-    # With a cosine and a sine of each of many angles as columns of E, the mean is E Eᵀ.
+    # If E has a column for the cosine and one for the sine of each of many angles, this mean is
+    # the matrix E Eᵀ.
     L = len(G)
     angles, weights = angles_and_weights(L, max_angle)
     turns = np.outer(np.arange(L), angles)
     E = np.concatenate([np.cos(turns), np.sin(turns)], axis=1)
     E = torch.from_numpy(E * np.sqrt(np.tile(weights, 2)))  # [L, 2 n_angles]
 
-    # The entrywise product of G Gᵀ and E Eᵀ is H Hᵀ, where H has a column for each column of G
-    # times each of E. These are too many to write down, but products with H are cheap.
+    # Z' is then H Hᵀ, where H has a column for each pair of a column e of E and a column g of G:
+    # their entrywise product. These are too many to write down, but products with H are cheap.
     def multiply_by_H_transposed(v):
-        return E.T @ (v[:, None] * G)  # [2 n_angles, columns of G]
+        """Σ_t E[t, e] G[t, g] v[t], for all pairs: [columns of E, columns of G]."""
+        return E.T @ (v[:, None] * G)
 
     def multiply_by_H(w):
+        """Σ_eg E[t, e] G[t, g] w[e, g]: [L]."""
         return ((E @ w) * G).sum(dim=1)
 
-    # Lanczos' method. A vector that is multiplied by H Hᵀ again and again turns towards the top
-    # eigenvectors. The span of all vectors on its way holds them to 1e-12.
-    steps = min(L, 2 * K + 32)
+    # Lanczos' method. A vector that is multiplied by Z' again and again turns towards the top
+    # eigenvectors. They lie in the span of all vectors on its way.
+    steps = min(L, 2 * K + 32)  # measured: enough for 1e-12
     basis = G.new_zeros(L, steps)
     images = []  # W: Hᵀ times each vector of the basis
     v = torch.from_numpy(np.random.default_rng(0).standard_normal(L))
@@ -1357,7 +1374,7 @@ def filters_of_a_sector(G, K, max_angle):
         image = multiply_by_H_transposed(v)
         images.append(image.flatten())
         v = multiply_by_H(image)
-    # Within the span of the basis the matrix is WᵀW. Its eigenvectors are the right singular
+    # Within the span of the basis Z' is WᵀW. Its eigenvectors are the right singular
     # vectors of W, and of the small R in W = Q R.
     W = torch.stack(images, dim=1)
     R = torch.linalg.qr(W).R
@@ -1374,16 +1391,18 @@ def angles_and_weights(L, max_angle):
     n = math.ceil(L * max_angle / 4 + math.sqrt(L * max_angle)) + 40
     nodes, _ = legendre.leggauss(n)  # from -1 to 1
     # The weights that come with them are right to 1e-14 only, too little for the weak filters. By
-    # Christoffel's formula they are right to 1e-16.
-    polynomials = legendre.legvander(nodes, n - 1)  # [n, n]
-    weights = 1 / (polynomials**2 @ np.arange(1, 2 * n, 2))
+    # Christoffel's formula, 2 / Σ_j (2j + 1) P_j(x)² at the node x, they are right to 1e-16. Half
+    # of that gives the mean.
+    polynomials = legendre.legvander(nodes, n - 1)  # P_j(x), [n nodes, n degrees]
+    degree = np.arange(n)
+    weights = 1 / (polynomials**2 @ (2 * degree + 1))
     return max_angle * (1 + nodes) / 2, weights
 
 
 def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
     """Kronecker products φ_i ⊗ φ_j of k short filters, [n, k²].
 
-    As published the short ones have length ⌈√(n-2)⌉. If k is larger than that, so many are taken.
+    The short ones have length ⌈√(n-2)⌉, as published, so there cannot be more than so many.
     """
     check_floating(dtype)
     side = math.ceil(max(n - 2, 1) ** 0.5)
@@ -1542,7 +1561,7 @@ def read_config(folder, values, tensors):
     if missing:
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}")
     config = FlashSTUConfig(**{name: values[name] for name in names})
-    # Their number is compared here, before millions of layers are made.
+    # Their number is compared here, before a config that is wrong makes us build many layers.
     numbers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     if len(numbers) != config.n_layers:
         raise ValueError(
@@ -1631,8 +1650,9 @@ if transformers_is_here():
     class FlashSTUCache:
         """The state after `length` tokens. A call that is given it brings it up to date."""
 
+        # What transformers asks of a cache.
         is_compileable = False
-        is_croppable = False
+        is_croppable = False  # it cannot take back a token
         is_linear = (False,)  # `generate`, given all ids again, leaves out those it has read
 
         def __init__(self):
@@ -1648,7 +1668,8 @@ if transformers_is_here():
         reorder_cache = batch_select_indices  # as beam search calls it
 
         def batch_repeat_interleave(self, repeats):
-            batch_size = len(self.state[0][0])
+            first_tensor = self.state[0][0]  # of the first layer
+            batch_size = len(first_tensor)
             self.batch_select_indices(torch.arange(batch_size).repeat_interleave(repeats))
 
     class FlashSTUDecoder(FlashSTU):
@@ -1696,7 +1717,7 @@ if transformers_is_here():
         supports_gradient_checkpointing = True
         _no_split_modules = ("FlashSTUBlock",)
         _can_record_outputs = {"hidden_states": FlashSTUBlock}  # noqa: RUF012
-        _is_stateful = True  # it cannot take back a token
+        _is_stateful = True  # nor can generation with it
         _supports_sdpa = True  # one may ask for "sdpa" or "eager": it is the same
 
         def __init__(self, config):
