@@ -174,8 +174,6 @@ def save_tokenizer(tokenizer, folder):
         special_ids = dict(tokenizer.encoding._special_tokens)
     padding = ids.pop(b"\xff")  # no text in UTF-8 has this byte, so its id is free
     special_ids["<|padding|>"] = padding
-    for token, i in special_ids.items():
-        ids[token.encode()] = i
 
     # A tokenizer.json holds no bytes. There is an agreed letter for each of the 256.
     letter_of = bytes_to_unicode()
@@ -183,7 +181,8 @@ def save_tokenizer(tokenizer, folder):
     def as_letters(token):
         return "".join(letter_of[byte] for byte in token)
 
-    # Of two neighbours that could be merged, those go first whose union has the smaller id.
+    # Of all neighbours that can be merged, those of the pair that stands first in a list are. So we
+    # list, in the order of the ids, each token as all the pairs of tokens that it can be made of.
     merges = []
     for token in sorted(ids, key=ids.get):
         for cut in range(1, len(token)):
@@ -192,13 +191,16 @@ def save_tokenizer(tokenizer, folder):
             if left in ids and right in ids:
                 merges.append((as_letters(left), as_letters(right)))
     vocab = {as_letters(token): i for token, i in ids.items()}
+    for token, i in special_ids.items():
+        vocab[as_letters(token.encode())] = i
     # ignore_merges: a word that is a token is not merged from its parts
     converted = Tokenizer(BPE(vocab, merges, ignore_merges=True))
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     bytes_as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     converted.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_as_letters])
     converted.decoder = decoders.ByteLevel()
-    converted.model.unk_token = END_OF_TEXT  # byte 0 of ByteTokenizer, whose id is 0 too
+    # Of ByteTokenizer byte 0 is not in `vocab`. As an unknown token it has the id 0, as in encode.
+    converted.model.unk_token = END_OF_TEXT
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=converted,
         eos_token=END_OF_TEXT,
@@ -372,30 +374,34 @@ def read_texts(files, field, left_out):
             raise SystemExit(f"{path!r} changed while it was read: start again")
 
 
-# Texts -> pieces. All cores can share a long text when it comes in pieces. A piece has at least
-# 2^14 characters, and then goes on to the next place where no token reaches across, so that the
-# tokens are those of the whole text: before a space, or behind a newline. What is shorter is one
-# piece. And one ends after 2^17 characters without such a place, because tiktoken fails on a
-# million spaces.
+# Texts -> pieces. A long text is cut into pieces, so that all cores can share it. This must not
+# change its tokens, so it is cut where no token reaches across: before a space, or after a newline.
+# A piece ends at the first such place after 2^14 characters, or at the end of the text. If there is
+# none within 2^17 characters it ends there, because tiktoken fails on a million spaces.
 
 Piece = namedtuple("Piece", "split text ends_text")
-SAFE_PLACE = r"(?<=\S)(?= )|(?<=\S)\n(?=\w)|\Z"  # \Z is the end of the text
-PIECE = re.compile(rf".{{16384,131072}}?(?:{SAFE_PLACE})|.{{1,131072}}", re.DOTALL)
+BEFORE_SPACE = r"(?<=\S)(?= )"
+AFTER_NEWLINE = r"(?<=\S)\n(?=\w)"  # a single one: several may be one token
+# {{ in such a string is {, and \Z is the end of the text
+UP_TO_A_PLACE = rf".{{16384,131072}}?(?:{BEFORE_SPACE}|{AFTER_NEWLINE}|\Z)"
+WITHOUT_A_PLACE = r".{1,131072}"
+PIECE = re.compile(f"{UP_TO_A_PLACE}|{WITHOUT_A_PLACE}", re.DOTALL)
 
 
 def are_few(texts, val_fraction):
     """Are the texts too few to give about twenty different ones to the smaller split?"""
     smaller_share = min(val_fraction, 1 - val_fraction)
     enough = min(int(20 / smaller_share), 1_000_000)  # so many are kept in memory here
-    first_texts = islice(texts, 2 * enough)
+    first_texts = islice(texts, 2 * enough)  # twice as many, since some may be copies of others
     different = {hash(text) for text in first_texts}
     return len(different) < enough
 
 
 def split_text(text, val_fraction, few):
-    """Of a few texts the end of each is for validation.
+    """If there are few texts, the end of each is for validation.
 
-    Of many, whole texts are, chosen by their content, so that copies of one are in the same split.
+    If there are many, whole texts are. They are chosen by their content, so that copies of a text
+    go to the same split.
     """
     if few:
         cut = int(len(text) * (1 - val_fraction))
@@ -457,7 +463,8 @@ def read_meta(folder):
     if not path.is_file():
         return None
     meta = parse_json(path.read_bytes())
-    if not isinstance(meta, dict) or meta.pop("checksum", None) != checksum_of(meta):
+    checksum = meta.pop("checksum", None) if isinstance(meta, dict) else None
+    if checksum is None or checksum != checksum_of(meta):
         trouble = f"cannot use {path}: damaged, edited, or of an early version of prepare_data.py"
         raise SystemExit(f"{trouble}: delete {folder} and prepare it again")
     return meta
@@ -490,7 +497,7 @@ def show_progress(meta):
 
 
 def write_tokens(folder, meta, encoded, shard_tokens):
-    """Collect the tokens of both splits, and write them whenever `shard_tokens` wait in both."""
+    """Collect the tokens of the two splits, and write both when together they have shard_tokens."""
     waiting = {split: [] for split in SPLITS}
     n_waiting = 0
     for piece, tokens in encoded:
@@ -518,9 +525,9 @@ def write_tokens(folder, meta, encoded, shard_tokens):
 
 
 def start_or_continue(folder, request):
-    """What meta.json holds is the request and the progress. -> the old one, or one to begin with.
+    """The contents of the meta.json that is there, or those to begin with.
 
-    If there is an old one it has to have the same request.
+    They are the request and the progress. An old meta.json must have the same request.
     """
     progress = {
         "train": {"tokens": 0, "bytes": 0, "shards": []},  # of each shard its `checksums`
@@ -593,7 +600,9 @@ def prepare(
         meta = start_or_continue(folder, request)
         if meta["complete"]:
             return meta
-        ignored = defaultdict(list)  # what is left out is told when all is read, below
+        ignored = defaultdict(
+            list
+        )  # all is read once more below, and then we tell what is left out
         few = are_few(read_texts(files, field, ignored), val_fraction)
         pieces = make_pieces(read_texts(files, field, left_out), val_fraction, few)
         missing = islice(pieces, meta["pieces"], None)  # those that no shard holds yet
