@@ -30,7 +30,7 @@ WIDTH = 64
 L = 128  # length of the trajectories and of the filters
 RATES = (1e-2, 2e-2, 4e-2)
 TASKS = {"The whole state": N_STATE, "Positions only": 13}
-KINDS = {  # a letter a layer, filters of an STU, width of the MLPs for equally many parameters
+KINDS = {  # layers (T: STU-T, S: full STU, A: attention, M: Mamba-2), filters, width of the MLPs
     "STU-T": ("TTTT", 24, 2.8),
     "full STU": ("SSSS", 4, 0.7),
     "hybrid": ("TATA", 24, 2.4),
@@ -149,7 +149,7 @@ class Task:
             model.zero_grad()
             losses.append(loss.item())
             share = (time.process_time() - start) / seconds
-            if len(losses) % 100 == 0:
+            if len(losses) % 200 == 0:
                 left = max(0.0, finish - time.process_time()) / 60
                 print(f"{kind}, rate {rate}: loss {loss:.2g}, {left:.1f} min left", flush=True)
         return model, sum(losses[-10:]) / len(losses[-10:])

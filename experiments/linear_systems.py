@@ -33,7 +33,7 @@ LOG_DT = (math.log(1e-3), math.log(1e-1))  # S4D and Mamba-2 draw log(Δ) from t
 class S4D(nn.Module):
     """Each channel has a filter of its own, with N poles A_n (arXiv 2206.11893, S4D-Lin).
 
-    At lag t it is 2 Re Σ_n C_n (exp(Δ A_n) - 1) / A_n · exp(Δ A_n t).
+    At lag t it is 2 Re Σ_n C_n (exp(Δ A_n) - 1) / A_n · exp(Δ A_n t). A_n begins as -1/2 + iπn.
     """
 
     def __init__(self, width=24, N=16):
