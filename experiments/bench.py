@@ -1,17 +1,18 @@
-"""
-How fast are the layers of stu.py, and how exact its filters? Against the usual way.
+"""How fast are the layers of stu.py, and how exact its filters? Against the usual way.
 
     python experiments/bench.py             # two minutes on a CPU
     python experiments/bench.py --full      # also eigh at length 8192, minutes more
 
 The usual way makes the filters by eigh of the Hankel matrix, and convolves two stacked branches
-with the channels last. On a machine with a GPU the layers are larger, and run there.
+with the channels last. On a machine with a GPU the layers are larger, and run there. The table goes
+to stdout, and the time left to stderr.
 """
 
 import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import mpmath
@@ -23,23 +24,24 @@ from stu import STU, get_spectral_filters
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CUDA else "cpu"
-K = 24
+K = 24  # filters
 
 # ---- To measure
 
 
 def timed(runs, repeats=6):
-    """Median seconds of each run. They take turns, so that both see the same load of the machine."""
-    times = []
+    """Median seconds of each run. They take turns, so that all see the same load of the machine."""
+    rounds = []
     for _ in range(repeats):
-        times.append([])
+        times = []
         for run in runs:
             start = time.perf_counter()
             run()
             if ON_CUDA:
                 torch.cuda.synchronize()
-            times[-1].append(time.perf_counter() - start)
-    return np.median(times[1:], axis=0)  # the first turn is a warm-up
+            times.append(time.perf_counter() - start)
+        rounds.append(times)
+    return np.median(rounds[1:], axis=0)  # the first round is a warm-up
 
 
 def peak_mebibytes(run):
@@ -50,13 +52,18 @@ def peak_mebibytes(run):
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the profiler writes there when it starts
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # the profiler writes to stderr when it starts
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
     os.dup2(stderr, 2)
-    events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    os.close(stderr)
+    os.close(nowhere)
+    changes = []  # of the memory that is held: when, and by how many bytes
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            changes.append((event.start_ns(), event.nbytes()))
     held = 0
     most = 0
     for _, change in sorted(changes):
@@ -66,6 +73,7 @@ def peak_mebibytes(run):
 
 
 def print_row(what, seconds, note=""):
+    """The milliseconds of stu.py and of the usual way, and how many times faster stu.py is."""
     ours, usual = seconds
     times = f"{ours * 1e3:9.1f} ms {usual * 1e3:9.1f} ms {usual / ours:7.1f}"
     print(f"{what:42} {times}   {note}", flush=True)
@@ -75,9 +83,16 @@ def print_row(what, seconds, note=""):
 
 
 def hankel_matrix(L):
+    """Z [L, L], with 2 / (n³ - n) where row and column, counted from 1, add up to n."""
     i = torch.arange(1, L + 1, dtype=torch.float64)
     n = i[:, None] + i
     return 2 / (n**3 - n)
+
+
+def usual_filters(L):
+    """Eigenvectors of the Hankel matrix by eigh, leading one first: [L, K]."""
+    vectors = torch.linalg.eigh(hankel_matrix(L)).eigenvectors  # in ascending order
+    return vectors[:, -K:].flip(1)
 
 
 def exact_filters(L):
@@ -94,22 +109,28 @@ def exact_filters(L):
 
 
 def usual_stu(x, phi, M):
-    """Two stacked branches. x [B, T, d], phi [T, K], M [2K, d] or [2K, d, d_out]."""
+    """x [B, T, d], phi [T, K], M [2K, d] or [2K, d, d_out]: filters as they are, then with signs.
+
+    The filters with signs (-1)^t are applied as the others are, to inputs and outputs with signs.
+    """
     T = len(phi)
-    n = 1 << (2 * T - 1).bit_length()
-    sign = (-1.0) ** torch.arange(T, device=x.device)[:, None]
+    n = 1 << (2 * T - 1).bit_length()  # length of the transforms
+    t = torch.arange(T, device=x.device)
+    sign = (-1.0) ** t[:, None]
     both = torch.stack([x, x * sign], dim=-1)
-    x_f = torch.fft.rfft(both, n=n, dim=1)  # [B, frequencies, d, 2]
+    x_f = torch.fft.rfft(both, n, dim=1)  # [B, frequencies, d, 2]
+    M_plus = M[:K]
+    M_minus = M[K:]
     if M.ndim == 2:  # STU-T: x is projected already
-        h = torch.stack([phi @ M[:K], phi @ M[K:]], dim=-1)
-        h_f = torch.fft.rfft(h, n=n, dim=0)
-        y = torch.fft.irfft(x_f * h_f, n=n, dim=1)[:, :T]
+        h = torch.stack([phi @ M_plus, phi @ M_minus], dim=-1)
+        h_f = torch.fft.rfft(h, n, dim=0)
+        y = torch.fft.irfft(x_f * h_f, n, dim=1)[:, :T]
         return y[..., 0] + sign * y[..., 1]
-    phi_f = torch.fft.rfft(phi, n=n, dim=0)
+    phi_f = torch.fft.rfft(phi, n, dim=0)
     u_f = x_f[:, :, None] * phi_f[None, :, :, None, None]  # [B, frequencies, K, d, 2]
-    u = torch.fft.irfft(u_f, n=n, dim=1)[:, :T]
-    plus = torch.tensordot(u[..., 0], M[:K], dims=([2, 3], [0, 1]))
-    minus = torch.tensordot(u[..., 1], M[K:], dims=([2, 3], [0, 1]))
+    u = torch.fft.irfft(u_f, n, dim=1)[:, :T]
+    plus = torch.tensordot(u[..., 0], M_plus, dims=([2, 3], [0, 1]))
+    minus = torch.tensordot(u[..., 1], M_minus, dims=([2, 3], [0, 1]))
     return plus + sign * minus
 
 
@@ -118,23 +139,20 @@ def usual_stu(x, phi, M):
 
 def compare_filters(L):
     """At length 64 the note is the worst error of a filter of norm 1, of both ways."""
-
-    def ours():
-        return get_spectral_filters(L, K, dtype=torch.float64)
-
-    def usual():
-        return torch.linalg.eigh(hankel_matrix(L)).eigenvectors[:, -K:].flip(1)
-
+    ours = partial(get_spectral_filters, L, K, dtype=torch.float64)
+    usual = partial(usual_filters, L)
     note = ""
     if L == 64:
         exact = exact_filters(L)
         errors = []
         for phi in (ours(), usual()):
-            unit = phi / phi.norm(dim=0)
-            sign = (unit * exact).sum(dim=0).sign()
-            errors.append((sign * unit - exact).abs().max().item())
+            phi = phi / phi.norm(dim=0)
+            sign = (phi * exact).sum(dim=0).sign()
+            difference = sign * phi - exact
+            errors.append(difference.abs().max().item())
         note = "errors {:.0e}, {:.0e}".format(*errors)
-    seconds = timed([ours, usual], repeats=6 if L < 8192 else 2)
+    repeats = 6 if L < 8192 else 2
+    seconds = timed([ours, usual], repeats)
     print_row(f"{K} filters of length {L}", seconds, note)
 
 
@@ -145,7 +163,7 @@ def compare_layers(B, T, d, use_approx):
     x = torch.randn(B, T, d, device=DEVICE, requires_grad=True)
     grad = torch.randn(B, T, d, device=DEVICE)
 
-    def usual(x):
+    def usual_layer(x):
         if use_approx:
             return usual_stu(x @ layer.M_inputs, phi, layer.M_filters)
         return usual_stu(x, phi, layer.M)
@@ -153,13 +171,22 @@ def compare_layers(B, T, d, use_approx):
     def step(route):
         torch.autograd.grad(route(x), [x, *layer.parameters()], grad)
 
-    difference = (layer(x) - usual(x)).norm() / usual(x).norm()
-    seconds = timed([lambda: step(layer), lambda: step(usual)])
-    our_memory = peak_mebibytes(lambda: step(layer))
-    their_memory = peak_mebibytes(lambda: step(usual))
+    y = usual_layer(x).detach()
+    difference = (layer(x).detach() - y).norm() / y.norm()
+    ours = partial(step, layer)
+    usual = partial(step, usual_layer)
+    seconds = timed([ours, usual])
+    our_memory = peak_mebibytes(ours)
+    usual_memory = peak_mebibytes(usual)
     name = "STU-T" if use_approx else "full STU"
-    note = f"{our_memory:.0f}, {their_memory:.0f} MiB, differ by {difference:.0e}"
+    note = f"{our_memory:.0f}, {usual_memory:.0f} MiB, differ by {difference:.0e}"
     print_row(f"{name} {B} x {T} x {d}, with backward", seconds, note)
+
+
+def show_progress(start, done, total):
+    """The time left, as if all rows took equally long."""
+    left = (time.perf_counter() - start) / done * (total - done)
+    print(f"row {done}/{total}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def main():
@@ -167,8 +194,8 @@ def main():
     parser.add_argument("--full", action="store_true", help="also eigh at length 8192")
     parser.add_argument("--tiny", action="store_true", help="only to see that it runs")
     args = parser.parse_args()
-    lengths = [64, 2048]
-    layers = [(2, 4096, 512, True), (8, 512, 256, True), (8, 1024, 128, False)]
+    lengths = [64, 2048]  # of filters
+    layers = [(2, 4096, 512, True), (8, 512, 256, True), (8, 1024, 128, False)]  # B, T, d, STU-T?
     if ON_CUDA:
         layers = [(8, 8192, 1024, True), (32, 2048, 768, True), (1, 65536, 1024, True)]
     if args.full:
@@ -177,12 +204,16 @@ def main():
         lengths = [64]
         layers = [(2, 60, 8, True), (2, 60, 8, False)]
     where = torch.cuda.get_device_name() if ON_CUDA else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}; {len(lengths) + len(layers)} rows")
+    n_rows = len(lengths) + len(layers)
+    print(f"{where}, torch {torch.__version__}; {n_rows} rows")
     print(f"{'':42} {'stu.py':>12} {'usual way':>12} {'ratio':>7}")
-    for L in lengths:
+    start = time.perf_counter()
+    for done, L in enumerate(lengths, start=1):
         compare_filters(L)
-    for layer in layers:
+        show_progress(start, done, n_rows)
+    for done, layer in enumerate(layers, start=len(lengths) + 1):
         compare_layers(*layer)
+        show_progress(start, done, n_rows)
 
 
 if __name__ == "__main__":

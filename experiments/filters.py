@@ -1,10 +1,9 @@
-"""
-The filters of an STU, and how close sums of them come to a decay.
+"""The filters of an STU, and how close sums of them come to a decay.
 
     python experiments/filters.py      # seconds; draws filters.png
 
-On the left the first six filters. On the right three decays α^t, and the weighted sums of 24 filters
-that come closest to them: the memories differ a thousandfold, the filters are the same.
+On the left the first six filters. On the right three decays α^t, and the weighted sums of 24
+filters that come closest to them: the memories differ a thousandfold, the filters are the same.
 """
 
 import argparse
@@ -24,6 +23,10 @@ def main():
     parser.add_argument("--num_eigh", type=int, default=24)
     parser.add_argument("--out", type=Path, default="filters.png")
     args = parser.parse_args()
+    if args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.parent.is_dir():
+        parser.error(f"--out must be a .png, .svg or .pdf in a folder that exists, got {args.out}")
+    if not 1 <= args.num_eigh <= args.seq_len:
+        parser.error("--num_eigh must be from 1 to --seq_len")
     phi = get_spectral_filters(args.seq_len, args.num_eigh, dtype=torch.float64)
     phi = phi / phi.norm(dim=0)
     t = torch.arange(args.seq_len, dtype=torch.float64)

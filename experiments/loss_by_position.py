@@ -1,5 +1,4 @@
-"""
-What is a memory worth? The loss of a language model by position in a text, far past seq_len.
+"""What is a memory worth? The loss of a language model by position in a text, far past seq_len.
 
     python train.py                             # makes a model in runs/default, some minutes
     python experiments/loss_by_position.py      # two minutes; draws context.png
@@ -35,15 +34,20 @@ def load(folder):
     """A model, and the name of its tokenizer, from the folder of a run or of a saved model."""
     checkpoints = list(folder.glob("checkpoint_*.pt"))
     if checkpoints:
-        newest = max(checkpoints, key=lambda path: int(path.stem.removeprefix("checkpoint_")))
+        steps = [int(path.stem.removeprefix("checkpoint_")) for path in checkpoints]
+        newest = folder / f"checkpoint_{max(steps)}.pt"
         checkpoint = torch.load(newest, map_location="cpu", weights_only=True)
         model = FlashSTU(FlashSTUConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         return model.eval(), checkpoint.get("tokenizer") or "bytes"
     if not (folder / "config.json").exists():
         sys.exit(f"{folder} holds no checkpoint and no model: python train.py makes one")
+    try:
+        model = FlashSTU.from_pretrained(folder)
+    except ValueError as error:
+        sys.exit(str(error))
     config = json.loads((folder / "config.json").read_text())
-    return FlashSTU.from_pretrained(folder), config.get("tokenizer_name", "bytes")
+    return model, config.get("tokenizer_name", "bytes")
 
 
 def load_tokens(path, tokenizer):
@@ -77,15 +81,19 @@ def losses_by_position(model, x, way):
     seq_len = model.config.seq_len
     state = None
     losses = []
-    for window, targets in zip(x[:, :-1].split(seq_len, dim=1), x[:, 1:].split(seq_len, dim=1)):
+    windows = x[:, :-1].split(seq_len, dim=1)
+    next_tokens = x[:, 1:].split(seq_len, dim=1)
+    for window, targets in zip(windows, next_tokens):
         if way == "all forgotten":
             state = None
         elif way == "STU's state forgotten" and state is not None:
             state = forget_stu(model, state)
-        for piece, labels in zip(window.split(PIECE, dim=1), targets.split(PIECE, dim=1)):
+        pieces = window.split(PIECE, dim=1)
+        for piece, labels in zip(pieces, targets.split(PIECE, dim=1)):
             hidden, state = model.hidden(piece, state, use_cache=True)
             logits = model.logits(hidden).float().transpose(1, 2)  # [B, vocab_size, PIECE]
-            losses.append(F.cross_entropy(logits, labels, reduction="none").sum(dim=0))
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            losses.append(loss.sum(dim=0))
     return torch.cat(losses)
 
 
@@ -108,10 +116,18 @@ def main():
     parser.add_argument("--length", type=int, default=0, help="0: 16 times seq_len")
     parser.add_argument("--texts", type=int, default=64, help="as many as this, and as fit")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--out", default="context.png")
+    parser.add_argument("--out", type=Path, default="context.png")
     args = parser.parse_args()
+    if args.length < 0 or args.texts < 1 or args.batch_size < 1:
+        parser.error("--texts and --batch_size must be at least 1, and --length not negative")
+    if args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.parent.is_dir():
+        parser.error(f"--out must be a .png, .svg or .pdf in a folder that exists, got {args.out}")
     model, tokenizer = load(args.model)
+    if not args.data.exists():
+        parser.error(f"--data: there is no file or folder {args.data}")
     shards, n_tokens, n_bytes = load_tokens(args.data, tokenizer)
+    if n_tokens < 2:
+        parser.error(f"--data: {args.data} is too short")
     seq_len = model.config.seq_len
     length = min(args.length or 16 * seq_len, n_tokens - 1)
     n_texts = max(1, min(args.texts, n_tokens // (length + 1)))
@@ -119,22 +135,29 @@ def main():
     print(f"{n_texts} texts of {length} tokens from {args.data}, read by {args.model}")
     texts = [read_tokens(shards, start, start + length + 1) for start in starts]
     batches = torch.from_numpy(np.stack(texts).astype(np.int64)).split(args.batch_size)
-    bits_per_nat = n_tokens / n_bytes / math.log(2) / n_texts
+    # Losses in nats a token, summed over the texts, become the mean of the texts in bits a byte
+    tokens_per_byte = n_tokens / n_bytes
+    bits_per_nat = tokens_per_byte / math.log(2) / n_texts
 
     figure = Figure((8, 4.5), layout="constrained")
     axis = figure.subplots()
-    start = time.perf_counter()
+    total = len(WAYS) * len(batches)
     done = 0
+    start = time.perf_counter()
     for way in WAYS:
         bits = torch.zeros(length)
         for x in batches:
             bits += losses_by_position(model, x, way) * bits_per_nat
             done += 1
-            left = (time.perf_counter() - start) * (len(WAYS) * len(batches) / done - 1)
-            print(f"{way}, {left:.0f} s left", end="\r", flush=True)
-        names = [f"{first}-{last}" for first, last in spans(length)]
-        means = [bits[first:last].mean().item() for first, last in spans(length)]
-        print(f"{way}, bits per byte: " + ", ".join(f"{n} {m:.4f}" for n, m in zip(names, means)))
+            left = (time.perf_counter() - start) / done * (total - done)
+            print(f"batch {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
+        names = []
+        means = []
+        for first, last in spans(length):
+            names.append(f"{first}-{last}")
+            means.append(bits[first:last].mean().item())
+        text = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names, means))
+        print(f"{way}, bits per byte: {text}", flush=True)
         axis.plot(names, means, marker=".", label=way)
     axis.set(title=f"What a memory is worth to a model trained on windows of {seq_len} tokens")
     axis.set(xlabel="position in the text", ylabel="bits per byte")

@@ -14,8 +14,8 @@ The layers that are compared, in a model of STU blocks only ("pure") and alterna
     attention  the suite's attention, in every block
 
 Every run adds a line to --out, and a run that is already there is not done again. At the end, and
-with --only_table at once, a table is printed: the share of right answers, its mean
-over the seeds and (the worst of them).
+with --only_table at once, a table is printed: the share of right answers, its mean over the seeds
+and (the worst of them).
 """
 
 import argparse
@@ -24,6 +24,7 @@ import io
 import json
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
@@ -45,11 +46,15 @@ TASKS = [
     "running_max",
     "cumulative_sum",
 ]
-BLOCKS = {
+LAYERS = ["ours", "theirs", "attention"]
+FORMS = ["pure", "alternating"]  # of a model with STU layers
+BLOCKS = {  # the layers of each form, by the suite's names
     "pure": ["stu"] * 4,
     "alternating": ["attn", "stu", "attn", "stu"],
-    "only": ["attn"] * 4,
+    "only": ["attn"] * 4,  # attention in every block
 }
+LENGTH = 64  # of the sequences
+VOCAB_SIZE = 64
 
 
 def read_arguments():
@@ -58,15 +63,35 @@ def read_arguments():
     )
     parser.add_argument("checkout", help="the folder of mechanistic-bench")
     parser.add_argument("--tasks", default=",".join(TASKS), help="names, separated by commas")
-    parser.add_argument("--layers", default="ours,theirs,attention")
-    parser.add_argument("--forms", default="pure,alternating")
+    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this number")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--warmup_steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--out", default="runs/mechbench.jsonl", help="a line for every run")
+    parser.add_argument(
+        "--out", default="runs/mechbench.jsonl", type=Path, help="a line for every run"
+    )
     parser.add_argument("--only_table", action="store_true", help="train nothing")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not (Path(arguments.checkout) / "src" / "mechbench").is_dir():
+        parser.error(f"{arguments.checkout} is not a checkout of mechanistic-bench")
+    check_names(parser, "--tasks", arguments.tasks, TASKS)
+    check_names(parser, "--layers", arguments.layers, LAYERS)
+    check_names(parser, "--forms", arguments.forms, FORMS)
+    if arguments.seeds < 1 or arguments.steps < 1 or arguments.warmup_steps < 0:
+        parser.error("--seeds and --steps must be at least 1, and --warmup_steps at least 0")
+    if not arguments.lr > 0:
+        parser.error("--lr must be above 0")
+    if arguments.out.is_dir():
+        parser.error(f"--out must be a file, got the folder {arguments.out}")
+    return arguments
+
+
+def check_names(parser, option, text, known):
+    for name in text.split(","):
+        if name not in known:
+            parser.error(f"{option}: there is no {name!r}, only {', '.join(known)}")
 
 
 def with_our_layer(build_theirs):
@@ -91,15 +116,14 @@ def train(task, blocks, seed, arguments):
     from mechbench.models import MechConfig
     from mechbench.training.trainer import TrainConfig, train_loop
 
-    length, vocab_size = 64, 64
     model_config = MechConfig(
-        vocab_size=vocab_size, d_model=64, n_heads=4, max_seq_len=length, block_types=blocks
+        vocab_size=VOCAB_SIZE, d_model=64, n_heads=4, max_seq_len=LENGTH, block_types=blocks
     )
     with tempfile.TemporaryDirectory() as folder:
         train_config = TrainConfig(
             task=task,
-            seq_len=length,
-            vocab_size=vocab_size,
+            seq_len=LENGTH,
+            vocab_size=VOCAB_SIZE,
             batch_size=32,
             max_steps=arguments.steps,
             warmup_steps=arguments.warmup_steps,
@@ -115,18 +139,13 @@ def train(task, blocks, seed, arguments):
     return history[-1]
 
 
-def settings_of(arguments):
-    """What all runs of a table have in common."""
-    return {name: getattr(arguments, name) for name in ("steps", "warmup_steps", "lr")}
-
-
 def read_results(path, settings):
     """{(task, form, layer): {seed: share of right answers}} of earlier runs with these settings."""
     results = defaultdict(dict)
     if path.exists():
         for line in path.read_text().splitlines():
             run = json.loads(line)
-            if settings.items() <= run.items():
+            if all(run[name] == value for name, value in settings.items()):
                 results[run["task"], run["form"], run["layer"]][run["seed"]] = run["accuracy"]
     return results
 
@@ -149,37 +168,46 @@ def print_table(results, tasks, columns):
 
 def main():
     arguments = read_arguments()
-    source = Path(arguments.checkout) / "src"
-    if not (source / "mechbench").is_dir():
-        raise SystemExit(f"{arguments.checkout} is not a checkout of mechanistic-bench")
-    sys.path.insert(0, str(source))
+    sys.path.insert(0, str(Path(arguments.checkout) / "src"))
     from mechbench.models import model as suite
 
-    columns = []
+    columns = []  # of the table: what form of model, with what layer
     for layer in arguments.layers.split(","):
-        forms = ["only"] if layer == "attention" else arguments.forms.split(",")
-        columns += [(form, layer) for form in forms]
-
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(arguments)
-    results = read_results(out, settings)
-    torch.set_num_threads(1)  # the matrices are small: more threads would wait for each other
+        if layer == "attention":
+            columns.append(("only", layer))
+        else:
+            for form in arguments.forms.split(","):
+                columns.append((form, layer))
     tasks = arguments.tasks.split(",")
-    seeds = [] if arguments.only_table else range(1, arguments.seeds + 1)
-    build_theirs = suite._build_mixer
+    seeds = range(1, arguments.seeds + 1)
+    settings = {  # what all runs of a table have in common
+        "steps": arguments.steps,
+        "warmup_steps": arguments.warmup_steps,
+        "lr": arguments.lr,
+    }
+    results = read_results(arguments.out, settings)
+    runs = []  # that are still to be done
     for seed, task, (form, layer) in product(seeds, tasks, columns):
-        if seed in results[task, form, layer]:
-            continue
+        if seed not in results[task, form, layer] and not arguments.only_table:
+            runs.append((seed, task, form, layer))
+
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the matrices are small: more threads would wait for each other
+    build_theirs = suite._build_mixer
+    start = time.perf_counter()
+    for done, (seed, task, form, layer) in enumerate(runs, start=1):
         suite._build_mixer = with_our_layer(build_theirs) if layer == "ours" else build_theirs
         last = train(task, BLOCKS[form], seed, arguments)
         accuracy = last["tok_acc"]
         results[task, form, layer][seed] = accuracy
         run = {"task": task, "form": form, "layer": layer, "seed": seed, **settings}
         run |= {"accuracy": accuracy, "loss": last["eval_loss"]}
-        with open(out, "a") as file:
+        with open(arguments.out, "a") as file:
             file.write(json.dumps(run) + "\n")
-        print(f"{task}, {form} {layer}, seed {seed}: {accuracy:.3f}", flush=True)
+        minutes = (time.perf_counter() - start) / 60
+        left = minutes / done * (len(runs) - done)
+        text = f"{task}, {form} {layer}, seed {seed}: {accuracy:.3f}"
+        print(f"{text:50} run {done}/{len(runs)}, {left:.1f} min left", flush=True)
     print_table(results, tasks, columns)
 
 

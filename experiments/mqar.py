@@ -10,13 +10,14 @@ what a layer of each does for the other.
     python experiments/mqar.py zoology                                 a line for each model
 
 The models have two layers: "attention" twice, "stu" twice, or "hybrid", an STU and then attention.
-The accuracies of the seeds are printed, one after the other.
+The accuracies of the seeds are printed, one after the other, and the time left goes to stderr.
 """
 
 import argparse
 import contextlib
 import io
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from stu import STU
+
+MODELS = ["attention", "stu", "hybrid"]
 
 
 class SpectralMixer(nn.Module):
@@ -47,7 +50,7 @@ def read_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkout", help="the folder of zoology")
-    parser.add_argument("--models", default="attention,stu,hybrid", help="separated by commas")
+    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this number")
     parser.add_argument("--seq_len", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=8, help="of key and value, in a sequence")
@@ -57,7 +60,21 @@ def read_arguments():
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not (Path(arguments.checkout) / "zoology").is_dir():
+        parser.error(f"{arguments.checkout} is not a checkout of zoology")
+    for name in arguments.models.split(","):
+        if name not in MODELS:
+            parser.error(f"--models: there is no {name!r}, only {', '.join(MODELS)}")
+    if min(arguments.seeds, arguments.examples, arguments.epochs, arguments.batch_size) < 1:
+        parser.error("--seeds, --examples, --epochs and --batch_size must be at least 1")
+    if arguments.d_model < 1 or arguments.pairs < 1 or not arguments.lr > 0:
+        parser.error("--d_model and --pairs must be at least 1, and --lr above 0")
+    if arguments.seq_len % 2 == 1 or arguments.seq_len < 4 * arguments.pairs:
+        parser.error("--seq_len must be even, and at least four times --pairs")
+    if arguments.vocab_size <= arguments.seq_len:
+        parser.error("--vocab_size must be larger than --seq_len")
+    return arguments
 
 
 def sequence_mixer(name, seq_len):
@@ -121,26 +138,33 @@ def train(name, seed, arguments):
     )
     trainer.fit()
     metrics = trainer.test(arguments.epochs)
-    return metrics["valid/accuracy"], sum(p.numel() for p in model.parameters())
+    n_params = sum(p.numel() for p in model.parameters())
+    return metrics["valid/accuracy"], n_params
 
 
 def main():
     arguments = read_arguments()
-    if not (Path(arguments.checkout) / "zoology").is_dir():
-        raise SystemExit(f"{arguments.checkout} is not a checkout of zoology")
     sys.path.insert(0, arguments.checkout)
     import zoology.model
 
     # Zoology's embeddings ask for a CUDA device unless they are told of another one
     zoology.model.TokenEmbeddings = partial(zoology.model.TokenEmbeddings, device="cpu")
     torch.set_num_threads(1)
-    for name in arguments.models.split(","):
+    names = arguments.models.split(",")
+    n_runs = len(names) * arguments.seeds
+    done = 0
+    start = time.perf_counter()
+    for name in names:
         accuracies = []
         for seed in range(1, arguments.seeds + 1):
             log = io.StringIO()
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 accuracy, n_params = train(name, seed, arguments)
             accuracies.append(accuracy)
+            done += 1
+            minutes = (time.perf_counter() - start) / 60
+            left = minutes / done * (n_runs - done)
+            print(f"run {done}/{n_runs}, {left:.1f} min left", file=sys.stderr, flush=True)
         each = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
         print(f"{name}, {n_params} parameters: {each}", flush=True)
 

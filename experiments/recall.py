@@ -1,5 +1,4 @@
-"""
-What needs attention? Recall and copying, by models with one kind of layer or with both.
+"""What needs attention? Recall and copying, by models with one kind of layer or with both.
 
     python experiments/recall.py            # some minutes; draws recall.png
 
@@ -22,39 +21,52 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from stu import FlashSTU, FlashSTUConfig
 
-IGNORED = -100  # where no answer is asked for
-NOISE = 62
+VOCAB_SIZE = 64
+NOISE = 62  # these two tokens mean something in selective copying only
 BLANK = 63
+IGNORED = -100  # the label where no answer is asked for
+
+
+# Each task makes n questions: ids [n, T] to read, and at each the label that a model must say next
 
 
 def associative_recall(n):
     """Ids [n, 31]: 8 pairs, then the same in another order, of which the values are asked for."""
-    keys = torch.rand(n, 32).argsort(dim=1)[:, :8]  # all different
+    keys = torch.rand(n, 32).argsort(dim=1)  # all different
     values = torch.randint(32, 64, (n, 8))
-    pairs = torch.stack([keys, values], dim=2)  # [n, 8, 2]
+    pairs = torch.stack([keys[:, :8], values], dim=2)  # [n, 8, 2]
     order = torch.rand(n, 8).argsort(dim=1)
-    again = pairs.gather(1, order[:, :, None].expand(n, 8, 2))
-    ids = torch.cat([pairs, again], dim=1).flatten(1)  # [n, 32]
+    order = order[:, :, None].expand(n, 8, 2)
+    again = pairs.gather(1, order)
+    ids = torch.cat([pairs, again], dim=1)
+    ids = ids.flatten(1)  # [n, 32]
     position = torch.arange(31)
     is_asked = (position >= 16) & (position % 2 == 0)  # at a key of the second half
-    return ids[:, :-1], ids[:, 1:].masked_fill(~is_asked, IGNORED)
+    labels = ids[:, 1:].masked_fill(~is_asked, IGNORED)
+    return ids[:, :-1], labels
 
 
 def induction(n):
     """Ids [n, 48] with a period of 8 to 23 tokens, which are asked for from the second time on."""
     position = torch.arange(49)
     period = torch.randint(8, 24, (n, 1))
-    ids = torch.randint(64, (n, 24)).gather(1, position % period)
-    return ids[:, :-1], ids[:, 1:].masked_fill(position[:-1] < period, IGNORED)
+    tokens = torch.randint(VOCAB_SIZE, (n, 24))
+    ids = tokens.gather(1, position % period)
+    is_new = position[:-1] < period  # what follows is seen for the first time
+    labels = ids[:, 1:].masked_fill(is_new, IGNORED)
+    return ids[:, :-1], labels
 
 
 def selective_copying(n):
     """Ids [n, 56]: 8 tokens among 40 of noise, then 8 blanks at which they are asked for."""
-    tokens = torch.randint(62, (n, 8))
-    places = torch.rand(n, 48).argsort(dim=1)[:, :8].sort(dim=1).values
-    ids = torch.full((n, 48), NOISE).scatter(1, places, tokens)
+    tokens = torch.randint(NOISE, (n, 8))
+    places = torch.rand(n, 48).argsort(dim=1)[:, :8]
+    places = places.sort(dim=1).values
+    ids = torch.full((n, 48), NOISE)
+    ids = ids.scatter(1, places, tokens)
     ids = F.pad(ids, (0, 8), value=BLANK)
-    return ids, F.pad(tokens, (48, 0), value=IGNORED)
+    labels = F.pad(tokens, (48, 0), value=IGNORED)
+    return ids, labels
 
 
 TASKS = {  # and the share of --steps that each gets
@@ -62,7 +74,11 @@ TASKS = {  # and the share of --steps that each gets
     "induction": (induction, 0.2),
     "selective copying": (selective_copying, 1.0),
 }
-KINDS = {"hybrid": {}, "STU": {"use_attn": False}, "attention": {"use_stu": False}}
+KINDS = {  # of models, by options of FlashSTUConfig
+    "hybrid": {},
+    "STU": {"use_attn": False},
+    "attention": {"use_stu": False},
+}
 
 
 def make_model(**options):
@@ -72,7 +88,7 @@ def make_model(**options):
         n_heads=2,
         seq_len=64,
         window_size=64,
-        vocab_size=64,
+        vocab_size=VOCAB_SIZE,
         mlp_scale=1.0,
         softcap=0.0,
         torch_dtype="float32",
@@ -86,8 +102,9 @@ def ask(model, questions, n):
     ids, labels = questions(n)
     asked = labels != IGNORED
     logits = model(ids).logits[asked]
-    right = logits.argmax(dim=-1) == labels[asked]
-    return F.cross_entropy(logits, labels[asked]), right.float().mean()
+    answers = labels[asked]
+    right = logits.argmax(dim=-1) == answers
+    return F.cross_entropy(logits, answers), right.float().mean()
 
 
 def make_optimizers(model):
@@ -137,11 +154,15 @@ def train(name, model, questions, batch_size, num_steps, progress, rate=1e-2):
 
 def main():
     parser = argparse.ArgumentParser(description="What needs attention?")
-    parser.add_argument("--steps", type=int, default=1000, help="of selective copying")
+    parser.add_argument("--steps", type=int, default=1000, help="of selective copying, at least 5")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="recall.png")
+    parser.add_argument("--out", type=Path, default="recall.png")
     args = parser.parse_args()
+    if args.steps < 5 or args.batch_size < 1:
+        parser.error("--steps must be at least 5, and --batch_size at least 1")
+    if args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.parent.is_dir():
+        parser.error(f"--out must be a .png, .svg or .pdf in a folder that exists, got {args.out}")
     num_steps = {}
     for task, (_, share) in TASKS.items():
         num_steps[task] = round(share * args.steps)

@@ -1,5 +1,4 @@
-"""
-What does an STU miss? Systems that ring for long.
+"""What does an STU miss? Systems that ring for long.
 
     python experiments/ringing.py           # five seconds; draws ringing.png
 
@@ -26,19 +25,22 @@ ANGLES = (0, 1, 2, 5, 10, 20, 45, 90, 135, 160, 170, 175, 178, 179, 180)
 
 
 def ringing_system(radius, degrees):
+    """One input, one output, and two states that turn by so many degrees a step."""
     angle = math.radians(degrees)
     c = radius * math.cos(angle)
     s = radius * math.sin(angle)
     system = LDS(2, 1, 1, diagonal=False)
-    system.A.data = torch.tensor([[c, -s], [s, c]])
+    system.A.data = torch.tensor([[c, -s], [s, c]])  # has the eigenvalues c ± is
     return system
 
 
 def error_of_fit(model, system):
-    model.fit(*sample(system, 128, model.seq_len))
+    x, y = sample(system, 128, model.seq_len)
+    model.fit(x, y)
     x, y = sample(system, 128, model.seq_len)
     with torch.no_grad():
-        return (F.mse_loss(model(x), y) / y.var()).item()
+        error = F.mse_loss(model(x), y) / y.var()
+    return error.item()
 
 
 def main():
@@ -46,8 +48,12 @@ def main():
     parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--num_filters", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="ringing.png")
+    parser.add_argument("--out", type=Path, default="ringing.png")
     args = parser.parse_args()
+    if args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.parent.is_dir():
+        parser.error(f"--out must be a .png, .svg or .pdf in a folder that exists, got {args.out}")
+    if not 1 <= args.num_filters <= args.seq_len:
+        parser.error("--num_filters must be from 1 to --seq_len")
     torch.manual_seed(args.seed)
     model = MiniSTU(args.seq_len, args.num_filters, 1, 1)
     figure = Figure((7, 4.5), layout="constrained")
@@ -56,9 +62,11 @@ def main():
     for done, radius in enumerate(RADII, start=1):
         errors = []
         for degrees in ANGLES:
-            errors.append(error_of_fit(model, ringing_system(radius, degrees)))
+            system = ringing_system(radius, degrees)
+            errors.append(error_of_fit(model, system))
         axis.semilogy(ANGLES, errors, marker=".", label=f"r = {radius}")
-        text = ", ".join(f"{a}°: {e:.0e}" for a, e in zip(ANGLES, errors))
+        pairs = zip(ANGLES, errors)
+        text = ", ".join(f"{degrees}°: {error:.0e}" for degrees, error in pairs)
         left = (time.perf_counter() - start) / done * (len(RADII) - done)
         print(f"r = {radius}  {text}   ({left:.0f} s left)", flush=True)
     axis.set(title="What an STU misses: eigenvalues r exp(±iθ)", xticks=range(0, 181, 30))
