@@ -480,17 +480,17 @@ class STU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """White input of unit variance gives output of about unit variance.
+        """At first the layer answers with zero, and only what it learns is added.
 
-        For u = x M_inputs this is so with weights of variance 1 / d_in. The filter of a channel,
-        Σ_k Φ_k(t) M_filters[k], then has to have Σ_t of its squares 1, on average.
+        Measured: beside attention a layer that begins with random filters is in the way of what
+        attention learns first, to copy and to look up. The gradient of M_filters, and of M, is not
+        zero, so the first step of training changes that.
         """
-        gain = self.bank.filters.norm().item()  # √(Σ_k |Φ_k|²)
         if self.use_approx:
-            nn.init.normal_(self.M_inputs, std=self.d_in**-0.5)
-            nn.init.normal_(self.M_filters, std=1 / gain)
+            nn.init.normal_(self.M_inputs, std=0.02)
+            nn.init.zeros_(self.M_filters)
         else:
-            nn.init.normal_(self.M, std=self.d_in**-0.5 / gain)
+            nn.init.zeros_(self.M)
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
         """x [B, T, d_in] -> y [B, T, d_out], or with use_cache (y, state).
@@ -858,15 +858,10 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.tok_emb.weight, std=0.02)
         # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix
         # of each is scaled down, so that the sum has the same size at any depth.
-        scaled_down = (
-            "mixer.M",
-            "mixer.M_filters",
-            "mixer.c_proj.weight",
-            "mlp.down_proj.weight",
-        )
+        # (An STU begins as zero.)
         with torch.no_grad():
             for name, p in self.layers.named_parameters():
-                if name.endswith(scaled_down):
+                if name.endswith(("c_proj.weight", "down_proj.weight")):
                     p *= (2 * c.n_layers) ** -0.5
         self.to(getattr(torch, c.torch_dtype))
 

@@ -68,9 +68,9 @@ softcap            0.0             bound of the attention logits; 0 is none
 use_stu            true            layers 0, 2, 4, ... are STUs; false: every layer is attention
 use_attn           true            layers 1, 3, 5, ... are attention; false: every layer is an STU
 use_approx         true            true: STU-T, one filter a channel; false: the full STU
-use_hankel_L       false           the other set of filters in the papers
+use_hankel_L       false           filters of the papers' other matrix, Hankel-L
 use_tensorized     false           filters that are Kronecker products of short ones
-max_angle          0.0             degrees a step; above 0 the filters also fit what oscillates so
+max_angle          0.0             above 0: filters also for oscillations, by up to so many degrees a token
 stu_enable_mlp_sandwich     false  put each STU between two linear layers
 stu_mlp_hidden_size         null   width of the STU between them; null: that of the MLPs
 """
@@ -96,8 +96,8 @@ eval_sequences     64              windows of the validation split in an evaluat
 log_interval       10              steps from one line of the log to the next
 prompt             "def"           beginning of the samples that are shown
 use_gradient_checkpointing  false  compute the layers again going backward, to save memory
-d_in_tile          null            to save memory a full STU takes so many inputs at once; null: all
-d_out_tile         null            and every STU so many outputs
+d_in_tile          null            input channels that a full STU takes at once, to save memory
+d_out_tile         null            output channels that an STU takes at once, to save memory
 use_flash_fft      true            use FlashFFTConv where it is installed
 dtype              "auto"          float32, bfloat16 or float16; auto: 16 bits on CUDA, else 32
 compile            "auto"          true or false: compile the layers; auto: on CUDA
@@ -140,7 +140,7 @@ choices = {
     "compile": ["auto", "true", "false"],
     "engine": ["ddp", "fsdp"],
 }
-# of these names, 0 is an error at once
+# 0 is refused for these at once, before it makes trouble later
 not_zero = """seq_len mlp_scale batch_size steps lr muon_lr grad_clip max_skipped eval_interval
     eval_sequences log_interval num_samples max_new_tokens top_p"""
 
@@ -297,7 +297,9 @@ def restore_model(checkpoint):
     return model.to(device).eval()
 
 
-# Where the weights and the settings begin. A setting that is not given is as it was `before`
+# What this command starts from. `start` has the weights, or is None. `before` are the settings that
+# count where this command gives none: all of them if an old run is read or goes on, those of the
+# model if its weights begin a new run
 out_dir = Path(args.out_dir)
 only_reads = args.eval_only or "sample" in given
 resumed = None if only_reads or args.fresh else load_checkpoint(out_dir)
@@ -307,15 +309,15 @@ if only_reads:
 elif resumed:  # the run in out_dir goes on
     start = resumed
     before = start["settings"]
-elif args.init_from:  # a new run begins with the weights, and so with the sizes, of another model
+elif args.init_from:
     start = load_run_or_model(Path(args.init_from))
     before = start["config"]
 else:
     start = None
     before = {}
 must_stay = ["init_from", "seed", "optimizer", "batch_size", *model_settings]
-for name in kept_settings:
-    was = before.get(name, getattr(args, name))
+for name, default in kept_settings.items():
+    was = before.get(name, default)
     now = given.get(name, was)
     setattr(args, name, now)
     if resumed and now != was:
@@ -347,12 +349,13 @@ def continue_text(model, tokenizer, prompt, length):
     # Without a prompt it begins after the end of another text
     tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
     ids = torch.tensor([tokens], device=device)
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    sampling = [args.temperature, args.top_k, args.top_p]
     pending = []
-    for token in model.stream(ids, length, stop_token=tokenizer.eot, **options):
+    for token in model.stream(ids, length, *sampling, stop_token=tokenizer.eot):
         pending.append(token.item())
         text = tokenizer.decode(pending)
-        # A character has up to four bytes. While its last are missing it is decoded as \ufffd
+        # A character has up to four bytes. While some are missing it is decoded as \ufffd, so we
+        # wait for them. More than four tokens it cannot be
         if not text.endswith("\ufffd") or len(pending) == 4:
             yield text
             pending = []
@@ -374,7 +377,7 @@ if "sample" in given:
     sys.exit()
 
 # -----------------------------------------------------------------------------
-# Data. A split is one long row of tokens, and its window i begins at token i * T
+# Data. A split is one long row of tokens. It is cut into windows of T tokens, side by side
 
 if args.data == defaults["data"]:
     prepare_default(args.data)  # this is done only if it is not there; other processes wait
@@ -395,8 +398,8 @@ micro = args.micro_batch_size or share  # how many of them at once
 
 
 def read_windows(split, starts):
-    """Yield the windows that begin at these tokens, a few at once: [micro, T + 1]. The model is
-    given one as ids and as labels. It then predicts each token from those before, so T of them."""
+    """Yield the windows that begin at these tokens, a few at once: [micro, T + 1]. They are both
+    the ids and the labels of a model, which predicts token t + 1 from the tokens up to t."""
     for i in range(0, len(starts), micro):
         windows = [read_tokens(shards[split], a, a + T + 1) for a in starts[i : i + micro]]
         yield torch.from_numpy(np.stack(windows).astype(np.int64)).to(device)
@@ -469,7 +472,8 @@ if args.compile == "true" or (args.compile == "auto" and on_cuda):
 def evaluate(n):
     """The mean loss, in nats per token, of n windows spread evenly over the validation split."""
     n = min(n, n_windows["val"])
-    n = math.ceil(n / world_size) * world_size  # each process has equally many
+    # Rounded up, so that each process has equally many. Then a few windows may count twice
+    n = math.ceil(n / world_size) * world_size
     mine = np.arange(rank, n, world_size)  # of 0, 1, ..., n-1, dealt out like cards
     windows = mine * n_windows["val"] // n  # and spread over the split
     total = 0.0
@@ -499,8 +503,8 @@ def orthogonalize(matrices):
     """Bring the singular values of each matrix [n, rows, columns] to about 1.
 
     A step of this iteration (Newton-Schulz) is X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X. It changes each
-    singular value σ of X by itself, to a σ + b σ³ + c σ⁵, and keeps the singular vectors. With the
-    a, b, c of K. Jordan five steps bring any σ from about 0.005 to 1 near 1."""
+    singular value σ of X by itself, to a σ + b σ³ + c σ⁵, and keeps the singular vectors. K. Jordan
+    chose a, b, c so that five steps are enough: σ between 0.005 and 1 then ends near 1."""
     X = matrices.bfloat16() if on_cuda else matrices  # most CPUs are slow in 16 bits
     is_tall = X.shape[1] > X.shape[2]
     if is_tall:
@@ -518,7 +522,7 @@ class Muon(torch.optim.Optimizer):
     the matrices of one shape, which are multiplied as one batch, and that is faster."""
 
     @torch.no_grad()
-    def step(self, closure=None):  # torch calls it with a closure, which we do not need
+    def step(self, closure=None):  # torch.distributed calls step(closure=None) once, for FSDP
         momentum = 0.95
         for group in self.param_groups:
             directions = []
@@ -526,14 +530,15 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[matrix]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
-                # Nesterov's momentum: a running mean of the gradients, and then of that and the
-                # newest gradient the mean once more
+                # Nesterov's momentum: a running mean of the gradients, mixed with the newest once
+                # more
                 mean = state["momentum_buffer"]
                 mean.lerp_(matrix.grad, 1 - momentum)
                 direction = torch.lerp(matrix.grad, mean, momentum)
                 directions.append(direction.full_tensor() if sharded else direction)
             updates = orthogonalize(torch.stack(directions))  # [n, rows, columns]
             rows, columns = updates.shape[1:]
+            # An orthogonal matrix with more rows than columns has smaller entries
             lr = group["lr"] * max(1, rows / columns) ** 0.5
             for matrix, update in zip(group["params"], updates):
                 if sharded:  # every process has the whole update, and takes its own part of it
@@ -544,34 +549,40 @@ class Muon(torch.optim.Optimizer):
                 matrix.sub_(update, alpha=lr)
 
 
-# Muon is for the matrices of the layers, AdamW for the rest: embeddings, norms, and M_filters,
-# which is no matrix but holds the filters of the channels. A group has one rate and one decay
+# Muon is for the matrices of the layers, AdamW for the rest. M_filters is no matrix that is
+# multiplied with vectors, but holds a filter for each channel. It begins as zero, and moves four
+# times as fast as the rest (measured)
 of_muon = defaultdict(list)  # {shape: its matrices}
-of_adamw = defaultdict(list)  # {number of dimensions: their parameters}
+of_adamw = defaultdict(list)  # {(highest learning rate, weight decay): their parameters}
 for name, p in model.named_parameters():
-    is_matrix = p.ndim == 2 and name.startswith("layers") and "M_filters" not in name
-    if is_matrix and args.optimizer == "muon":
+    if name.endswith("M_filters"):
+        of_adamw[4 * args.lr, 0.0].append(p)
+    elif p.ndim == 2 and name.startswith("layers") and args.optimizer == "muon":
         of_muon[p.shape].append(p)
+    elif p.ndim >= 2:
+        of_adamw[args.lr, args.weight_decay].append(p)
     else:
-        of_adamw[p.ndim].append(p)
-groups = [{"params": parameters} for parameters in of_adamw.values()]
+        of_adamw[args.lr, 0.0].append(p)
+groups = []
+for (lr, weight_decay), parameters in of_adamw.items():
+    groups.append({"params": parameters, "highest_lr": lr, "weight_decay": weight_decay})
 optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 if of_muon:
     groups = [{"params": matrices} for matrices in of_muon.values()]
-    optimizers.append(Muon(groups, {"lr": 0.0, "weight_decay": 0.0}))  # set_rates sets both
+    defaults_of_groups = {"highest_lr": args.muon_lr, "weight_decay": args.weight_decay, "lr": 0.0}
+    optimizers.append(Muon(groups, defaults_of_groups))
 
 
 def set_rates(step):
-    """Set the learning rates, which rise and then fall as a cosine does, and the weight decay."""
+    """Set the learning rates, which rise, and then fall as a cosine does."""
     if step < args.warmup_steps:
         factor = (step + 1) / args.warmup_steps
     else:
         done = (step - args.warmup_steps) / (args.steps - args.warmup_steps)
         factor = args.min_lr + (1 - args.min_lr) * (1 + math.cos(math.pi * done)) / 2
-    for optimizer, highest in zip(optimizers, [args.lr, args.muon_lr]):
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = highest * factor
-            group["weight_decay"] = args.weight_decay if group["params"][0].ndim >= 2 else 0.0
+            group["lr"] = group["highest_lr"] * factor
 
 
 # -----------------------------------------------------------------------------
@@ -582,7 +593,8 @@ settings = {name: getattr(args, name) for name in kept_settings}
 shards_of_data = json.dumps([meta["train"], meta["val"]])  # with the checksums of their contents
 data_checksum = zlib.crc32(shards_of_data.encode())
 start_step = resumed["step"] if resumed else 0
-if any_process(start_step != mean_over_processes(start_step)):
+mean_step = mean_over_processes(start_step)
+if any_process(start_step != mean_step):
     sys.exit(f"the processes found different checkpoints in {out_dir}: do they share this folder?")
 if resumed:
     if resumed.get("data_checksum", data_checksum) != data_checksum:
@@ -659,7 +671,8 @@ def save_checkpoint(step):
 
 
 def show_sample():
-    """Let the model write that was just saved. (Of one that is sharded a process has a part.)"""
+    """Let the model that was just saved write. It is read back, because under FSDP no process has
+    all of the model in memory."""
     if is_main:
         saved = restore_model(load_checkpoint(out_dir))
         text = args.prompt + "".join(continue_text(saved, tokenizer, args.prompt, length=200))
@@ -667,9 +680,9 @@ def show_sample():
 
 
 def report(step, loss, norm, seconds):
-    """Print and log what a step gave; between the lines of the log only print, on a terminal.
+    """Log what a step gave, every log_interval steps. On a terminal, show it at every step.
 
-    All steps of this command together took so many seconds."""
+    seconds: time that all steps of this command have taken."""
     seconds = max(seconds, 1e-9)  # a clock that is set back may say 0 or less
     done = step - start_step
     speed = round(args.batch_size * T * done / seconds)
@@ -688,9 +701,8 @@ def draw_losses():
     axes = Figure().subplots()
     records = [json.loads(line) for line in log_path.read_text().splitlines()]
     for name in ["loss", "val_loss"]:
-        having_it = [record for record in records if name in record]
-        steps = [record["step"] for record in having_it]
-        axes.plot(steps, [record[name] for record in having_it], label=name)
+        points = [[record["step"], record[name]] for record in records if name in record]
+        axes.plot(*np.transpose(points), label=name)
     axes.legend()
     axes.figure.savefig(out_dir / "loss.png")
 

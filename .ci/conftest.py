@@ -39,7 +39,9 @@ def make_model(**options):
     sizes |= {"vocab_size": 256, "torch_dtype": "float32"}
     model = FlashSTU(FlashSTUConfig(**sizes | options)).eval()
     with torch.no_grad():
-        for p in model.layers.parameters():
+        for name, p in model.layers.named_parameters():
+            if name.endswith(("mixer.M", "mixer.M_filters")):
+                p.normal_(std=0.2)  # an STU begins as zero
             p.mul_(2)
     return model
 
