@@ -5,6 +5,7 @@ import contextlib
 import copy
 import gzip
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,27 +121,24 @@ class LargestTensor(TorchDispatchMode):
 # stu.py: filters
 
 
-def hankel_entry(n, use_hankel_L):
-    """Z_ij of the papers, where n = i + j."""
+def matrix_entry(i, j, sinc, use_hankel_L=False, max_angle=0):
+    """Z_ij of the papers. For a sector, times the average of cos θ(i-j) over all its angles."""
+    n = i + j
     if use_hankel_L:
         return 8 * ((-1) ** n + 1) / ((n + 3) * (n - 1) * (n + 1))
-    return 2 / (n**3 - n)
+    return 2 / (n**3 - n) * sinc(max_angle * (i - j) / 180)
 
 
-def hankel_matrix(L, use_hankel_L=False):
-    i = torch.arange(1, L + 1, dtype=torch.float64)
-    return hankel_entry(i[:, None] + i, use_hankel_L)
-
-
-def exact_filters(L, K, use_hankel_L):
-    """The filters from the matrix itself, in 60-digit arithmetic. Their signs are not determined."""
+def exact_filters(L, K, **options):
+    """From the matrix itself in 60-digit arithmetic: filters whose signs are not determined."""
     import mpmath
 
     with mpmath.workdps(60):
         Z = mpmath.matrix(L)
         for i in range(L):
             for j in range(L):
-                Z[i, j] = hankel_entry(mpmath.mpf(i + j + 2), use_hankel_L)
+                index = (mpmath.mpf(i + 1), mpmath.mpf(j + 1))
+                Z[i, j] = matrix_entry(*index, mpmath.sincpi, **options)
         values, vectors = mpmath.eigsy(Z)  # in ascending order
     values = torch.tensor(list(values), dtype=torch.float64)
     vectors = torch.tensor(vectors.tolist(), dtype=torch.float64)
@@ -147,29 +146,49 @@ def exact_filters(L, K, use_hankel_L):
     return phi.flip(1)
 
 
-@pytest.mark.parametrize("use_hankel_L", [False, True])
-@pytest.mark.parametrize("L, tolerance", [(40, 1e-4), (64, 1e-5)])
-def test_filters_equal_those_of_60_digit_arithmetic(L, tolerance, use_hankel_L):
-    phi = get_spectral_filters(L, 24, use_hankel_L, dtype=torch.float64)
-    exact = exact_filters(L, 24, use_hankel_L)
+EXACT = [
+    (40, {}, 1e-4),
+    (64, {}, 1e-6),
+    (64, {"use_hankel_L": True}, 1e-9),
+    (64, {"max_angle": 5}, 1e-7),
+]
+
+
+@pytest.mark.parametrize("L, options, tolerance", EXACT)
+def test_filters_equal_those_of_60_digit_arithmetic(L, options, tolerance):
+    phi = get_spectral_filters(L, 24, dtype=torch.float64, **options)
+    exact = exact_filters(L, 24, **options)
     error = phi - exact * (phi * exact).sum(dim=0).sign()
-    assert error.abs().max() < 1e-6
+    assert error.abs().max() < 1e-9
     assert (error / exact.norm(dim=0)).abs().max() < tolerance  # so no filter is noise
 
 
-@pytest.mark.parametrize("use_hankel_L", [False, True])
+SETS = [{}, {"use_hankel_L": True}, {"max_angle": 5}, {"max_angle": 20}, {"max_angle": 90}]
+
+
+@pytest.mark.parametrize("options", SETS)
 @pytest.mark.parametrize("L", [1, 2, 7, 100, 777])
-def test_filters_are_eigenvectors_of_the_hankel_matrix(L, use_hankel_L):
-    K = min(L, 12)
-    phi = get_spectral_filters(L, K, use_hankel_L, dtype=torch.float64)
+def test_filters_are_the_top_eigenvectors_of_their_matrix(L, options):
+    K = min(L, 24)
+    phi = get_spectral_filters(L, K, dtype=torch.float64, **options)
     norm = phi.norm(dim=0)
     eigenvalue = norm**4
-    assert (hankel_matrix(L, use_hankel_L) @ phi - phi * eigenvalue).abs().max() < 1e-14
-    assert (eigenvalue[:-1] >= eigenvalue[1:]).all()
+    i = torch.arange(1, L + 1, dtype=torch.float64)
+    Z = matrix_entry(i[:, None], i, torch.sinc, **options)
+    assert (Z @ phi - phi * eigenvalue).abs().max() < 1e-14
+    top = torch.linalg.eigvalsh(Z).flip(0)[:K]
+    assert (eigenvalue - top).abs().max() < 1e-14
     unit = phi / norm
     assert (unit.T @ unit - torch.eye(K)).abs().max() < 1e-12
-    for column in phi.T:
+    for column in unit.T:
         assert column[column.abs() > 1e-9][0] > 0
+
+
+def test_a_sector_of_no_angle_is_the_real_axis():
+    real = get_spectral_filters(64, 12, dtype=torch.float64)
+    assert torch.equal(get_spectral_filters(64, 12, dtype=torch.float64, max_angle=0), real)
+    narrow = get_spectral_filters(64, 12, dtype=torch.float64, max_angle=1e-6)
+    assert (narrow - real).abs().max() < 1e-9
 
 
 def test_tensorized_filters_are_kronecker_products():
@@ -178,11 +197,9 @@ def test_tensorized_filters_are_kronecker_products():
     assert phi.shape == (150, 25)
     product = torch.outer(short[:, 1], short[:, 3]).flatten()
     assert torch.allclose(phi[:, 1 * 5 + 3], product[:150], atol=1e-7)
-    # One that is longer than the square of its side ends with zeros.
-    phi = get_tensorized_spectral_filters(3, 24)
-    assert torch.allclose(phi, torch.tensor([[phi[0, 0]], [0], [0]]))
-    for n in (1, 2, 12):
-        assert get_tensorized_spectral_filters(n, 24).shape[0] == n
+    assert get_tensorized_spectral_filters(12, 24).shape == (12, 16)
+    # What is longer than the square ends with zeros.
+    assert get_tensorized_spectral_filters(3, 24).count_nonzero() == 1
 
 
 @pytest.mark.parametrize("make", [get_spectral_filters, get_tensorized_spectral_filters])
@@ -196,15 +213,12 @@ RECURRENCES = [
     (1, 1, {}),
     (5, 3, {"use_hankel_L": True}),
     (40, 24, {}),
-    (96, 24, {"use_hankel_L": True}),
     (1000, 24, {}),
     (2048, 32, {"use_hankel_L": True}),
     (8192, 48, {}),
     (1, 1, {"max_angle": 20}),
     (128, 24, {"max_angle": 5}),
-    (128, 28, {"max_angle": 20}),
     (128, 45, {"max_angle": 45}),
-    (512, 24, {"max_angle": 10}),
     (1024, 24, {"max_angle": 45}),
 ]
 
@@ -214,9 +228,8 @@ def test_the_recurrence_of_a_bank_answers_an_impulse_with_its_filters(L, K, opti
     bank = stu.standard_bank(L, K, **options)
     powers, b, C = bank.lds
     A = powers[1]
-    n = len(b)
     # In orthonormal coordinates neither states nor weights are large, and float32 is enough.
-    assert (A @ A.T + torch.outer(b, b) - torch.eye(n)).abs().max() < 1e-13
+    assert (A @ A.T + torch.outer(b, b) - torch.eye(len(b))).abs().max() < 1e-13
     assert C.abs().max() < 1.5
     assert torch.allclose(powers[3], A @ A @ A)
     answer = []
@@ -232,91 +245,10 @@ def test_the_recurrence_of_a_bank_answers_an_impulse_with_its_filters(L, K, opti
     assert rest.max() < (0.2 if rings else 0.05)
 
 
-def test_without_the_penalty_the_filters_grow_past_their_length():
-    filters = both_signs(get_spectral_filters(128, 24, dtype=torch.float64))
-
-    def energy_past_the_end(fade):
-        lds = FilterBank(filters, fade=fade, tolerance=math.inf, most_ringing=math.inf).lds
-        return (lds.C @ torch.linalg.matrix_power(lds.powers[1], 128)).norm(dim=1).max()
-
-    assert energy_past_the_end(fade=1e-8) > 5 * energy_past_the_end(fade=1e-5)
-
-
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1000.0])
 def test_filters_of_any_scale_have_their_recurrence_and_noise_has_none(scale):
     assert FilterBank(scale * get_spectral_filters(200, 10)).lds is not None
     assert FilterBank(scale * torch.randn(200, 10)).lds is None
-
-
-# --------------------------------------------------------------------------------------------------
-# stu.py: filters of a sector, for what rings
-
-
-def sector_matrix(L, degrees):
-    """Z_ts times the average of cos θ(t-s) over all angles up to this one, in closed form."""
-    i = torch.arange(1, L + 1, dtype=torch.float64)
-    lag = i[:, None] - i
-    average = torch.sinc(degrees / 180 * lag)  # sin(a·lag) / (a·lag) at the angle a
-    return hankel_matrix(L) * average
-
-
-SECTORS = [(128, 12, 5), (128, 20, 20), (128, 64, 90), (600, 24, 20)]
-
-
-@pytest.mark.parametrize("L, K, degrees", SECTORS)
-def test_filters_of_a_sector_are_eigenvectors_of_the_integral_over_it(L, K, degrees):
-    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=degrees)
-    sigma = phi.square().sum(dim=0)  # |φ|² = σ, and the eigenvalue is σ²
-    unit = phi / sigma.sqrt()
-    error = sector_matrix(L, degrees) @ unit - unit * sigma**2
-    assert error.norm(dim=0).max() < 1e-14
-    assert (unit.T @ unit - torch.eye(K)).abs().max() < 1e-12
-    assert (phi[0] > 0).all()
-
-
-def test_weak_filters_of_a_sector_are_right_too():
-    # Their eigenvalues are far below 1e-16 of the first, so the closed form does not show them. The
-    # reference has a column for every decay and angle, 4 times as dense in each, and no shortcut.
-    L = 64
-    K = 20
-    log_rate = torch.arange(3.8, -16.2, -0.05, dtype=torch.float64)
-    rate = log_rate.exp()
-    weight = (0.05 * rate * (-rate).exp()).sqrt() * -torch.expm1(-rate)
-    nodes, angle_weights = np.polynomial.legendre.leggauss(40)
-    angle = math.radians(5) * torch.from_numpy(nodes)
-    t = torch.arange(L, dtype=torch.float64)[:, None, None]
-    decay = weight[:, None] * (-rate[:, None] * t).exp()  # [L, rates, 1]
-    decay = decay * torch.from_numpy(angle_weights / 2).sqrt()  # [L, rates, angles]
-    cosines = decay * (angle * t).cos()
-    sines = decay * (angle * t).sin()
-    G = torch.cat([cosines, sines], dim=2).flatten(1)
-    R = torch.linalg.qr(G.T).R
-    expected = torch.linalg.svd(R.T).U[:, :K]
-    phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=5)
-    norm = phi.norm(dim=0)
-    assert norm[-1] < 1e-3 * norm[0]
-    unit = phi / norm
-    sign = (unit * expected).sum(dim=0).sign()
-    assert (unit - sign * expected).norm(dim=0).max() < 1e-4
-
-
-def test_a_sector_of_no_angle_is_the_real_axis():
-    real = get_spectral_filters(64, 12, dtype=torch.float64)
-    assert torch.equal(get_spectral_filters(64, 12, dtype=torch.float64, max_angle=0), real)
-    narrow = get_spectral_filters(64, 12, dtype=torch.float64, max_angle=1e-6)
-    assert (narrow - real).abs().max() < 1e-9
-
-
-def test_a_recurrence_has_the_decays_that_were_chosen():
-    sizes = {"n_pairs": 6, "max_angle": math.radians(30)}
-    decays = stu.choose_decays(100, n_filters=1, **sizes)
-    assert any(p.imag > 1e-3 for p in decays)
-    bank = FilterBank(torch.ones(100, 1), n_pairs=6, tolerance=math.inf, max_angle=30)
-    eigenvalues = np.linalg.eigvals(bank.lds.powers[1].numpy())
-    for p in decays:
-        assert abs(eigenvalues - p).min() < 1e-6
-        assert abs(eigenvalues - np.conj(p)).min() < 1e-6
-        assert abs(eigenvalues + p).min() < 1e-6  # both signs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -440,6 +372,14 @@ def test_tiled_equals_untiled(options, tiles):
     assert largest_error(value_and_gradients(tiled, x), value_and_gradients(untiled, x)) < 1e-5
 
 
+@in_every_kind
+def test_a_batch_of_none_has_an_output_of_none(options):
+    layer = make_stu(30, 5, 7, **options)
+    x = torch.randn(0, 30, 5)
+    y, _ = in_pieces(layer, x, [11])
+    assert y.shape == layer(x).shape == (0, 30, 7)
+
+
 @pytest.mark.parametrize("backend", ["fft", "lds"])
 @approx_or_full
 def test_first_and_second_gradients_equal_finite_differences(approx, backend):
@@ -452,26 +392,6 @@ def test_first_and_second_gradients_equal_finite_differences(approx, backend):
     inputs = (x, *layer.parameters())
     assert torch.autograd.gradcheck(function, inputs, atol=1e-5)
     assert torch.autograd.gradgradcheck(function, inputs, atol=1e-5)
-
-
-def test_transforms_of_functions_agree_with_the_recurrence():
-    """A Hessian, and the gradient for each sequence of a batch."""
-    layer = STU(3, 3, 24, 8).double()
-    x = torch.randn(4, 24, 3, dtype=torch.float64)
-    weights = layer.M_filters.detach()
-    layer(x)  # makes the copies of the filters
-    found = {}
-    for layer.backend in ("fft", "lds"):
-
-        def loss(x, weights):
-            y = torch.func.functional_call(layer, {"M_filters": weights}, x[None])
-            return (y**3).sum()
-
-        gradient = torch.func.grad(loss, argnums=1)
-        hessian = torch.func.jacrev(gradient, argnums=1)
-        of_each = torch.func.vmap(gradient, (0, None))
-        found[layer.backend] = [hessian(x[0], weights), of_each(x, weights)]
-    assert largest_error(found["fft"], found["lds"]) < 1e-9
 
 
 @pytest.mark.parametrize("max_angle", [0, 20])
@@ -496,19 +416,16 @@ def test_full_stu_never_holds_all_filter_outputs():
 
 def test_casting_to_bfloat16_leaves_the_filters_exact():
     layer = STU(8, 8, 100)
-    x = torch.randn(2, 100, 8)
-    exact, _ = layer.bank.on(x.device, torch.float32)
+    exact, _ = layer.bank.on("cpu", torch.float32)
     layer.to(torch.bfloat16)
-    filters, _ = layer.bank.on(x.device, torch.bfloat16)
+    filters, _ = layer.bank.on("cpu", torch.bfloat16)
     assert torch.equal(filters, exact)
-    x = x.bfloat16()
+    x = torch.randn(2, 100, 8).bfloat16()
     whole = layer(x)
     y, state = in_pieces(layer, x, [50])
     assert y.dtype == whole.dtype == torch.bfloat16
     assert state.memory[0].dtype == torch.float32
     assert relative_error(y.float(), whole.float()) < 1e-2
-    filters, _ = layer.bank.on(x.device, torch.float64)
-    assert filters.dtype == torch.float64
 
 
 def test_a_bank_does_not_depend_on_the_default_dtype():
@@ -541,8 +458,7 @@ def test_a_replica_without_parameters_of_its_own_computes_the_same():
     x = torch.randn(1, 50, 4)
     replica = layer._replicate_for_data_parallel()
     for name, p in layer.named_parameters():
-        setattr(replica, name, p.detach().clone())
-    assert list(replica.parameters()) == []
+        setattr(replica, name, p.detach())
     assert torch.equal(replica(x), layer(x))
 
 
@@ -573,7 +489,6 @@ class FakeFlashFFTConv(torch.nn.Module):
     def __init__(self, seqlen, dtype):
         super().__init__()
         assert seqlen in [2**i for i in range(8, 23)]
-        assert dtype in (torch.bfloat16, torch.float16)
         self.seqlen = seqlen
         self.dtype = dtype
         self.register_buffer("twiddle", torch.ones(3))
@@ -585,8 +500,7 @@ class FakeFlashFFTConv(torch.nn.Module):
         assert H % 16 == 0
         assert u.dtype == self.dtype
         assert k.dtype == torch.float32
-        assert u.is_contiguous()
-        assert k.is_contiguous()
+        assert u.is_contiguous() and k.is_contiguous()
         FakeFlashFFTConv.runs += 1
         # a circular convolution of exactly this size
         spectrum = torch.fft.rfft(u.float(), self.seqlen) * torch.fft.rfft(k, self.seqlen)
@@ -618,9 +532,9 @@ def test_flashfftconv_is_called_by_its_contract(monkeypatch, L, T):
 
 WRONG_SETTINGS_OF_AN_STU = [
     ({"num_eigh": 9}, "num_eigh must be at most 8 at length 8, got 9"),
+    ({"seq_len": 400, "num_eigh": 400}, "num_eigh must be at most 2.. at length 400"),
     ({"num_eigh": 0}, "num_eigh must be an integer >= 1, got 0"),
     ({"num_eigh": 2.5}, "num_eigh must be an integer >= 1, got 2.5"),
-    ({"seq_len": 400, "num_eigh": 400}, "num_eigh must be at most 2.. at length 400"),
     ({"seq_len": True}, "seq_len must be an integer >= 1, got True"),
     ({"d_in": 0}, "d_in must be an integer >= 1, got 0"),
     ({"d_out": "4"}, "d_out must be an integer >= 1, got '4'"),
@@ -628,20 +542,15 @@ WRONG_SETTINGS_OF_AN_STU = [
     ({"use_approx": "False"}, "use_approx must be True or False, got 'False'"),
     ({"use_hankel_L": 1}, "use_hankel_L must be True or False, got 1"),
     ({"backend": "scan"}, "backend must be"),
-    ({"max_angle": -1}, "max_angle must be a number from 0 to 90, got -1"),
     ({"max_angle": 91}, "max_angle must be a number from 0 to 90, got 91"),
     ({"max_angle": math.nan}, "max_angle must be a number from 0 to 90, got nan"),
     ({"max_angle": "20"}, "max_angle must be a number from 0 to 90, got '20'"),
-    ({"max_angle": True}, "max_angle must be a number from 0 to 90, got True"),
     ({"max_angle": 5.0, "use_tensorized": True}, "max_angle must be 0, got 5.0"),
     ({"precomputed_filters": torch.ones(7, 3)}, "the length seq_len = 8, got 7"),
-    ({"precomputed_filters": FilterBank(torch.ones(9, 3))}, "the length seq_len = 8, got 9"),
     ({"precomputed_filters": [[1.0]]}, "filters must be a tensor"),
     ({"precomputed_filters": torch.ones(8)}, "filters must be a tensor"),
     ({"precomputed_filters": torch.zeros(8, 3)}, "filters must be finite, and not all zero"),
-    ({"precomputed_filters": torch.full((8, 3), math.inf)}, "filters must be finite"),
     ({"precomputed_filters": torch.full((8, 3), math.nan)}, "filters must be finite"),
-    ({"precomputed_filters": torch.ones(8, 3).int()}, "dtype must be floating-point"),
     ({"precomputed_filters": torch.ones(8, 3) * 1j}, "dtype must be floating-point"),
     ({"precomputed_filters": [[1.0]], "use_hankel_L": True}, "filters must be a tensor"),
 ]
@@ -654,21 +563,14 @@ def test_stu_says_what_is_wrong_with_its_settings(settings, message):
         STU(**sizes | settings)
 
 
-WRONG_INPUTS = [
-    torch.ones(1, 8, 5),
-    torch.ones(8, 4),
-    torch.ones(1, 0, 4),
-    torch.ones(1, 8, 4, dtype=torch.int64),
-]
-
-
-@pytest.mark.parametrize("x", WRONG_INPUTS, ids=["channels", "batch", "length", "dtype"])
 @pytest.mark.parametrize("layer", [STU(4, 4, 8, 4), SlidingWindowAttention(4, 1)])
-def test_a_layer_says_what_is_wrong_with_its_input(layer, x):
-    wanted = re.escape("input must be floating-point [batch, length >= 1, 4 channels]")
-    got = re.escape(f"{x.dtype} {list(x.shape)}")
-    with pytest.raises(ValueError, match=f"{wanted}, got {got}"):
-        layer(x)
+@pytest.mark.parametrize("shape", [(1, 8, 5), (8, 4), (1, 0, 4)])
+def test_a_layer_says_what_is_wrong_with_its_input(layer, shape):
+    message = f"[batch, length >= 1, 4 channels], got torch.float32 {list(shape)}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(torch.ones(shape))
+    with pytest.raises(ValueError, match="input must be floating-point .* got torch.int64"):
+        layer(torch.ones(1, 8, 4, dtype=torch.int64))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -778,62 +680,63 @@ def test_attention_refuses_windows_that_see_the_future_or_nothing(window):
         SlidingWindowAttention(32, 4, window)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # stu.py: block and model
 
 
 def small_config(**changes):
-    sizes = {
-        "n_embd": 32,
-        "n_layers": 4,
-        "n_heads": 4,
-        "seq_len": 48,
-        "window_size": 12,
-        "vocab_size": 61,
-    }
-    return FlashSTUConfig(**(sizes | {"torch_dtype": "float32"} | changes))
+    sizes = {"n_embd": 32, "n_layers": 4, "n_heads": 4, "seq_len": 48, "window_size": 12}
+    sizes |= {"vocab_size": 61, "torch_dtype": "float32"}
+    return FlashSTUConfig(**sizes | changes)
 
 
 def small_model(**changes):
     return FlashSTU(small_config(**changes)).eval()
 
 
+def random_ids(B, T):
+    return torch.randint(61, (B, T))
+
+
 MODELS = [
     {},
-    {"use_attn": False},
+    {"use_attn": False, "max_angle": 15.0},
     {"use_stu": False},
     {"use_approx": False, "use_hankel_L": True, "softcap": 0.0},
     {"stu_enable_mlp_sandwich": True, "stu_mlp_hidden_size": 24, "bias": True},
     {"use_tensorized": True, "num_eigh": 3},
     {"d_in_tile": 10, "d_out_tile": 7, "window_size": (5, 0)},
 ]
-models = pytest.mark.parametrize("options", MODELS, ids=lambda o: "+".join(o) or "default")
+in_every_variant = pytest.mark.parametrize("options", MODELS, ids=name_of)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("options", [*MODELS, {"use_gradient_checkpointing": True}])
+@in_every_variant
 def test_cuda_computes_what_the_cpu_does(options):
-    """Loss, gradients, a piece from a state, padding; in float32, and as well as it can in bfloat16."""
-    model, ids = small_model(**options), torch.randint(61, (2, 700))
+    """Loss, gradients, a piece from a state, padding, a text; the first four also in bfloat16."""
+    model = small_model(**options)
+    ids = random_ids(2, 700)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
 
-    def results(model, ids):
-        mask = torch.ones_like(ids)
-        mask[0, :20] = 0
+    def results(ids, mask):
         _, state = model.hidden(ids[:, :90], use_cache=True)
-        found = [model.hidden(ids[:, 90:120], state)[0], model.hidden(ids, attention_mask=mask)[0]]
-        model.zero_grad()
-        found.append(model(ids, labels=ids).loss)
-        found[-1].backward()
-        found += [p.grad for p in model.parameters()]
-        return [t.detach().float().cpu() for t in found]
+        piece, _ = model.hidden(ids[:, 90:120], state)
+        padded, _ = model.hidden(ids, attention_mask=mask)
+        loss = model(ids, labels=ids).loss
+        tensors = [piece, padded, loss, *gradients_of(loss, model)]
+        return [tensor.float().cpu() for tensor in tensors]
 
-    expected = results(model, ids)
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        found = results(copy.deepcopy(model).to("cuda", dtype), ids.cuda())
-        assert max(map(relative_error, found, expected)) < tolerance
-    greedy = model.generate(ids[:, :30], max_new_tokens=20, temperature=0)
-    found = model.cuda().generate(ids[:, :30].cuda(), max_new_tokens=20, temperature=0)
-    assert torch.equal(found.cpu(), greedy)
+    expected = results(ids, mask)
+    text = model.generate(ids[:, :30], max_new_tokens=20, temperature=0)
+    model.cuda()
+    ids = ids.cuda()
+    mask = mask.cuda()
+    assert largest_error(results(ids, mask), expected) < 1e-4
+    found = model.generate(ids[:, :30], max_new_tokens=20, temperature=0)
+    assert torch.equal(found.cpu(), text)
+    model.bfloat16()
+    assert largest_error(results(ids, mask), expected) < 0.1
 
 
 def test_the_documented_lines_run_as_they_stand(tmp_path):
@@ -841,11 +744,12 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     model = FlashSTU(config)
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     outputs = model(input_ids=input_ids)
-    assert outputs.logits.shape == (2, 128, 50257) and outputs[1] is outputs.logits
-    generated = model.generate(
-        input_ids=input_ids[:, :10], max_length=14, temperature=0.8, top_k=40
-    )
-    assert generated.shape == (2, 14) and torch.equal(generated[:, :10], input_ids[:, :10])
+    assert outputs.logits.shape == (2, 128, 50257)
+    assert outputs[1] is outputs["logits"] is outputs.logits
+    prompt = input_ids[:, :10]
+    generated = model.generate(input_ids=prompt, max_length=14, temperature=0.8, top_k=40)
+    assert generated.shape == (2, 14)
+    assert torch.equal(generated[:, :10], prompt)
     model.save_pretrained(tmp_path / "my_flash_stu_model")
     loaded = FlashSTU.from_pretrained(tmp_path / "my_flash_stu_model")
     assert torch.equal(loaded(input_ids).logits, outputs.logits)
@@ -853,8 +757,7 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     block = FlashSTUBlock(d_model=512, sequence_length=2048, num_filters=24, use_attention=False)
-    y = block(torch.randn(2, 2048, 512))
-    y = block(y, use_cache=False)
+    y = block(torch.randn(2, 2048, 512), use_cache=False)
     assert y.shape == (2, 2048, 512)
 
 
@@ -864,71 +767,93 @@ def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     use, chat = re.findall(r"```python\n((?:import sys\n)?import torch\n.*?)```", text, re.DOTALL)
     Path("readme.py").write_text(use)
     names = runpy.run_path("readme.py")
-    assert names["y"].shape == (2, 1948, 64) and names["tokens"].shape == (2, 150)
+    assert names["y"].shape == (2, 1948, 64)
+    assert names["tokens"].shape == (2, 150)
     small_model(vocab_size=256).save_pretrained("runs/default/model")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand then?\n"))
     Path("chat.py").write_text(chat)
     runpy.run_path("chat.py")
 
 
-@models
+@in_every_variant
+def test_the_settings_of_a_model_reach_its_layers(options):
+    c = small_config(**options)
+    bank = stu.standard_bank(48, c.num_eigh, c.use_hankel_L, c.use_tensorized, c.max_angle)
+    for layer in FlashSTU(c).layers:
+        mixer = layer.mixer
+        if layer.use_attention:
+            assert (mixer.window, mixer.softcap) == (c.window_size, c.softcap)
+        else:
+            assert mixer.bank is bank
+            assert mixer.use_approx == c.use_approx
+            assert mixer.d_in == mixer.d_out == (c.stu_mlp_hidden_size or 32)
+            assert mixer.d_in_tile == (c.d_in_tile or mixer.d_in)
+            assert mixer.d_out_tile == (c.d_out_tile or mixer.d_out)
+
+
+@in_every_variant
+@pytest.mark.parametrize("T", [48, 120])
 @torch.no_grad()
-def test_model_in_pieces_and_token_by_token_equals_the_whole(options):
-    model, ids = small_model(**options), torch.randint(61, (2, 120))  # 2.5 times seq_len
-    step = lambda ids, state, use_cache: model(ids, state=state, use_cache=use_cache)[1:]
-    for length in (48, 120):
-        whole = model(ids[:, :length]).logits
-        for cuts in ([1, *(1 + cut for cut in random_cuts(length - 1, 2))], range(1, length)):
-            assert relative_error(in_pieces(step, ids[:, :length], cuts)[0], whole) < 1e-5
-
-
-@models
-def test_cached_generation_equals_recomputation(options):
+def test_model_in_pieces_and_token_by_token_equals_the_whole(T, options):
     model = small_model(**options)
-    for prompt in (
-        torch.randint(61, (1, 1)),
-        torch.randint(61, (3, 30)),
-        torch.randint(61, (1, 110)),
-    ):
-        ids = prompt
-        for _ in range(25):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-        assert torch.equal(model.generate(prompt, max_new_tokens=25, temperature=0), ids)
+    ids = random_ids(2, T)
+    whole = model(ids).logits
+
+    def go_on(ids, state, use_cache):
+        _, logits, state = model(ids, state=state, use_cache=use_cache)
+        return logits, state
+
+    for cuts in ([1, *random_cuts(T, 2)], range(1, T)):
+        logits, _ = in_pieces(go_on, ids, sorted(cuts))
+        assert relative_error(logits, whole) < 1e-5
+
+
+@in_every_variant
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 30), (1, 110)])
+def test_cached_generation_equals_recomputation(B, T, options):
+    model = small_model(**options)
+    prompt = random_ids(B, T)
+    ids = prompt
+    for _ in range(25):
+        token = model(ids).logits[:, -1:].argmax(dim=-1)
+        ids = torch.cat([ids, token], dim=1)
+    assert torch.equal(model.generate(prompt, max_new_tokens=25, temperature=0), ids)
 
 
 def test_blocks_stand_alone_and_in_a_module_list():
-    sizes = {"d_model": 16, "sequence_length": 30, "num_filters": 8, "n_heads": 2, "window_size": 5}
-    blocks = torch.nn.ModuleList(FlashSTUBlock(use_attention=i % 2 == 1, **sizes) for i in range(4))
-    x = whole = steps = torch.randn(2, 30, 16)
+    sizes = {"d_model": 16, "sequence_length": 30, "num_filters": 8, "n_heads": 2}
+    blocks = torch.nn.ModuleList()
+    for use_attention in (False, True, False, True):
+        blocks.append(FlashSTUBlock(**sizes, window_size=5, use_attention=use_attention))
+    whole = torch.randn(2, 30, 16)
+    steps = whole
     for block in blocks:
         whole = block(whole)
         steps, _ = in_pieces(block, steps, range(1, 30))
-    assert whole.shape == x.shape and relative_error(steps, whole) < 1e-5
+    assert relative_error(steps, whole) < 1e-5
+    with pytest.raises(ValueError, match="either a config, or sizes"):
+        FlashSTUBlock(**sizes, config=small_config())
 
 
-@pytest.mark.parametrize("layers, T", [(2, 128), (48, 128), (12, 1024), (2, 8192)])
-def test_activations_keep_their_scale_whatever_length_and_depth(layers, T):
-    config = small_config(n_embd=64, n_layers=layers, seq_len=T, num_eigh=24, window_size=64)
-    model, scales = FlashSTU(config), []
+@pytest.mark.parametrize("n_layers, T", [(2, 128), (48, 128), (12, 1024), (2, 8192)])
+@torch.no_grad()
+def test_activations_keep_their_scale_whatever_length_and_depth(n_layers, T):
+    model = small_model(n_embd=64, n_layers=n_layers, seq_len=T, window_size=64)
+    x = model.tok_emb(random_ids(1, T))
     for layer in model.layers:
-        layer.register_forward_hook(
-            lambda _, x, y: scales.extend([x[0].square().mean(), y.square().mean()])
-        )
-    with torch.no_grad():
-        model.hidden(torch.randint(61, (1, T)))
-    assert (
-        len(scales) == 2 * layers
-        and 0.4 < scales[-1].sqrt()
-        and all(s.sqrt() < 0.8 for s in scales)
-    )
+        x = layer(x)
+        assert x.square().mean().sqrt() < 0.8
+    assert x.square().mean().sqrt() > 0.4
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_next_token():
-    model, ids = small_model(), torch.randint(61, (3, 40))
-    logits, labels = model(ids).logits[:, :-1].flatten(0, 1), ids.clone()
+    model = small_model()
+    ids = random_ids(3, 40)
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(logits, ids[:, 1:].flatten())
-    assert torch.allclose(model(ids, labels=labels).loss, expected)
-    labels[0, :20] = -100
+    assert torch.allclose(model(ids, labels=ids).loss, expected)
+    labels = ids.clone()
+    labels[0, :20] = -100  # which do not count
     expected = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
     assert torch.allclose(model(ids, labels=labels).loss, expected)
     labels[:] = -100
@@ -936,252 +861,281 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token():
 
 
 def test_the_loss_of_a_text_in_windows_that_go_on_is_that_of_the_whole():
-    model, ids, state, losses = small_model(), torch.randint(61, (2, 97)), None, []
-    for start in range(0, 96, 24):  # the last token of a window begins the next
-        window = ids[:, start : start + 25]
+    model = small_model()
+    ids = random_ids(2, 97)
+    state = None
+    losses = []
+    for start in range(0, 96, 24):
+        window = ids[:, start : start + 25]  # the last token of a window begins the next
         loss, _, state = model(window, labels=window, state=state, use_cache=True)
         losses.append(loss)
     assert torch.allclose(torch.stack(losses).mean(), model(ids, labels=ids).loss)
 
 
 def test_chunked_loss_has_the_gradients_of_the_whole_and_never_holds_all_logits():
-    model, ids = small_model(vocab_size=200064, n_layers=1), torch.randint(200064, (2, 201))
+    model = small_model(vocab_size=200064, n_layers=1, n_embd=8, n_heads=1)
+    ids = torch.randint(200064, (2, 201))
     with LargestTensor() as largest:
-        model(ids, labels=ids).loss.backward()
-    assert largest.numel <= 2**26 < 2 * 200 * 200064
-    gradient = model.tok_emb.weight.grad.clone()
-    model.zero_grad()
-    F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    assert relative_error(gradient, model.tok_emb.weight.grad) < 1e-5
-
-
-@models
-def test_gradient_checkpointing_changes_no_gradient(options):
-    model, ids = small_model(**options).train(), torch.randint(61, (2, 48))
-    gradients = []
-    for model.gradient_checkpointing in (False, True):
         loss = model(ids, labels=ids).loss
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    for a, b in zip(*gradients):
-        assert torch.equal(a, b)
+        (gradient,) = torch.autograd.grad(loss, model.tok_emb.weight)
+    assert largest.numel <= 2**26 < 2 * 200 * 200064
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    loss = F.cross_entropy(logits, ids[:, 1:].flatten())
+    (expected,) = torch.autograd.grad(loss, model.tok_emb.weight)
+    assert relative_error(gradient, expected) < 1e-5
+
+
+@in_every_variant
+def test_gradient_checkpointing_changes_no_gradient(options):
+    model = small_model(**options).train()
+    ids = random_ids(2, 48)
+    expected = gradients_of(model(ids, labels=ids).loss, model)
+    model.gradient_checkpointing = True
+    gradients = gradients_of(model(ids, labels=ids).loss, model)
+    assert all(map(torch.equal, gradients, expected))
 
 
 def test_every_row_of_a_batch_is_on_its_own():
-    model, ids = small_model(), torch.randint(61, (4, 30))
+    model = small_model()
+    ids = random_ids(4, 30)
     assert relative_error(model(ids).logits[2:3], model(ids[2:3]).logits) < 1e-5
 
 
-def test_each_generation_option_does_what_it_says():
-    model, prompt = small_model(), torch.randint(61, (2, 10))
-    greedy = model.generate(prompt, max_new_tokens=8, temperature=0)
-    for same in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-50}):
-        assert torch.equal(greedy, model.generate(prompt, max_new_tokens=8, **same))
-    assert torch.equal(greedy, model.generate(prompt, max_length=18, temperature=0))
-    assert torch.equal(greedy[:, 10:], torch.stack(list(model.stream(prompt, 8, temperature=0)), 1))
-    assert torch.equal(model.generate(prompt, max_length=10), prompt)
-    stop = greedy[0, 12]
-    stopped = model.generate(prompt[:1], max_new_tokens=8, temperature=0, stop_token=int(stop))
-    assert stopped.shape[1] <= 13 and stopped[0, -1] == stop
-    rngs = (torch.Generator().manual_seed(3) for _ in range(2))
-    assert torch.equal(*(model.generate(prompt, max_new_tokens=8, generator=rng) for rng in rngs))
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert {int(stu.sample(logits, 1.0, top_p=0.6)) for _ in range(200)} == {0, 1}
-    assert {int(stu.sample(logits, 1.0, top_k=3)) for _ in range(300)} == {0, 1, 2}
-
-
-@pytest.mark.parametrize("options, message", [
-    ({}, "give one of the two lengths"), ({"max_length": 9, "max_new_tokens": 3}, "give one of the two lengths"),
-    ({"max_length": 3}, "max_new_tokens .* got -1"), ({"max_new_tokens": -1}, "max_new_tokens .* got -1"),
-    ({"max_new_tokens": 3, "temperature": -1}, "temperature .* got -1"),
-    ({"max_new_tokens": 3, "temperature": math.nan}, "temperature .* got nan"),
-    ({"max_new_tokens": 3, "top_p": 0.0}, "top_p must be more than 0"),
-    ({"max_new_tokens": 3, "stop_token": 61}, "stop_token .* got 61"),
-    ({"max_new_tokens": 3, "stop_token": -1}, "stop_token .* got -1"),
-    ({"max_new_tokens": 3, "stop_token": 5.5}, "stop_token .* got 5.5"),
-])  # fmt: skip
-def test_generation_says_what_is_wrong(options, message):
-    with pytest.raises(ValueError, match=message):
-        small_model().generate(torch.randint(61, (1, 4)), **options)
-
-
-def test_weights_that_are_not_finite_do_not_speak():
+def test_generation_takes_the_likeliest_token_where_nothing_else_is_left():
     model = small_model()
-    with torch.no_grad():
-        model.layers[1].mixer.c_proj.weight[0, 0] = math.nan
-    for temperature in (0, 1.0):
-        with pytest.raises(ValueError, match="logits must be finite"):
-            model.generate(torch.randint(61, (1, 4)), max_new_tokens=1, temperature=temperature)
+    prompt = random_ids(2, 10)
+    greedy = model.generate(prompt, max_new_tokens=8, temperature=0)
+    for options in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-50}):
+        assert torch.equal(model.generate(prompt, max_new_tokens=8, **options), greedy)
+    assert torch.equal(model.generate(prompt, max_length=18, temperature=0), greedy)
+    assert torch.equal(model.generate(prompt, max_length=10), prompt)
+    streamed = torch.stack(list(model.stream(prompt, 8, temperature=0)), dim=1)
+    assert torch.equal(streamed, greedy[:, 10:])
 
 
-@pytest.mark.parametrize("ids, labels, message", [
+def test_a_row_repeats_its_stop_token_until_all_rows_have_one():
+    model = small_model()
+    prompt = random_ids(2, 10)
+    greedy = model.generate(prompt, max_new_tokens=8, temperature=0)
+    stop = greedy[0, 12].item()
+    options = {"max_new_tokens": 8, "temperature": 0, "stop_token": stop}
+    found = model.generate(prompt, **options)
+    end = greedy[0].tolist().index(stop, 10)
+    assert found[0].tolist() == greedy[0, :end].tolist() + [stop] * (found.shape[1] - end)
+    assert torch.equal(model.generate(prompt[:1], **options), greedy[:1, : end + 1])
+
+
+def test_generation_depends_on_its_generator_alone():
+    model = small_model()
+    prompt = random_ids(2, 10)
+    texts = []
+    for seed in (3, 3, 4):
+        generator = torch.Generator().manual_seed(seed)
+        texts.append(model.generate(prompt, max_new_tokens=8, generator=generator))
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+@pytest.mark.parametrize("options, likely", [({}, 4), ({"top_p": 0.6}, 2), ({"top_k": 3}, 3)])
+def test_sampling_draws_from_the_likely_tokens_by_their_probability(options, likely):
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    tokens = stu.sample(probabilities.log().expand(20000, 4), **options)
+    found = tokens.bincount(minlength=4) / 20000
+    probabilities[likely:] = 0
+    assert (found - probabilities / probabilities.sum()).abs().max() < 0.02
+    assert (found > 0).sum() == likely
+
+
+WRONG_OPTIONS_OF_GENERATION = [
+    ({}, "give one of the two lengths"),
+    ({"max_length": 9, "max_new_tokens": 3}, "give one of the two lengths"),
+    ({"max_length": 3}, "max_new_tokens must be an integer >= 0, got -1"),
+    ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
+    ({"max_new_tokens": 3, "temperature": -1}, "temperature must be .* got -1"),
+    ({"max_new_tokens": 3, "temperature": math.nan}, "temperature must be .* got nan"),
+    ({"max_new_tokens": 3, "top_k": 2.5}, "top_k must be an integer >= 0, got 2.5"),
+    ({"max_new_tokens": 3, "top_p": 0.0}, "top_p must be more than 0"),
+    ({"max_new_tokens": 3, "stop_token": 61}, "stop_token must be in the vocabulary, got 61"),
+    ({"max_new_tokens": 3, "stop_token": -1}, "stop_token must be .* got -1"),
+]
+
+
+@pytest.mark.parametrize("options, message", WRONG_OPTIONS_OF_GENERATION)
+def test_generation_says_what_is_wrong_with_its_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_model().generate(random_ids(1, 4), **options)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_weights_that_are_not_finite_do_not_speak(temperature):
+    model = small_model()
+    model.layers[1].mixer.c_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="logits must be finite"):
+        model.generate(random_ids(1, 4), max_new_tokens=1, temperature=temperature)
+
+
+FOUR_IDS = torch.ones(1, 4, dtype=torch.long)
+WRONG_IDS = [
     ([[1, 2]], None, r"token ids must be a tensor.*got \[\[1, 2\]\]"),
-    (torch.ones(1, 4), None, "got torch.float32"), (torch.ones(1, 4).bool(), None, "got torch.bool"),
-    (torch.ones(4).long(), None, r"got \[4\]"), (torch.ones(1, 0).long(), None, "length >= 1"),
-    (torch.ones(1, 4).long(), torch.ones(4).long(), r"got \[4\]"),
-    (torch.ones(1, 4).long(), torch.ones(1, 3).long(), r"labels must have the shape"),
-    (torch.ones(1, 1).long(), torch.ones(1, 1).long(), "length > 1"),
-    (torch.full((1, 4), 61), None, r"token id 61 is not in \[0, 61\)"),
-])  # fmt: skip
+    (FOUR_IDS[0], None, r"length >= 1\], got \[4\]"),
+    (FOUR_IDS[:, :0], None, r"length >= 1\], got \[1, 0\]"),
+    (FOUR_IDS.float(), None, "token ids must be integers, got torch.float32"),
+    (FOUR_IDS.bool(), None, "token ids must be integers, got torch.bool"),
+    (61 * FOUR_IDS, None, r"token id 61 is not in \[0, 61\)"),
+    (FOUR_IDS, FOUR_IDS[0], r"got \[4\]"),
+    (FOUR_IDS, FOUR_IDS[:, :3], r"shape of input_ids, length > 1, got \[1, 3\]"),
+    (FOUR_IDS[:, :1], FOUR_IDS[:, :1], r"length > 1, got \[1, 1\]"),
+]
+
+
+@pytest.mark.parametrize("ids, labels, message", WRONG_IDS)
 def test_token_ids_and_labels_have_one_door(ids, labels, message):
     with pytest.raises(ValueError, match=message):
         small_model()(ids, labels)
 
 
 def test_integers_of_any_width_and_a_batch_of_none_are_legal():
-    model, ids = small_model(), torch.randint(61, (2, 20))
+    model = small_model()
+    ids = random_ids(2, 20)
     loss = model(ids, labels=ids).loss
     assert torch.equal(model(ids.int(), labels=ids.to(torch.int16)).loss, loss)
-    assert model(ids[:0]).logits.shape == (0, 20, 61) and model(ids[:0], labels=ids[:0]).loss == 0
-    assert model.generate(ids[:0], max_new_tokens=3).shape == (0, 23)
-    for options in KINDS:
-        layer = make_stu(30, 5, 7, **options)
-        y, _ = in_pieces(layer, torch.randn(0, 30, 5), [11])
-        assert y.shape == layer(torch.randn(0, 30, 5)).shape == (0, 30, 7)
-    sizes = {
-        "n_embd": np.int64(32),
-        "seq_len": np.int32(48),
-        "mlp_scale": np.float32(2),
-    }
-    config = small_config(**sizes)
-    assert {name: type(getattr(config, name)) for name in sizes} == dict(
-        zip(sizes, (int, int, float))
-    )
+    none = ids[:0]
+    assert model(none).logits.shape == (0, 20, 61)
+    assert model(none, labels=none).loss == 0
+    assert model.generate(none, max_new_tokens=3).shape == (0, 23)
 
 
-def test_a_text_goes_on_from_the_state_of_the_last():
-    """... whether it was left in the middle of a stream or after it: the last token begins what follows."""
-    model, ids, greedy = small_model(), torch.randint(61, (2, 30)), {"temperature": 0}
-    whole = model.generate(ids, max_new_tokens=12, **greedy)
-    for n in (1, 5, 12):
-        state = []
-        for i, token in enumerate(model.stream(ids, 12, state=state, **greedy), 1):
-            if i == n:
-                break
-        copied = stu.select_rows(state, [0, 1])
-        rest = model.generate(token[:, None], max_new_tokens=12 - n, state=copied, **greedy)
-        assert torch.equal(rest, whole[:, 30 + n - 1 :])
-        more = torch.cat([token[:, None], torch.randint(61, (2, 4))], dim=1)
-        a = model.generate(more, max_new_tokens=6, state=state, **greedy)
-        b = model.generate(torch.cat([whole[:, : 30 + n - 1], more], 1), max_new_tokens=6, **greedy)
-        assert torch.equal(a, b[:, 30 + n - 1 :])
+@pytest.mark.parametrize("n", [1, 5, 12])
+def test_a_text_goes_on_from_the_state_that_a_stream_left(n):
+    """... in its middle or at its end. Its last token begins what follows."""
+    model = small_model()
+    text = random_ids(2, 30)
+    state = []
+    stream = model.stream(text, 12, temperature=0, state=state)
+    for token in itertools.islice(stream, n):
+        text = torch.cat([text, token[:, None]], dim=1)
+    more = random_ids(2, 4)
+    prompt = torch.cat([token[:, None], more], dim=1)
+    found = model.generate(prompt, max_new_tokens=6, temperature=0, state=state)
+    whole = torch.cat([text, more], dim=1)
+    expected = model.generate(whole, max_new_tokens=6, temperature=0)
+    assert torch.equal(found[:, -6:], expected[:, -6:])
 
 
-@models
+@in_every_variant
 @torch.no_grad()
 def test_a_state_is_repeated_for_several_rows_and_the_original_stays(options):
-    model, prompt = small_model(**options), torch.randint(61, (2, 30))
-    rows, more = [1, 0, 1, 1], torch.randint(61, (4, 7))
+    model = small_model(**options)
+    prompt = random_ids(2, 30)
+    rows = [1, 0, 1, 1]
+    more = random_ids(4, 7)
+    whole, _ = model.hidden(torch.cat([prompt[rows], more], dim=1))
     _, state = model.hidden(prompt, use_cache=True)
-    for _ in range(2):  # the copies do not touch what they were made from
+    for _ in range(2):
         x, _ = model.hidden(more, stu.select_rows(state, rows), use_cache=True)
-        whole, _ = model.hidden(torch.cat([prompt[rows], more], dim=1))
         assert relative_error(x, whole[:, 30:]) < 1e-5
+
+
+def addresses(state):
+    found = []
+    for layer_state in state:
+        for tensor in (*layer_state.memory, layer_state.position):
+            found.append(tensor.data_ptr())
+    return found
 
 
 @torch.no_grad()
 def test_a_token_has_fixed_shapes_and_places_and_compiles_to_one_graph():
-    model, ids = small_model(), torch.randint(61, (2, 20))
+    model = small_model()
+    ids = random_ids(2, 20)
+    whole, _ = model.hidden(ids)
     _, state = model.hidden(ids[:, :10], use_cache=True)
+    places = addresses(state)
     compiled = torch.compile(model.hidden, fullgraph=True, backend="aot_eager")
-    places = [
-        t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)
-    ]
     for t in range(10, 20):
         with torch._dynamo.config.patch(error_on_recompile=t > 10):
             x, state = compiled(ids[:, t : t + 1], state, use_cache=True)
-    assert relative_error(x, model.hidden(ids)[0][:, -1:]) < 1e-5
-    after = [
-        t.data_ptr() for layer_state in state for t in (*layer_state.memory, layer_state.position)
-    ]
-    assert after == places
+        assert relative_error(x, whole[:, t : t + 1]) < 1e-5
+    assert addresses(state) == places
 
 
-def test_with_gradients_a_state_is_not_overwritten():
-    """... so one can differentiate through the pieces of a sequence."""
-    for layer in (STU(8, 8, 30), SlidingWindowAttention(8, 2, 5)):
-        x = torch.randn(2, 24, 8)
-        whole = value_and_gradients(layer, x)
+@pytest.mark.parametrize("layer", [STU(8, 8, 30), SlidingWindowAttention(8, 2, 5)])
+def test_one_can_differentiate_through_the_pieces_of_a_sequence(layer):
+    x = torch.randn(2, 24, 8)
+
+    def piecewise(x):
         y, _ = in_pieces(layer, x, [7, 8, 9, 20])
-        pieces = [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
-        assert max(map(relative_error, pieces, whole)) < 1e-5
+        return y
+
+    y = piecewise(x)
+    found = [y, *gradients_of(y.square().sum(), layer)]
+    assert largest_error(found, value_and_gradients(layer, x)) < 1e-5
 
 
-def test_a_state_of_another_model_is_refused():
-    ids = torch.zeros(2, 4, dtype=torch.long)
-    for changes, rows, message in (
-        ({"n_layers": 2}, 2, "a state of 4 layers, but there are 2"), ({}, 1, "wants a state"),
-        ({"window_size": 11}, 2, "wants a state"), ({"n_embd": 64}, 2, "wants a state"),
-        ({"n_heads": 2}, 2, "wants a state"),
-    ):  # fmt: skip
-        _, _, state = small_model()(ids, use_cache=True)
-        with pytest.raises(ValueError, match=message):
-            small_model(**changes)(ids[:rows, :1], state=state)
+WRONG_STATES = [
+    ({"n_layers": 2}, 2, "a state of 4 layers, but there are 2"),
+    ({"window_size": 11}, 2, "wants a state"),
+    ({"n_embd": 64}, 2, "wants a state"),
+    ({"n_heads": 2}, 2, "wants a state"),
+    ({}, 1, "this layer, with this batch, wants a state"),
+]
 
 
-@pytest.mark.parametrize("make", [lambda: STU(6, 6, 30), lambda: SlidingWindowAttention(6, 1, 4)])
-def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(make):
-    layer, x, mask = make(), torch.randn(2, 9, 6), torch.ones(2, 9, dtype=torch.long)
+@pytest.mark.parametrize("changes, rows, message", WRONG_STATES)
+def test_a_state_of_another_model_or_batch_is_refused(changes, rows, message):
+    _, _, state = small_model()(random_ids(2, 4), use_cache=True)
+    with pytest.raises(ValueError, match=message):
+        small_model(**changes)(random_ids(rows, 1), state=state)
+
+
+@pytest.mark.parametrize("layer", [STU(6, 6, 30), SlidingWindowAttention(6, 1, 4)])
+def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(layer):
+    x = torch.randn(2, 9, 6)
+    mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
-    expected = layer(x, attention_mask=mask)[0, 4:]
+    alone = layer(x[:1, 4:])
     for hidden in (math.nan, math.inf, 1e30):
         x[0, :4] = hidden
         for same in (mask, mask.bool(), mask.float()):
-            assert torch.equal(layer(x, attention_mask=same)[0, 4:], expected)
-    for wrong in ((mask - 1) * 1e9, mask * 0.5, mask * 2, mask[:, :1], mask[:1], mask[0]):
+            y = layer(x, attention_mask=same)
+            assert relative_error(y[:1, 4:], alone) < 1e-5
+    for wrong in ((mask - 1) * 1e9, mask * 0.5, mask[:, :1], mask[:1], mask[0]):
         with pytest.raises(ValueError, match="attention_mask must be"):
             layer(x, attention_mask=wrong)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"n_heads": 5}, "n_heads = 5 does not cut 32"), ({"use_approx": "False"}, "use_approx must be True or False"),
-    ({"softcap": math.inf}, "softcap"), ({"softcap": math.nan}, "softcap"), ({"n_layers": True}, "n_layers"),
-    ({"torch_dtype": "int32"}, "torch_dtype .* int32"), ({"torch_dtype": "flot"}, "torch_dtype .* flot"),
-    ({"n_embd": "32"}, "n_embd"), ({"window_size": 2.5}, "window_size"), ({"mlp_scale": -1.0}, "mlp_scale"),
-    ({"dropout": -0.1}, "dropout"), ({"softcap": -1.0}, "softcap"), ({"window_size": (4, 4)}, "window_size"),
-    ({"n_layers": 0}, "n_layers"), ({"seq_len": 4.5}, "seq_len"),
-    ({"use_attn": False, "use_stu": False}, "no layer"),
-    ({"stu_mlp_hidden_size": 2.5}, "stu_mlp_hidden_size"),
-])  # fmt: skip
+WRONG_CONFIGS = [
+    ({"n_embd": "32"}, "n_embd must be an integer >= 1, got '32'"),
+    ({"n_layers": True}, "n_layers must be an integer >= 1, got True"),
+    ({"n_layers": 0}, "n_layers must be an integer >= 1, got 0"),
+    ({"seq_len": 4.5}, "seq_len must be an integer >= 1, got 4.5"),
+    ({"stu_mlp_hidden_size": 2.5}, "stu_mlp_hidden_size must be an integer >= 1, got 2.5"),
+    ({"window_size": 2.5}, "window_size must be an integer >= 0, got 2.5"),
+    ({"window_size": (4, 4)}, r"window_size must be an integer >= 0, got \(4, 4\)"),
+    ({"mlp_scale": -1.0}, "mlp_scale must be a number from 0 to .* got -1.0"),
+    ({"dropout": 1.1}, "dropout must be a number from 0 to 1, got 1.1"),
+    ({"softcap": math.inf}, "softcap must be a number from 0 to .* got inf"),
+    ({"softcap": math.nan}, "softcap must be a number from 0 to .* got nan"),
+    ({"max_angle": -1}, "max_angle must be a number from 0 to 90, got -1"),
+    ({"use_approx": "False"}, "use_approx must be True or False, got 'False'"),
+    ({"torch_dtype": "int32"}, "torch_dtype must be a floating-point dtype, got int32"),
+    ({"n_heads": 5}, "n_heads = 5 does not cut 32 channels"),
+    ({"use_attn": False, "use_stu": False}, "no layer is left"),
+]
+
+
+@pytest.mark.parametrize("changes, message", WRONG_CONFIGS)
 def test_config_says_what_is_inconsistent(changes, message):
     with pytest.raises(ValueError, match=message):
         small_config(**changes)
 
 
-def test_config_refuses_unknown_fields():
+def test_config_takes_numbers_of_numpy_and_no_unknown_fields():
+    config = small_config(n_embd=np.int64(32), mlp_scale=np.float32(2))
+    assert type(config.n_embd) is int
+    assert type(config.mlp_scale) is float
     with pytest.raises(TypeError, match="n_embed"):
         FlashSTUConfig(n_embed=3)
-
-
-@models
-def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
-    model, ids = small_model(**options, dropout=0.1), torch.randint(61, (2, 20))
-    model.save_pretrained(tmp_path)
-    again = FlashSTU.from_pretrained(tmp_path).eval()
-    assert again.config == model.config and torch.equal(again(ids).logits, model(ids).logits)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "stu.py"]
-    model.to(torch.bfloat16).save_pretrained(tmp_path)  # cast after it was made
-    assert torch.equal(FlashSTU.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
-
-
-def test_nothing_else_in_a_folder_is_taken_for_the_model(tmp_path):
-    """Other weights beside it, shards of a larger model."""
-    model, other, ids = small_model(), small_model(n_layers=6), torch.randint(61, (1, 9))
-    (tmp_path / "unfinished").mkdir()  # a folder of the user's
-    other.save_pretrained(tmp_path / "other")
-    for name in ("model_old", "model2", "model-old", "model-00001-of-00001"):
-        shutil.copyfile(tmp_path / "other" / "model.safetensors", tmp_path / f"{name}.safetensors")
-    model.save_pretrained(tmp_path)
-    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
-    assert (tmp_path / "unfinished").exists()
-
-
-def test_weights_that_are_views_of_one_buffer_are_saved(tmp_path):
-    model, ids = small_model(), torch.randint(61, (1, 9))
-    parameters = list(model.parameters())
-    buffer = torch.nn.utils.parameters_to_vector(parameters).detach()
-    torch.nn.utils.vector_to_parameters(buffer, parameters)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_a_setting_assigned_later_is_checked_where_a_model_is_made():
@@ -1193,157 +1147,203 @@ def test_a_setting_assigned_later_is_checked_where_a_model_is_made():
         FlashSTU(config)
 
 
-def test_a_folder_that_holds_no_whole_model_is_refused(tmp_path):
-    for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(
-            ValueError, match=r"has a model.safetensors; .*" + re.escape(str(folder))
-        ):
-            FlashSTU.from_pretrained(folder)
-    small_model().save_pretrained(tmp_path)
-    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    for file, damage, message in (
-        (weights, lambda b: b[: len(b) // 2], "model.safetensors is damaged"),
-        (weights, lambda b: b"", "model.safetensors is damaged"),
-        (
-            config,
-            lambda b: b.replace(b'"n_embd": 32', b'"n_embd": 64'),
-            "is not the one that the weights were saved with",
-        ),
-        (config, lambda b: b.replace(b'"n_layers": 4', b'"n_layers": 10000000'), "10000000 layers"),
-        (
-            config,
-            lambda b: b.replace(b'"softcap": 50', b'"softcap": 40'),
-            "is not the one that the weights",
-        ),
-        (config, lambda b: b.replace(b'"n_embd"', b'"n_embed"'), "config.json lacks n_embd"),
-        (config, lambda b: b.replace(b'"bias": false', b'"bias": 3'), "bias must be True or False"),
-        (config, lambda b: b[:20], "config.json is damaged"),
-        (config, lambda b: b"\xff\xfe", "config.json is damaged"),
-    ):
-        whole = file.read_bytes()
-        file.write_bytes(damage(whole))
-        with pytest.raises(ValueError, match=message):
-            FlashSTU.from_pretrained(tmp_path)
-        file.write_bytes(whole)
-    from safetensors.torch import load_file, save_file
-
-    save_file(load_file(weights), weights)  # as transformers does, without our copy of the config
-    whole = config.read_bytes()
-    for old, new in ((b'"n_embd": 32', b'"n_embd": 64'), (b'"bias": false', b'"bias": true')):
-        config.write_bytes(whole.replace(old, new))
-        with pytest.raises(ValueError, match="config.json and weights do not fit"):
-            FlashSTU.from_pretrained(tmp_path)
-    config.write_bytes(whole)
-    shards = tmp_path / "model.safetensors.index.json"
-    shards.write_text("{}")
-    with pytest.raises(ValueError, match="remove the one that is old"):
-        FlashSTU.from_pretrained(tmp_path)
-    shards.unlink()
-    FlashSTU.from_pretrained(tmp_path)
+def test_a_model_made_on_the_meta_device_computes_when_it_gets_memory():
+    with torch.device("meta"):
+        model = small_model()
+    expected = small_model()
+    model.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    ids = random_ids(1, 30)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
-def test_a_save_killed_anywhere_leaves_one_whole_model(tmp_path, monkeypatch):
-    """... the old one or the new one: new weights never meet an old config."""
-    ids, old, new = torch.randint(61, (1, 20)), small_model(), small_model(window_size=3)
-    expected = [model(ids).logits for model in (old, new)]
-    for deaths_at in range(5):
-        steps = iter(range(99))
+# --------------------------------------------------------------------------------------------------
+# stu.py: saving and loading
 
-        def dies(method, steps=steps, at=deaths_at):
-            def step(*args, **kwargs):
-                if next(steps) == at:
-                    raise KeyboardInterrupt
-                return method(*args, **kwargs)
 
-            return step
+def assert_comes_back(folder, model):
+    """The model that is loaded from this folder computes the same, bit for bit."""
+    loaded = FlashSTU.from_pretrained(folder)
+    ids = random_ids(2, 20)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
-        folder = tmp_path / str(deaths_at)
-        old.save_pretrained(folder)
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(Path, "replace", dies(Path.replace))
-            patch.setattr(Path, "unlink", dies(Path.unlink))
-            new.save_pretrained(folder)
-        try:
-            logits = FlashSTU.from_pretrained(folder)(ids).logits
-        except ValueError as error:
-            assert "delete config.json" in str(error)
-            (folder / "config.json").unlink()
-            logits = FlashSTU.from_pretrained(folder)(ids).logits
-        assert any(torch.equal(logits, one) for one in expected)
+
+@in_every_variant
+def test_a_saved_model_comes_back_bit_equal(options, tmp_path):
+    model = small_model(**options, dropout=0.1)
+    model.save_pretrained(tmp_path)
+    assert_comes_back(tmp_path, model)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "stu.py"]
+
+
+def test_a_model_that_was_cast_is_saved_as_it_is(tmp_path):
+    model = small_model()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    model.config.torch_dtype = "bfloat16"
+    assert_comes_back(tmp_path, model)
+
+
+def test_nothing_else_in_a_folder_is_taken_for_the_model(tmp_path):
+    small_model(n_layers=6).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "mine").mkdir()
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    assert_comes_back(tmp_path, model)
+    assert (tmp_path / "mine").exists()
+
+
+def test_weights_that_are_views_of_one_buffer_are_saved(tmp_path):
+    model = small_model()
+    parameters = list(model.parameters())
+    buffer = torch.nn.utils.parameters_to_vector(parameters).detach()
+    torch.nn.utils.vector_to_parameters(buffer, parameters)
+    model.save_pretrained(tmp_path)
+    assert_comes_back(tmp_path, model)
 
 
 def test_filters_of_ones_own_are_saved_with_the_model(tmp_path):
-    model, ids = small_model(), torch.randint(61, (1, 20))
+    assert "layers.2.mixer.filters" not in small_model().state_dict()
+    model = small_model()
     model.layers[2].mixer = STU(32, 32, 48, precomputed_filters=torch.randn(48, 5))
     model.save_pretrained(tmp_path)
-    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
-    other = small_model()
-    other.layers[2].mixer = STU(32, 32, 48, num_eigh=5)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(ids).logits, model(ids).logits)
-    assert not any(
-        name.endswith("filters") and "M_" not in name for name in small_model().state_dict()
-    )
+    assert_comes_back(tmp_path, model)
+    shorter = small_model(seq_len=40)
+    with pytest.raises(ValueError, match="mixer.filters have length 48, not 40"):
+        shorter.load_state_dict(model.state_dict())
 
 
 def test_an_output_matrix_that_fine_tuning_added_is_the_embedding(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    model, ids = small_model(), torch.randint(61, (1, 20))
+    model = small_model()
     model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file(
-        tensors | {"lm_head.weight": tensors["tok_emb.weight"].clone()},
-        tmp_path / "model.safetensors",
-    )
-    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
-    save_file(
-        tensors | {"lm_head.weight": tensors["tok_emb.weight"] + 1}, tmp_path / "model.safetensors"
-    )
+    weights = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["lm_head.weight"] = tensors["tok_emb.weight"].clone()
+    safetensors.torch.save_file(tensors, weights)
+    assert_comes_back(tmp_path, model)
+    tensors["lm_head.weight"] += 1
+    safetensors.torch.save_file(tensors, weights)
     with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
         FlashSTU.from_pretrained(tmp_path)
 
 
-def test_a_failed_save_leaves_the_old_model_whole(tmp_path, monkeypatch):
-    import safetensors.torch
+def test_a_folder_without_weights_or_with_two_kinds_of_them_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        message = f"has a model.safetensors; there is none in {folder}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            FlashSTU.from_pretrained(folder)
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="remove the one that is old"):
+        FlashSTU.from_pretrained(tmp_path)
 
-    model, ids = small_model(), torch.randint(61, (2, 20))
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_file_is_named(name, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    file = tmp_path / name
+    whole = file.read_bytes()
+    for damaged in (b"", b"\xff\xfe", whole[: len(whole) // 2]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            FlashSTU.from_pretrained(tmp_path)
+
+
+WRONG_CHANGES = [
+    ('"n_embd": 32', '"n_embd": 64', "is not the one that the weights were saved with"),
+    ('"softcap": 50', '"softcap": 40', "is not the one that the weights were saved with"),
+    ('"n_layers": 4', '"n_layers": 10000000', "10000000 layers in config.json, weights of 4"),
+    ('"n_embd"', '"n_embed"', "config.json lacks n_embd"),
+    ('"bias": false', '"bias": 3', "bias must be True or False"),
+]
+
+
+@pytest.mark.parametrize("old, new, message", WRONG_CHANGES)
+def test_a_config_that_is_not_of_its_weights_is_refused(old, new, message, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        FlashSTU.from_pretrained(tmp_path)
+
+
+def test_weights_without_a_config_of_their_own_are_held_against_that_of_the_folder(tmp_path):
+    """... as transformers saves them."""
+    model = small_model()
     model.save_pretrained(tmp_path)
-    expected = model(ids).logits
+    weights = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(weights), weights)
+    assert_comes_back(tmp_path, model)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"bias": false', '"bias": true'))
+    with pytest.raises(ValueError, match="config.json and weights do not fit"):
+        FlashSTU.from_pretrained(tmp_path)
 
-    def half(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
+
+@pytest.mark.parametrize("n_steps", range(4))
+def test_a_save_killed_anywhere_leaves_one_whole_model(n_steps, tmp_path, monkeypatch):
+    """... the old one or the new one: new weights never meet an old config."""
+    old = small_model()
+    new = small_model(window_size=3)
+    old.save_pretrained(tmp_path)
+    replace = Path.replace
+    done = []
+
+    def replace_or_die(source, target):
+        if len(done) == n_steps:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_or_die)
+        with contextlib.suppress(KeyboardInterrupt):
+            new.save_pretrained(tmp_path)
+    assert len(done) == n_steps
+    if n_steps in (1, 2):
+        with pytest.raises(ValueError, match="delete config.json, and it is used"):
+            FlashSTU.from_pretrained(tmp_path)
+        (tmp_path / "config.json").unlink()
+    assert_comes_back(tmp_path, old if n_steps == 0 else new)
+
+
+def test_a_save_that_fails_leaves_the_old_model_whole(tmp_path, monkeypatch):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+
+    def write_half(tensors, path, metadata):
+        path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", half)
-    with torch.no_grad():
-        model.tok_emb.weight.add_(1)
+    monkeypatch.setattr(safetensors.torch, "save_file", write_half)
     with pytest.raises(OSError, match="No space"):
-        model.save_pretrained(tmp_path)
-    assert torch.equal(FlashSTU.from_pretrained(tmp_path)(ids).logits, expected)
+        small_model().save_pretrained(tmp_path)
+    assert_comes_back(tmp_path, model)
 
 
-@pytest.mark.parametrize("attention", [False, True])
-def test_a_block_compiles_without_graph_breaks(attention):
-    sizes = {"d_model": 16, "sequence_length": 32, "num_filters": 8, "n_heads": 2}
-    block, x = FlashSTUBlock(use_attention=attention, **sizes), torch.randn(2, 32, 16)
+# --------------------------------------------------------------------------------------------------
+# stu.py: compilers, and what an import needs
+
+
+@pytest.mark.parametrize("use_attention", [False, True])
+def test_a_block_compiles_without_graph_breaks(use_attention):
+    block = FlashSTUBlock(16, 32, 8, use_attention, n_heads=2)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    y, *gradients = value_and_gradients(block, x)
-    z, *compiled_gradients = value_and_gradients(compiled, x)
-    assert relative_error(z, y) < 1e-5
-    for a, b in zip(compiled_gradients, gradients):
-        assert relative_error(a, b) < 1e-4
+    x = torch.randn(2, 32, 16)
+    assert largest_error(value_and_gradients(compiled, x), value_and_gradients(block, x)) < 1e-4
 
 
 def test_a_compiled_model_trains_and_evaluates_like_the_plain_one():
-    model, ids = small_model(), torch.randint(61, (2, 40))
+    model = small_model(n_layers=2)
     compiled = torch.compile(model, backend="aot_eager")
+    ids = random_ids(2, 40)
     with torch.no_grad():
         assert relative_error(compiled(ids).logits, model(ids).logits) < 1e-5
     model.train()
-    losses = [m(ids, labels=ids).loss for m in (compiled, model)]
-    for a, b in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in losses)):
-        assert relative_error(a, b) < 1e-4
+    expected = gradients_of(model(ids, labels=ids).loss, model)
+    assert largest_error(gradients_of(compiled(ids, labels=ids).loss, model), expected) < 1e-4
 
 
 def test_import_needs_only_torch_and_numpy():
