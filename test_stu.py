@@ -1152,7 +1152,7 @@ def assert_comes_back(folder, model):
     ids = random_ids(2, 20)
     assert loaded.config == model.config
     assert not loaded.training
-    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def assert_refused(folder, message):
@@ -1308,7 +1308,7 @@ print(*optional & set(sys.modules), "FlashSTUForCausalLM" in vars(stu))
     assert output == "False\n"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # stu.py: it learns
 
 
@@ -1320,7 +1320,8 @@ def experiment(name):
 def learn(ask, num_steps, rate, **options):
     """Share of right answers of a two-layer model after some steps; ask(model) -> loss, share."""
     torch.manual_seed(0)
-    model = FlashSTU(small_config(n_layers=2, n_heads=2, vocab_size=64, softcap=0.0, **options))
+    sizes = {"n_layers": 2, "n_heads": 2, "vocab_size": 64, "softcap": 0.0}
+    model = FlashSTU(small_config(**sizes, **options))
     optimizers = experiment("recall")["make_optimizers"](model)
     for step in range(num_steps):
         loss, _ = ask(model)
@@ -1330,12 +1331,12 @@ def learn(ask, num_steps, rate, **options):
             optimizer.step()
         model.zero_grad()
     with torch.no_grad():
-        return ask(model)[1].item()
+        _, share = ask(model)
+    return share.item()
 
 
 def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
-    """The STU hands each value its key (the token before), attention finds it: two layers and 100
-    steps are enough."""
+    """The STU hands each value its key, the token before it, and attention finds it."""
     recall = experiment("recall")
 
     def ask(model):
@@ -1347,11 +1348,32 @@ def test_the_hybrid_recalls_what_neither_kind_of_layer_recalls_alone():
     assert learn(ask, 100, 1e-2, **options, use_attn=False) < 0.5
 
 
+def remember(model):
+    """Random signs; the label is the octile of their exponential average, a memory of 300 steps."""
+    decay = 0.99
+    signs = 2 * torch.randint(2, (8, 512)) - 1
+    weights = math.sqrt(1 - decay**2) * decay ** torch.arange(512)
+    average = stu.fft_conv(signs[:, None].float(), weights[None])  # [8, 1, 512]
+    average = average[:, 0, 100:].contiguous()
+    labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
+    logits = model((signs + 1) // 2).logits[:, 100:]
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    right = logits.argmax(dim=-1) == labels
+    return loss, right.float().mean()
+
+
+def test_the_hybrid_remembers_beyond_the_attention_window():
+    options = {"n_embd": 32, "seq_len": 512, "window_size": 64, "num_eigh": 24, "mlp_scale": 2}
+    assert learn(remember, 150, 2e-2, **options) > 0.85
+    assert learn(remember, 150, 2e-2, **options, use_stu=False) < 0.65
+
+
 def follower(row, t, back):
     """What came after the last time that the `back` tokens up to t were there; 0 if never."""
-    for s in range(t - 1, back - 2, -1):
-        if row[s + 1 - back : s + 1] == row[t + 1 - back : t + 1]:
-            return row[s + 1]
+    asked = row[t + 1 - back : t + 1]
+    for end in range(t, back - 1, -1):
+        if row[end - back : end] == asked:
+            return row[end]
     return 0
 
 
@@ -1362,8 +1384,10 @@ def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
     back = 2 if task == "induction" else 1
 
     def oracle(ids):
-        rows = [[follower(row, t, back) for t in range(len(row))] for row in ids.tolist()]
-        answers = torch.tensor(rows)
+        answers = torch.zeros_like(ids)
+        for row, row_of_answers in zip(ids.tolist(), answers):
+            for t in range(len(row)):
+                row_of_answers[t] = follower(row, t, back)
         if task == "selective copying":
             answers[:, 48:] = ids[ids < 62].view(-1, 8)
         return stu.Output(None, 100.0 * F.one_hot(answers, 64), None)
@@ -1372,207 +1396,158 @@ def test_what_the_tasks_ask_for_stands_in_what_the_model_has_read(task):
     assert right > 0.9
 
 
-def remember(model):
-    """Random signs; the label is the octile of their exponential average, a memory of 300 steps."""
-    decay = 0.99
-    signs = 2 * torch.randint(2, (8, 512)) - 1
-    weights = math.sqrt(1 - decay**2) * decay ** torch.arange(512)
-    average = stu.fft_conv(signs[:, None].float(), weights[None])[:, 0, 100:].contiguous()
-    labels = torch.bucketize(average, torch.tensor([-1.15, -0.67, -0.32, 0, 0.32, 0.67, 1.15]))
-    logits = model((signs + 1) // 2).logits[:, 100:]
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return loss, (logits.argmax(dim=-1) == labels).float().mean()
-
-
-def test_the_hybrid_remembers_beyond_the_attention_window():
-    options = {"n_embd": 32, "seq_len": 512, "window_size": 64, "num_eigh": 24, "mlp_scale": 2}
-    assert learn(remember, 150, 2e-2, **options) > 0.85
-    assert learn(remember, 150, 2e-2, **options, use_stu=False) < 0.65
-
-
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # lds.py: the system
 
 
 @pytest.mark.parametrize("T", [1, 2, 37, 1500])
 @pytest.mark.parametrize("diagonal", [True, False])
-def test_the_fast_states_equal_the_definition(diagonal, T):
-    system = LDS(12, 3, 2, dtype=torch.float64, diagonal=diagonal)
-    u = torch.randn(4, T, 3, dtype=torch.float64)
-    h = torch.randn(4, 12, dtype=torch.float64)
-    assert relative_error(system.states(u, h), system.states_step_by_step(u, h)) < 1e-12
-
-
-@pytest.mark.parametrize("T", [1, 2, 37, 1500])
-@pytest.mark.parametrize("diagonal", [True, False])
-def test_a_system_equals_its_recurrence_whole_and_in_pieces(diagonal, T):
-    system = LDS(12, 3, 2, diagonal=diagonal)
+def test_a_system_equals_its_definition_whole_and_in_pieces(diagonal, T):
+    system = LDS(12, 3, 2, diagonal=diagonal, dtype=torch.float64)
     torch.nn.init.normal_(system.h0)
-    u = torch.randn(4, T, 3)
-    y = system.states_step_by_step(u, system.h0.expand(4, -1)) @ system.C.T
-    assert relative_error(system(u), y) < 1e-5
-    assert torch.allclose(system(u[0]), system(u)[0], atol=1e-6)  # without a batch
-    cuts = [T // 3, T // 2] if T > 5 else []
-    assert relative_error(in_pieces(system, u, cuts)[0], y) < 1e-5
+    u = torch.randn(4, T, 3, dtype=torch.float64)
+    states = system.states_step_by_step(u, system.h0.expand(4, -1))
+    expected = states @ system.C.T
+    assert relative_error(system(u), expected) < 1e-12
+    assert relative_error(system(u[0]), expected[0]) < 1e-12  # without a batch
+    y, state = in_pieces(system, u, [T // 3, T // 2] if T > 5 else [])
+    assert relative_error(y, expected) < 1e-12
+    assert relative_error(state, states[:, -1]) < 1e-12
+    y = LDS.forward(system.float(), u)
+    assert y.dtype == torch.float32
+    assert relative_error(y, expected) < 1e-5
 
 
-def test_every_part_of_a_dense_system_gets_its_gradient():
-    system = LDS(5, 2, 3, dtype=torch.float64, diagonal=False)
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_every_part_of_a_system_gets_its_gradient(diagonal):
+    system = LDS(5, 2, 3, dtype=torch.float64, diagonal=diagonal)
     u = torch.randn(2, 9, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *p: system(u), tuple(system.parameters()))
+
+    def function(*parameters):
+        return system(u)
+
+    assert torch.autograd.gradcheck(function, tuple(system.parameters()))
 
 
 def test_random_lds_has_the_poles_it_was_asked_for():
-    sizes = {"state_dim": 400, "input_dim": 10, "output_dim": 5}
-    system = random_LDS(**sizes, lower_bound=0.3, spectral_radius=0.9)
+    system = random_LDS(400, 10, 5, lower_bound=0.3, spectral_radius=0.9)
     size = system.A.detach().abs()
-    assert size.max() == pytest.approx(0.9)
+    assert size.max() == size[0] == pytest.approx(0.9)
     assert 0.3 <= size.min() < 0.35
     assert 100 < (system.A < 0).sum() < 300
-    for name, value in sizes.items():
-        assert getattr(system, name) == value
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # lds.py: the learner
 
-LENGTHS = [(1, 1, False), (40, 40, False), (128, 24, False), (128, 24, True), (1024, 64, False)]
+BANKS = [(1, 1, False), (40, 40, False), (128, 24, False), (128, 24, True), (1024, 64, False)]
+in_every_length = pytest.mark.parametrize("L, K, use_hankel_L", BANKS)
 
 
-@pytest.mark.parametrize("L, K, hankel_L", LENGTHS)
-def test_white_filters_are_orthonormal_and_span_the_bank(L, K, hankel_L):
-    phi = get_spectral_filters(L, K, hankel_L, dtype=torch.float64)
-    white = white_filters(phi, hankel_L)
-    bank = phi if hankel_L else both_signs(phi)
-    w = 1 - torch.arange(L).double()[:, None] / L
-    assert (white.T @ (w * white) - torch.eye(white.shape[1])).abs().max() < 1e-9
+@in_every_length
+def test_white_filters_are_orthonormal_and_span_the_bank(L, K, use_hankel_L):
+    phi = get_spectral_filters(L, K, use_hankel_L, dtype=torch.float64)
+    bank = phi if use_hankel_L else both_signs(phi)
+    white = white_filters(phi, use_hankel_L)
+    w = 1 - torch.arange(L, dtype=torch.float64)[:, None] / L
+    products = white.T @ (w * white)
+    assert (products - torch.eye(len(products))).abs().max() < 1e-9
     rest = bank - white @ (white.T @ (w * bank))
     assert (w.sqrt() * rest).norm(dim=0).max() < 1e-4 * bank.norm(dim=0).max()
 
 
 def test_white_input_gives_uncorrelated_features_of_unit_variance():
     model = MiniSTU(64, 8, 1, 1)
-    features = model.features(torch.randn(4000, 64, 1))  # [N, T, F]
-    covariance = torch.einsum("ntf,ntg->fg", features, features) / features[..., 0].numel()
+    features = model.features(torch.randn(4000, 64, 1)).flatten(0, 1)
+    covariance = features.T @ features / len(features)
     assert (covariance - torch.eye(len(covariance))).abs().max() < 0.05
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_hankel_L": True}, {"backend": "lds"}, {"dtype": torch.float64}], ids=str
-)
-def test_ministu_equals_the_papers_formula(options):
-    model = MiniSTU(seq_len=50, num_filters=10, input_dim=3, output_dim=2, **options)
+@pytest.mark.parametrize("options", [{}, {"use_hankel_L": True}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("backend", ["spectral", "lds"])
+def test_ministu_equals_the_papers_formula(backend, options):
+    model = MiniSTU(50, 10, 3, 2, backend=backend, **options)
     x = torch.randn(2, 50, 3)
-    expected = stu_formula(x.double(), model.stu.bank.filters, model.stu.M.detach().double())
-    assert model(x).shape == (2, 50, 2)
+    M = model.stu.M.detach().double()
+    expected = stu_formula(x.double(), model.stu.bank.filters, M)
     assert (model(x) - expected).abs().max() < 1e-4
-    assert torch.allclose(model(x[0]), model(x)[0], atol=1e-5)  # without a batch
+    assert (model(x[0]) - expected[0]).abs().max() < 1e-4  # without a batch
     assert (model(x[:, :20]) - expected[:, :20]).abs().max() < 1e-4  # shorter than seq_len
+
+
+@in_every_length
+def test_both_backends_of_ministu_agree_in_value_and_gradient(L, K, use_hankel_L):
+    convolved = MiniSTU(L, K, 6, 4, use_hankel_L=use_hankel_L)
+    recurrent = MiniSTU(L, K, 6, 4, use_hankel_L=use_hankel_L, backend="lds")
+    recurrent.load_state_dict(convolved.state_dict())
+    x = torch.randn(2, L, 6)
+    expected = value_and_gradients(convolved, x)
+    assert largest_error(value_and_gradients(recurrent, x), expected) < 1e-3
 
 
 def test_precomputed_filters_give_the_same_model():
     phi = get_spectral_filters(seq_len=128, K=24)
-    given = MiniSTU(128, 24, 10, 5, precomputed_filters=phi)
-    own = MiniSTU(128, 24, 10, 5)
     x, y = sample(random_LDS(20, 10, 5), 64, 128)
-    assert relative_error(given.fit(x, y)(x), own.fit(x, y)(x)) < 1e-5
+    own = MiniSTU(128, 24, 10, 5).fit(x, y)
+    given = MiniSTU(128, 24, 10, 5, precomputed_filters=phi).fit(x, y)
+    assert relative_error(given(x), own(x)) < 1e-5
 
 
 def ringing(degrees, radius=0.99):
     """A system of one input and one output, with the poles radius · e^(±iθ)."""
     system = LDS(2, 1, 1, diagonal=False)
-    c = math.cos(math.radians(degrees))
-    s = math.sin(math.radians(degrees))
-    system.A.data = radius * torch.tensor([[c, -s], [s, c]])
+    c = radius * math.cos(math.radians(degrees))
+    s = radius * math.sin(math.radians(degrees))
+    system.A.data = torch.tensor([[c, -s], [s, c]])
     return system
 
 
-def test_decays_of_both_signs_are_learned_and_slow_ringing_is_not():
-    def error(degrees, radius=0.99):
-        system = ringing(degrees, radius)
-        x, y = sample(system, 64, 128)
-        model = MiniSTU(128, 24, 1, 1).fit(x, y)
-        return unseen_error(model, system, 128) / y.var().item()
-
-    assert error(0) < 1e-11
-    assert error(180) < 1e-11
-    assert error(1) < 1e-7
-    assert 1e-8 < error(5) < 1e-4
-    assert error(20) > 1e-2
-    assert error(90) > 0.3
-    assert error(20, radius=0.5) < 1e-11  # what has died away after a few steps may ring
-
-
-def test_filters_of_a_sector_learn_what_rings_in_it_and_are_no_recurrence_of_decays():
-    t = torch.arange(128, dtype=torch.float64)[:, None, None]
-    gap = torch.logspace(-3, 0, 60, dtype=torch.float64)[:, None]  # 1 - α, against angles up to 20°
-    angles = torch.linspace(0, math.radians(20), 16, dtype=torch.float64)
-    size = gap * (1 - gap) ** t
-    G = torch.cat([size * torch.cos(t * angles), size * torch.sin(t * angles)], dim=2)
-    U, sigma, _ = torch.linalg.svd(G.flatten(1), full_matrices=False)
-    phi = U[:, :40] * sigma[:40].sqrt()
-    system = ringing(20)
+def unlearned(system, K=24, **options):
+    """The share of the outputs' variance that least squares leaves, at length 128."""
     x, y = sample(system, 64, 128)
-    model = MiniSTU(128, 40, 1, 1, precomputed_filters=phi).fit(x, y)
-    assert unseen_error(model, system, 128) < 1e-10 * y.var()
-    recurrent = MiniSTU(128, 40, 1, 1, precomputed_filters=phi, backend="lds").fit(x, y)
-    assert relative_error(recurrent(x), model(x)) < 1e-5
-    with pytest.raises(ValueError, match="sums of decays"):
-        model.to_lds()
+    model = MiniSTU(128, K, 1, 1, **options).fit(x, y)
+    return unseen_error(model, system, 128) / y.var().item()
+
+
+def test_decays_of_both_signs_are_learned_and_slow_ringing_is_not():
+    assert unlearned(ringing(0)) < 1e-11
+    assert unlearned(ringing(180)) < 1e-11
+    assert unlearned(ringing(1)) < 1e-7
+    assert 1e-8 < unlearned(ringing(5)) < 1e-4
+    assert unlearned(ringing(20)) > 1e-2
+    assert unlearned(ringing(90)) > 0.3
+    assert unlearned(ringing(20, radius=0.5)) < 1e-11  # what has died away soon may ring
+
+
+@pytest.mark.parametrize("backend", ["spectral", "lds"])
+def test_filters_of_a_sector_learn_what_rings_in_it(backend):
+    options = {"max_angle": 20, "backend": backend}
+    assert unlearned(ringing(20), K=36, **options) < 1e-7
+    with pytest.raises(ValueError, match="real decays, max_angle=0"):
+        MiniSTU(128, 36, 1, 1, **options).to_lds()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
 def test_the_mlp_acts_on_the_outputs_of_the_stu(activation):
-    model = MiniSTU(
-        seq_len=128,
-        num_filters=24,
-        input_dim=10,
-        output_dim=5,
-        use_hankel_L=False,
-        use_mlp=True,
-        mlp_hidden_dim=20,
-        mlp_num_layers=2,
-        mlp_dropout=0.1,
-        mlp_activation=activation,
-        dtype=torch.float32,
-        device=None,
-        backend="spectral",
-    )
-    assert [tuple(p.shape) for p in model.mlp.parameters()] == [(20, 5), (20,), (5, 20), (5,)]
+    options = {"mlp_hidden_dim": 20, "mlp_dropout": 0.1, "mlp_activation": activation}
+    model = MiniSTU(128, 24, 10, 5, use_mlp=True, **options)
+    shapes = [tuple(p.shape) for p in model.mlp.parameters()]
+    assert shapes == [(20, 5), (20,), (5, 20), (5,)]
     x = torch.randn(2, 128, 10)
-    assert model(x).shape == (2, 128, 5)
     assert not torch.equal(model(x), model(x))  # dropout
     model.eval()
-    assert torch.allclose(model(x), model.mlp(model.stu(x)))
-
-
-RECURRENT = [(1024, 24, False), (128, 24, True), (1024, 64, False), (33, 33, False), (5, 2, False)]
-
-
-@pytest.mark.parametrize("L, K, hankel_L", RECURRENT)
-def test_the_recurrent_backend_agrees_and_trains(L, K, hankel_L):
-    convolved = MiniSTU(L, K, 6, 4, use_hankel_L=hankel_L)
-    recurrent = MiniSTU(L, K, 6, 4, use_hankel_L=hankel_L, backend="lds")
-    recurrent.load_state_dict(convolved.state_dict())
-    x = torch.randn(2, L, 6)
-    for a, b in zip(value_and_gradients(recurrent, x), value_and_gradients(convolved, x)):
-        assert relative_error(a, b) < 1e-3
-
-
-def test_ministu_with_64_channels_runs_as_a_recurrence():
-    sizes = {"seq_len": 1024, "num_filters": 24, "input_dim": 64, "output_dim": 64}
-    model = MiniSTU(**sizes, backend="lds", dtype=torch.float32)
-    assert model(torch.randn(1, 1024, 64)).shape == (1, 1024, 64)
+    first, _, _, last = model.mlp
+    act = getattr(F, activation)
+    assert torch.allclose(model(x), last(act(first(model.stu(x)))))
 
 
 @pytest.mark.parametrize("backend", ["spectral", "lds"])
 def test_a_batch_of_none_has_an_answer_of_none(backend):
     x = torch.randn(0, 20, 3)
     assert MiniSTU(32, 8, 3, 2, backend=backend)(x).shape == (0, 20, 2)
-    for diagonal in (True, False):
-        y, state = LDS(4, 3, 2, diagonal=diagonal)(x, use_cache=True)
-        assert y.shape == (0, 20, 2)
-        assert state.shape == (0, 4)
+    y, state = LDS(4, 3, 2)(x, use_cache=True)
+    assert y.shape == (0, 20, 2)
+    assert state.shape == (0, 4)
 
 
 @pytest.mark.parametrize("state_dim, L, sequences", [(20, 128, 128), (256, 1024, 16)])
@@ -1593,22 +1568,28 @@ def test_least_squares_survives_inputs_that_do_not_vary():
 
 
 def test_gradient_descent_finds_the_system():
-    system = random_LDS(state_dim=20, input_dim=10, output_dim=5)
+    system = random_LDS(20, 10, 5)
     options = {"num_steps": 400, "batch_size": 16, "learning_rate": 2e-3, "verbose": False}
-    model, losses = train_stu_on_lds(system, seq_len=128, num_filters=24, **options)
-    y = model(torch.randn(1, 128, 10))
-    assert y.shape == (1, 128, 5)
+    model, losses = train_stu_on_lds(system, 128, 24, **options)
     assert len(losses) == 400
     assert not model.training
-    assert unseen_error(model, system, 128) < 1e-9  # far below 4.5e-4
+    assert unseen_error(model, system, 128) < 1e-9
 
 
-def test_the_calls_of_the_published_package_work_as_they_are(tmp_path, capsys):
+def test_gradient_descent_with_an_mlp_lowers_the_loss(capsys):
+    mlp = {"use_mlp": True, "mlp_num_layers": 3, "mlp_activation": "tanh"}
+    options = {"num_steps": 60, "batch_size": 8, "learning_rate": 1e-2}
+    _, losses = train_stu_on_lds(random_LDS(8, 4, 2), 32, 8, **options, **mlp)
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
+    assert "60/60" in capsys.readouterr().out
+
+
+def test_the_calls_of_the_published_package_work_as_they_are(tmp_path):
     """Its example script and its README, with only the import changed."""
     device = torch.device("cpu")
     system = random_LDS(state_dim=20, input_dim=10, output_dim=5, lower_bound=0.1, device=device)
-    assert (system.dtype, system.device) == (torch.float32, device)
-    assert system.A.shape == (20,)
+    assert system.dtype == torch.float32
+    assert system.device == device
     model, losses = train_stu_on_lds(
         lds=system,
         seq_len=32,
@@ -1618,20 +1599,14 @@ def test_the_calls_of_the_published_package_work_as_they_are(tmp_path, capsys):
         learning_rate=1e-2,
         verbose=True,
     )
-    assert isinstance(losses, list)
     assert losses[-1] < losses[0]
-    assert "20/20" in capsys.readouterr().out
     assert model.get_num_params() == sum(p.numel() for p in model.parameters())
-    inputs = torch.randn(10, 32, 10, device=device, dtype=torch.float32)
+    x = torch.randn(10, 32, 10, device=device, dtype=torch.float32)
     with torch.no_grad():
-        for length in (16, 32):
-            x = inputs[:, :length, :]
-            assert model(x).shape == (10, length, 5)
-            assert system(x).shape == (10, length, 5)
+        assert model(x).shape == system(x).shape == (10, 32, 5)
     plain = LDS(state_dim=20, input_dim=10, output_dim=5, dtype=torch.float64, device=None)
-    assert plain(inputs).dtype == torch.float64
-    assert plain.h0.shape == (20,)
-    assert not plain.h0.any()
+    assert plain(x).dtype == torch.float64
+    assert torch.equal(plain.h0, torch.zeros(20, dtype=torch.float64))
     for module in (model, system):
         torch.save(module.state_dict(), tmp_path / "saved.pt")
         copy.deepcopy(module).load_state_dict(torch.load(tmp_path / "saved.pt"))
@@ -1641,48 +1616,21 @@ def test_arguments_that_other_packages_order_otherwise_are_refused_by_position()
     with pytest.raises(TypeError, match="positional"):
         MiniSTU(32, 8, 4, 2, False)
     with pytest.raises(TypeError, match="positional"):
-        MiniSTU(32, 8, 4, 2, False, True)
-    with pytest.raises(TypeError, match="positional"):
         train_stu_on_lds(LDS(4, 3, 2), 32, 8, 10)
 
 
-def test_training_with_an_mlp_lowers_the_loss(capsys):
-    _, losses = train_stu_on_lds(
-        random_LDS(8, 4, 2),
-        32,
-        8,
-        num_steps=60,
-        batch_size=8,
-        learning_rate=1e-2,
-        verbose=True,
-        use_mlp=True,
-        mlp_hidden_dim=16,
-        mlp_num_layers=3,
-        mlp_dropout=0.0,
-        mlp_activation="tanh",
-    )
-    assert np.mean(losses[-10:]) < 0.5 * losses[0]
-    assert "60/60" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("L, K, hankel_L", [(128, 24, False), (64, 20, True), (512, 32, False)])
-def test_a_fitted_stu_is_a_linear_dynamical_system(L, K, hankel_L):
-    model = MiniSTU(L, K, 4, 3, use_hankel_L=hankel_L)
+@pytest.mark.parametrize("L, K, use_hankel_L", [(128, 24, False), (64, 20, True), (512, 32, False)])
+def test_a_fitted_stu_is_a_linear_dynamical_system(L, K, use_hankel_L):
+    model = MiniSTU(L, K, 4, 3, use_hankel_L=use_hankel_L)
     model.fit(*sample(random_LDS(20, 4, 3), 64, L))
     system = model.to_lds()
-    n = len(system.A)
     assert system.A.ndim == 1
     assert system.A.abs().max() < 1
-    assert system.B.shape == (n, 4)
-    assert system.C.shape == (3, n)
     x = torch.randn(2, L, 4)
-    scale = model(x).std()
-    assert (system(x) - model(x)).abs().max() < 1e-3 * scale
-    start = torch.zeros(2, n, dtype=torch.float64)
-    one_by_one = system.states_step_by_step(x.double(), start) @ system.C.T
-    assert (one_by_one - model(x)).abs().max() < 1e-3 * scale
+    y = model(x)
+    assert (system(x) - y).abs().max() < 1e-3 * y.std()
     long_after = system(torch.randn(1, 20 * L, 4))[:, -L:]
-    assert long_after.std() < 3 * scale  # it stays sane past seq_len
+    assert long_after.std() < 3 * y.std()
 
 
 # ------------------------------------------------------------------------------------------------------------
