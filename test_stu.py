@@ -705,9 +705,10 @@ def test_attention_refuses_windows_that_see_the_future_or_nothing(window):
 
 
 def small_config(**changes):
-    sizes = {"n_embd": 32, "n_layers": 4, "n_heads": 4, "seq_len": 48, "window_size": 12}
-    sizes |= {"vocab_size": 61, "torch_dtype": "float32"}
-    return FlashSTUConfig(**sizes | changes)
+    sizes = {"n_embd": 32, "n_layers": 4, "n_heads": 4, "vocab_size": 61}
+    lengths = {"seq_len": 48, "window_size": 12}
+    options = sizes | lengths | {"torch_dtype": "float32"} | changes
+    return FlashSTUConfig(**options)
 
 
 def small_model(**changes):
@@ -736,32 +737,30 @@ def model(request):
     return small_model(**getattr(request, "param", {}))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.skipif("not torch.cuda.is_available()", reason="there is no CUDA device")
 @in_every_variant
 def test_cuda_computes_what_the_cpu_does(model):
     """Loss, gradients, a piece from a state, padding, a text; the first four also in bfloat16."""
-    ids = random_ids(2, 700)
-    mask = torch.ones_like(ids)
-    mask[0, :20] = 0
 
-    def results(ids, mask):
-        _, state = model.hidden(ids[:, :90], use_cache=True)
-        piece, _ = model.hidden(ids[:, 90:120], state)
-        padded, _ = model.hidden(ids, attention_mask=mask)
+    def results(ids):
+        first, second = ids.split(350, dim=1)
+        _, state = model.hidden(first, use_cache=True)
+        piece, _ = model.hidden(second, state)
+        padded, _ = model.hidden(ids, attention_mask=ids > 5)
         loss = model(ids, labels=ids).loss
         tensors = [piece, padded, loss, *gradients_of(loss, model)]
         return [tensor.float().cpu() for tensor in tensors]
 
-    expected = results(ids, mask)
-    text = model.generate(ids[:, :30], max_new_tokens=20, temperature=0)
+    greedy = {"max_new_tokens": 20, "temperature": 0}
+    ids = random_ids(2, 700)
+    expected = results(ids)
+    text = model.generate(ids, **greedy)
     model.cuda()
     ids = ids.cuda()
-    mask = mask.cuda()
-    assert largest_error(results(ids, mask), expected) < 1e-4
-    found = model.generate(ids[:, :30], max_new_tokens=20, temperature=0)
-    assert torch.equal(found.cpu(), text)
+    assert largest_error(results(ids), expected) < 1e-4
+    assert torch.equal(model.generate(ids, **greedy).cpu(), text)
     model.bfloat16()
-    assert largest_error(results(ids, mask), expected) < 0.1
+    assert largest_error(results(ids), expected) < 0.1
 
 
 def test_the_documented_lines_run_as_they_stand(tmp_path):
@@ -773,7 +772,6 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     assert outputs[1] is outputs["logits"] is outputs.logits
     prompt = input_ids[:, :10]
     generated = model.generate(input_ids=prompt, max_length=14, temperature=0.8, top_k=40)
-    assert generated.shape == (2, 14)
     assert torch.equal(generated[:, :10], prompt)
     model.save_pretrained(tmp_path / "my_flash_stu_model")
     loaded = FlashSTU.from_pretrained(tmp_path / "my_flash_stu_model")
@@ -782,8 +780,8 @@ def test_the_documented_lines_run_as_they_stand(tmp_path):
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     block = FlashSTUBlock(d_model=512, sequence_length=2048, num_filters=24, use_attention=False)
-    y = block(torch.randn(2, 2048, 512), use_cache=False)
-    assert y.shape == (2, 2048, 512)
+    x = torch.randn(2, 2048, 512)
+    assert block(x, use_cache=False).shape == x.shape
 
 
 def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
@@ -822,26 +820,21 @@ def test_the_settings_of_a_model_reach_its_layers(model):
 @torch.no_grad()
 def test_model_in_pieces_and_token_by_token_equals_the_whole(T, model):
     ids = random_ids(2, T)
-    whole = model(ids).logits
-
-    def go_on(ids, state, use_cache):
-        _, logits, state = model(ids, state=state, use_cache=use_cache)
-        return logits, state
-
-    for cuts in ([1, *random_cuts(T)], range(1, T)):
-        logits, _ = in_pieces(go_on, ids, sorted(cuts))
-        assert relative_error(logits, whole) < 1e-5
+    whole, _ = model.hidden(ids)
+    for cuts in (random_cuts(T), range(1, T)):
+        y, _ = in_pieces(model.hidden, ids, cuts)
+        assert relative_error(y, whole) < 1e-5
 
 
 @in_every_variant
 @pytest.mark.parametrize("B, T", [(1, 1), (3, 30), (1, 110)])
 def test_cached_generation_equals_recomputation(B, T, model):
     prompt = random_ids(B, T)
-    ids = prompt
-    for _ in range(25):
-        token = model(ids).logits[:, -1:].argmax(dim=-1)
-        ids = torch.cat([ids, token], dim=1)
-    assert torch.equal(model.generate(prompt, max_new_tokens=25, temperature=0), ids)
+    text = model.generate(prompt, max_new_tokens=25, temperature=0)
+    assert text.shape == (B, T + 25)
+    likeliest = model(text).logits.argmax(dim=-1)
+    assert torch.equal(text[:, :T], prompt)
+    assert torch.equal(text[:, T:], likeliest[:, T - 1 : -1])
 
 
 def test_blocks_stand_alone_and_in_a_module_list():
@@ -862,22 +855,23 @@ def test_blocks_stand_alone_and_in_a_module_list():
 @pytest.mark.parametrize("n_layers, T", [(2, 128), (48, 128), (12, 1024), (2, 8192)])
 @torch.no_grad()
 def test_activations_keep_their_scale_whatever_length_and_depth(n_layers, T):
-    model = small_model(n_embd=64, n_layers=n_layers, seq_len=T, window_size=64)
+    model = small_model(n_layers=n_layers, seq_len=T, window_size=64)
     x = model.tok_emb(random_ids(1, T))
     for layer in model.layers:
         x = layer(x)
-        assert x.square().mean().sqrt() < 0.8
-    assert x.square().mean().sqrt() > 0.4
+        scale = x.square().mean().sqrt()
+        assert scale < 0.8
+    assert scale > 0.4
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_next_token(model):
     ids = random_ids(3, 40)
-    logits = model(ids).logits[:, :-1].flatten(0, 1)
-    expected = F.cross_entropy(logits, ids[:, 1:].flatten())
-    assert torch.allclose(model(ids, labels=ids).loss, expected)
     labels = ids.clone()
+    logits = model(ids[:, :-1]).logits.mT  # [B, vocab_size, T], as torch wants them
+    expected = F.cross_entropy(logits, labels[:, 1:])
+    assert torch.allclose(model(ids, labels=labels).loss, expected)
     labels[0, :20] = -100  # which do not count
-    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+    expected = F.cross_entropy(logits, labels[:, 1:])
     assert torch.allclose(model(ids, labels=labels).loss, expected)
     labels[:] = -100
     assert model(ids, labels=labels).loss == 0
@@ -886,25 +880,24 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token(model):
 def test_the_loss_of_a_text_in_windows_that_go_on_is_that_of_the_whole(model):
     ids = random_ids(2, 97)
     state = None
-    losses = []
+    total = 0
     for start in range(0, 96, 24):
         window = ids[:, start : start + 25]  # the last token of a window begins the next
-        loss, _, state = model(window, labels=window, state=state, use_cache=True)
-        losses.append(loss)
-    assert torch.allclose(torch.stack(losses).mean(), model(ids, labels=ids).loss)
+        output = model(window, labels=window, state=state, use_cache=True)
+        state = output.state
+        total += output.loss
+    assert torch.allclose(total / 4, model(ids, labels=ids).loss)
 
 
 def test_chunked_loss_has_the_gradients_of_the_whole_and_never_holds_all_logits():
     model = small_model(vocab_size=200064, n_layers=1, n_embd=8, n_heads=1)
     ids = torch.randint(200064, (2, 201))
     with LargestTensor() as largest_tensor:
-        loss = model(ids, labels=ids).loss
-        (gradient,) = torch.autograd.grad(loss, model.tok_emb.weight)
+        gradients = gradients_of(model(ids, labels=ids).loss, model)
     assert largest_tensor.numel <= 2**26 < 2 * 200 * 200064
-    logits = model(ids).logits[:, :-1].flatten(0, 1)
-    loss = F.cross_entropy(logits, ids[:, 1:].flatten())
-    (expected,) = torch.autograd.grad(loss, model.tok_emb.weight)
-    assert relative_error(gradient, expected) < 1e-5
+    logits = model(ids[:, :-1]).logits.mT
+    expected = gradients_of(F.cross_entropy(logits, ids[:, 1:]), model)
+    assert largest_error(gradients, expected) < 1e-5
 
 
 @in_every_variant
@@ -918,42 +911,60 @@ def test_gradient_checkpointing_changes_no_gradient(model):
 
 def test_generation_takes_the_likeliest_token_where_nothing_else_is_left(model):
     prompt = random_ids(2, 10)
-    greedy = model.generate(prompt, max_new_tokens=8, temperature=0)
+    greedy = model.generate(prompt, max_length=18, temperature=0)
     for options in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-50}):
-        assert torch.equal(model.generate(prompt, max_new_tokens=8, **options), greedy)
-    assert torch.equal(model.generate(prompt, max_length=18, temperature=0), greedy)
+        text = model.generate(prompt, max_new_tokens=8, **options)
+        assert torch.equal(text, greedy)
     assert torch.equal(model.generate(prompt, max_length=10), prompt)
-    streamed = torch.stack(list(model.stream(prompt, 8, temperature=0)), dim=1)
-    assert torch.equal(streamed, greedy[:, 10:])
+
+
+def test_a_stream_yields_what_generation_appends(model):
+    prompt = random_ids(2, 10)
+    tokens = list(model.stream(prompt, 8, temperature=0))
+    text = model.generate(prompt, max_new_tokens=8, temperature=0)
+    assert torch.equal(torch.stack(tokens, dim=1), text[:, 10:])
 
 
 def test_a_row_repeats_its_stop_token_until_all_rows_have_one(model):
+    greedy = {"max_new_tokens": 8, "temperature": 0}
     prompt = random_ids(2, 10)
-    greedy = model.generate(prompt, max_new_tokens=8, temperature=0)
-    stop = greedy[0, 12].item()
-    options = {"max_new_tokens": 8, "temperature": 0, "stop_token": stop}
-    found = model.generate(prompt, **options)
-    end = greedy[0].tolist().index(stop, 10)
-    assert found[0].tolist() == greedy[0, :end].tolist() + [stop] * (found.shape[1] - end)
-    assert torch.equal(model.generate(prompt[:1], **options), greedy[:1, : end + 1])
+    new = model.generate(prompt, **greedy)[0, 10:].tolist()
+    end = new.index(new[2])
+    text = model.generate(prompt, **greedy, stop_token=new[2])
+    stopped = text[0, 10:].tolist()
+    assert stopped[:end] == new[:end]
+    assert stopped[end:] == [new[2]] * len(stopped[end:])
+    text = model.generate(prompt[:1], **greedy, stop_token=new[2])
+    assert text[0, 10:].tolist() == new[: end + 1]
 
 
 def test_generation_depends_on_its_generator_alone(model):
+    prompt = random_ids(1, 1)
     texts = []
     for seed in (3, 3, 4):
         generator = torch.Generator().manual_seed(seed)
-        texts.append(model.generate(torch.zeros(1, 1).long(), 9, generator=generator).tolist())
+        text = model.generate(prompt, max_length=9, generator=generator)
+        texts.append(text.tolist())
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("options, likely", [({}, 4), ({"top_p": 0.6}, 2), ({"top_k": 3}, 3)])
-def test_sampling_draws_from_the_likely_tokens_by_their_probability(options, likely):
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    tokens = stu.sample(probabilities.log().expand(20000, 4), **options)
+CHOICES = [
+    ({}, [0.5, 0.3, 0.15, 0.05]),
+    ({"top_p": 0.6}, [5 / 8, 3 / 8, 0, 0]),
+    ({"top_k": 3}, [10 / 19, 6 / 19, 3 / 19, 0]),
+    ({"top_k": 3, "top_p": 0.4}, [1, 0, 0, 0]),
+    ({"temperature": 0.5}, [0.685, 0.247, 0.062, 0.007]),
+]
+
+
+@pytest.mark.parametrize("options, expected", CHOICES)
+def test_tokens_are_drawn_by_their_probability_from_the_likeliest(options, expected):
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    tokens = stu.sample(logits.expand(20000, 4), **options)
     found = tokens.bincount(minlength=4) / 20000
-    probabilities[likely:] = 0
-    assert (found - probabilities / probabilities.sum()).abs().max() < 0.02
-    assert (found > 0).sum() == likely
+    expected = torch.tensor(expected)
+    assert largest(found - expected) < 0.02
+    assert not found[expected == 0].any()
 
 
 WRONG_OPTIONS_OF_GENERATION = [
@@ -978,9 +989,9 @@ def test_generation_says_what_is_wrong_with_its_options(options, message):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_weights_that_are_not_finite_do_not_speak(model, temperature):
-    model.layers[1].mixer.c_proj.weight.data[0, 0] = math.nan
+    model.layers[1].mixer.c_proj.weight.data *= math.nan
     with pytest.raises(ValueError, match="logits must be finite"):
-        model.generate(random_ids(1, 4), max_new_tokens=1, temperature=temperature)
+        model.generate(random_ids(1, 4), max_length=5, temperature=temperature)
 
 
 FOUR_IDS = torch.ones(1, 4, dtype=torch.long)
@@ -993,7 +1004,6 @@ WRONG_IDS = [
     (61 * FOUR_IDS, None, r"token id 61 is not in \[0, 61\)"),
     (FOUR_IDS, FOUR_IDS[0], r"got \[4\]"),
     (FOUR_IDS, FOUR_IDS[:, :3], r"shape of input_ids, length > 1, got \[1, 3\]"),
-    (FOUR_IDS[:, :1], FOUR_IDS[:, :1], r"length > 1, got \[1, 1\]"),
 ]
 
 
@@ -1003,14 +1013,19 @@ def test_token_ids_and_labels_have_one_door(ids, labels, message):
         small_model()(ids, labels)
 
 
+def test_the_loss_of_one_token_is_refused(model):
+    with pytest.raises(ValueError, match="length > 1, got .1, 1."):
+        model(FOUR_IDS[:, :1], FOUR_IDS[:, :1])
+
+
 def test_integers_of_any_width_and_a_batch_of_none_are_legal(model):
     ids = random_ids(2, 20)
-    loss = model(ids, labels=ids).loss
-    assert torch.equal(model(ids.int(), labels=ids.to(torch.int16)).loss, loss)
+    loss = model(ids, ids).loss
+    assert torch.equal(model(ids.int(), ids.short()).loss, loss)
     none = ids[:0]
     assert model(none).logits.shape == (0, 20, 61)
-    assert model(none, labels=none).loss == 0
-    assert model.generate(none, max_new_tokens=3).shape == (0, 23)
+    assert model(none, none).loss == 0
+    assert model.generate(none, max_length=23).shape == (0, 23)
 
 
 @pytest.mark.parametrize("n", [1, 5, 12])
@@ -1021,25 +1036,26 @@ def test_a_text_goes_on_from_the_state_that_a_stream_left(model, n):
     stream = model.stream(text, 12, temperature=0, state=state)
     for token in itertools.islice(stream, n):
         text = torch.cat([text, token[:, None]], dim=1)
-    more = random_ids(2, 4)
-    prompt = torch.cat([token[:, None], more], dim=1)
-    found = model.generate(prompt, max_new_tokens=6, temperature=0, state=state)
-    whole = torch.cat([text, more], dim=1)
-    expected = model.generate(whole, max_new_tokens=6, temperature=0)
-    assert torch.equal(found[:, -6:], expected[:, -6:])
+    text = torch.cat([text, random_ids(2, 4)], dim=1)
+    not_read = text[:, -5:]
+    found = list(model.stream(not_read, 6, temperature=0, state=state))
+    expected = list(model.stream(text, 6, temperature=0))
+    assert all(map(torch.equal, found, expected))
 
 
 @in_every_variant
 @torch.no_grad()
 def test_a_state_is_repeated_for_several_rows_and_the_original_stays(model):
     prompt = random_ids(2, 30)
-    rows = [1, 0, 1, 1]
     more = random_ids(4, 7)
-    whole, _ = model.hidden(torch.cat([prompt[rows], more], dim=1))
+    rows = [1, 0, 1, 1]
+    texts = torch.cat([prompt[rows], more], dim=1)
+    expected, _ = model.hidden(texts)
     _, state = model.hidden(prompt, use_cache=True)
     for _ in range(2):
-        x, _ = model.hidden(more, stu.select_rows(state, rows), use_cache=True)
-        assert relative_error(x, whole[:, 30:]) < 1e-5
+        copied = stu.select_rows(state, rows)
+        found, _ = model.hidden(more, copied, use_cache=True)
+        assert relative_error(found, expected[:, 30:]) < 1e-5
 
 
 def addresses(state):
@@ -1052,15 +1068,16 @@ def addresses(state):
 
 @torch.no_grad()
 def test_a_token_has_fixed_shapes_and_places_and_compiles_to_one_graph(model):
-    ids = random_ids(2, 20)
-    whole, _ = model.hidden(ids)
-    _, state = model.hidden(ids[:, :10], use_cache=True)
+    prompt, *tokens = random_ids(2, 20).split([10] + 10 * [1], dim=1)
+    _, state = model.hidden(prompt, use_cache=True)
     places = addresses(state)
+    expected_state = stu.select_rows(state, [0, 1])
     compiled = torch.compile(model.hidden, fullgraph=True, backend="aot_eager")
-    for t in range(10, 20):
-        with torch._dynamo.config.patch(error_on_recompile=t > 10):
-            x, state = compiled(ids[:, t : t + 1], state, use_cache=True)
-        assert relative_error(x, whole[:, t : t + 1]) < 1e-5
+    for i, token in enumerate(tokens):
+        expected, expected_state = model.hidden(token, expected_state, use_cache=True)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            found, state = compiled(token, state, use_cache=True)
+        assert relative_error(found, expected) < 1e-5
     assert addresses(state) == places
 
 
@@ -1068,8 +1085,8 @@ def test_a_token_has_fixed_shapes_and_places_and_compiles_to_one_graph(model):
 def test_one_can_differentiate_through_the_pieces_of_a_sequence(layer):
     x = torch.randn(2, 24, 8)
     y, _ = in_pieces(layer, x, [7, 8, 9, 20])
-    found = [y, *gradients_of(y.square().sum(), layer)]
-    assert largest_error(found, value_and_gradients(layer, x)) < 1e-5
+    gradients = gradients_of(y.square().sum(), layer)
+    assert largest_error([y, *gradients], value_and_gradients(layer, x)) < 1e-5
 
 
 WRONG_STATES = [
@@ -1082,8 +1099,8 @@ WRONG_STATES = [
 
 
 @pytest.mark.parametrize("changes, rows, message", WRONG_STATES)
-def test_a_state_of_another_model_or_batch_is_refused(changes, rows, message):
-    _, _, state = small_model()(random_ids(2, 4), use_cache=True)
+def test_a_state_of_another_model_or_batch_is_refused(model, changes, rows, message):
+    state = model(random_ids(2, 4), use_cache=True).state
     with pytest.raises(ValueError, match=message):
         small_model(**changes)(random_ids(rows, 1), state=state)
 
@@ -1091,15 +1108,15 @@ def test_a_state_of_another_model_or_batch_is_refused(changes, rows, message):
 @pytest.mark.parametrize("layer", [STU(6, 6, 30), SlidingWindowAttention(6, 1, 4)])
 def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(layer):
     x = torch.randn(2, 9, 6)
-    mask = torch.ones(2, 9, dtype=torch.long)
-    mask[0, :4] = 0
     alone = layer(x[:1, 4:])
+    mask = torch.ones(2, 9).int()
+    mask[0, :4] = 0
     for hidden in (math.nan, math.inf, 1e30):
         x[0, :4] = hidden
         for same in (mask, mask.bool(), mask.float()):
             y = layer(x, attention_mask=same)
             assert relative_error(y[:1, 4:], alone) < 1e-5
-    for wrong in ((mask - 1) * 1e9, mask * 0.5, mask[:, :1], mask[:1], mask[0]):
+    for wrong in (mask - 1, mask * 0.5, mask[:, :1], mask[:1], mask[0]):
         with pytest.raises(ValueError, match="attention_mask must be"):
             layer(x, attention_mask=wrong)
 
@@ -1107,14 +1124,12 @@ def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(layer):
 WRONG_CONFIGS = [
     ({"n_embd": "32"}, "n_embd must be an integer >= 1, got '32'"),
     ({"n_layers": True}, "n_layers must be an integer >= 1, got True"),
-    ({"n_layers": 0}, "n_layers must be an integer >= 1, got 0"),
     ({"seq_len": 4.5}, "seq_len must be an integer >= 1, got 4.5"),
     ({"stu_mlp_hidden_size": 2.5}, "stu_mlp_hidden_size must be an integer >= 1, got 2.5"),
     ({"window_size": 2.5}, "window_size must be an integer >= 0, got 2.5"),
     ({"window_size": (4, 4)}, r"window_size must be an integer >= 0, got \(4, 4\)"),
     ({"mlp_scale": -1.0}, "mlp_scale must be a number from 0 to .* got -1.0"),
     ({"dropout": 1.1}, "dropout must be a number from 0 to 1, got 1.1"),
-    ({"softcap": math.inf}, "softcap must be a number from 0 to .* got inf"),
     ({"softcap": math.nan}, "softcap must be a number from 0 to .* got nan"),
     ({"max_angle": -1}, "max_angle must be a number from 0 to 90, got -1"),
     ({"use_approx": "False"}, "use_approx must be True or False, got 'False'"),
@@ -1221,7 +1236,8 @@ def test_weights_that_are_views_of_one_buffer_are_saved(model, tmp_path):
 
 def test_filters_of_ones_own_are_saved_with_the_model(model, tmp_path):
     assert "layers.2.mixer.filters" not in model.state_dict()
-    model.layers[2].mixer = STU(32, 32, 48, precomputed_filters=torch.randn(48, 5))
+    filters = torch.randn(48, 5)
+    model.layers[2].mixer = STU(32, 32, 48, precomputed_filters=filters)
     model.save_pretrained(tmp_path)
     assert_comes_back(tmp_path, model)
     with pytest.raises(ValueError, match="mixer.filters have length 48, not 40"):
@@ -1303,7 +1319,8 @@ def test_a_block_compiles_without_graph_breaks(use_attention):
     block = FlashSTUBlock(16, 32, 8, use_attention, n_heads=2)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 32, 16)
-    assert largest_error(value_and_gradients(compiled, x), value_and_gradients(block, x)) < 1e-4
+    expected = value_and_gradients(block, x)
+    assert largest_error(value_and_gradients(compiled, x), expected) < 1e-4
 
 
 def test_a_compiled_model_trains_and_evaluates_like_the_plain_one():
@@ -1311,10 +1328,12 @@ def test_a_compiled_model_trains_and_evaluates_like_the_plain_one():
     compiled = torch.compile(model, backend="aot_eager")
     ids = random_ids(2, 40)
     with torch.no_grad():
-        assert relative_error(compiled(ids).logits, model(ids).logits) < 1e-5
+        found = compiled(ids).logits
+    assert relative_error(found, model(ids).logits) < 1e-5
     model.train()
-    expected = gradients_of(model(ids, labels=ids).loss, model)
-    assert largest_error(gradients_of(compiled(ids, labels=ids).loss, model), expected) < 1e-4
+    found = gradients_of(compiled(ids, ids).loss, model)
+    expected = gradients_of(model(ids, ids).loss, model)
+    assert largest_error(found, expected) < 1e-4
 
 
 def test_import_needs_only_torch_and_numpy():
@@ -1323,8 +1342,7 @@ import sys, stu
 optional = {"datasets", "matplotlib", "safetensors", "tiktoken", "tokenizers", "transformers"}
 print(*optional & set(sys.modules), "FlashSTUForCausalLM" in vars(stu))
 """
-    command = [sys.executable, "-c", code]
-    output = subprocess.run(command, cwd=HERE, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True)
     assert output == "False\n"
 
 
