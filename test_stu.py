@@ -65,6 +65,7 @@ def seeded():
 
 
 def relative_error(found, expected):
+    assert found.shape == expected.shape
     difference = (found - expected).norm() / expected.norm()
     return difference.item()
 
@@ -202,7 +203,9 @@ def test_tensorized_filters_are_kronecker_products():
     assert largest(phi[:, 1 * 5 + 3] - product[:150]) < 1e-7
     assert get_tensorized_spectral_filters(12, 24).shape == (12, 16)
     # What is longer than the square ends with zeros.
-    assert get_tensorized_spectral_filters(3, 24).count_nonzero() == 1
+    padded = get_tensorized_spectral_filters(3, 24)
+    assert padded.shape == (3, 1)
+    assert padded.count_nonzero() == 1
 
 
 @pytest.mark.parametrize("make", [get_spectral_filters, get_tensorized_spectral_filters])
@@ -837,6 +840,18 @@ def test_cached_generation_equals_recomputation(B, T, model):
     assert torch.equal(text[:, T:], likeliest[:, T - 1 : -1])
 
 
+def test_a_block_adds_a_mixer_and_an_mlp_to_its_input():
+    block = FlashSTUBlock(16, 32, 8, stu_enable_mlp_sandwich=True)
+    x = torch.randn(2, 32, 16)
+    up, down = block.sandwich
+    h = F.silu(up(block.mixer_norm(x)))
+    y = x + down(block.mixer(h))
+    mlp = block.mlp
+    h = block.mlp_norm(y)
+    h = F.silu(mlp.gate_proj(h)) * mlp.up_proj(h)
+    assert torch.allclose(block(x), y + mlp.down_proj(h))
+
+
 def test_blocks_stand_alone_and_in_a_module_list():
     sizes = {"d_model": 16, "sequence_length": 30, "num_filters": 8, "n_heads": 2}
     blocks = torch.nn.ModuleList()
@@ -926,16 +941,17 @@ def test_a_stream_yields_what_generation_appends(model):
 
 
 def test_a_row_repeats_its_stop_token_until_all_rows_have_one(model):
-    greedy = {"max_new_tokens": 8, "temperature": 0}
+    def write(prompt, **options):
+        torch.manual_seed(0)
+        text = model.generate(prompt, max_new_tokens=8, **options)
+        return text[:, 10:].tolist()
+
     prompt = random_ids(2, 10)
-    new = model.generate(prompt, **greedy)[0, 10:].tolist()
-    end = new.index(new[2])
-    text = model.generate(prompt, **greedy, stop_token=new[2])
-    stopped = text[0, 10:].tolist()
-    assert stopped[:end] == new[:end]
-    assert stopped[end:] == [new[2]] * len(stopped[end:])
-    text = model.generate(prompt[:1], **greedy, stop_token=new[2])
-    assert text[0, 10:].tolist() == new[: end + 1]
+    first, second = write(prompt)
+    stopped = [*first[:3], *(5 * [first[2]])]
+    assert write(prompt, stop_token=first[2]) == [stopped, second]
+    (alone,) = write(prompt[:1])
+    assert write(prompt[:1], stop_token=alone[2]) == [alone[:3]]
 
 
 def test_generation_depends_on_its_generator_alone(model):
@@ -1056,11 +1072,7 @@ def test_a_state_is_repeated_for_several_rows_and_the_original_stays(model):
 
 
 def addresses(state):
-    found = []
-    for layer_state in state:
-        for tensor in (*layer_state.memory, layer_state.position):
-            found.append(tensor.data_ptr())
-    return found
+    return [tensor.data_ptr() for tensor in tree_leaves(state)]
 
 
 @torch.no_grad()
@@ -1211,6 +1223,7 @@ def test_a_saved_model_comes_back_bit_equal(model, folder):
     model.bfloat16().save_pretrained(folder)  # cast after it was made
     model.config.torch_dtype = "bfloat16"
     assert_comes_back(folder, model)
+    assert '"torch_dtype": "bfloat16"' in (folder / "config.json").read_text()
 
 
 def test_nothing_else_in_a_folder_is_taken_for_the_model(folder):
@@ -1231,9 +1244,10 @@ def test_weights_that_are_views_of_one_buffer_are_saved(model, tmp_path):
     assert_comes_back(tmp_path, model)
 
 
-def test_filters_of_ones_own_are_saved_with_the_model(model, tmp_path):
+@pytest.mark.parametrize("K", [5, 24])
+def test_filters_of_ones_own_are_saved_with_the_model(K, model, tmp_path):
     assert "layers.2.mixer.filters" not in model.state_dict()
-    filters = torch.randn(48, 5)
+    filters = torch.randn(48, K)
     model.layers[2].mixer = STU(32, 32, 48, precomputed_filters=filters)
     model.save_pretrained(tmp_path)
     assert_comes_back(tmp_path, model)
@@ -1522,10 +1536,9 @@ def test_ministu_equals_the_papers_formula(backend, use_hankel_L):
     model = MiniSTU(50, 10, 3, 2, backend=backend, use_hankel_L=use_hankel_L)
     x = torch.randn(2, 50, 3)
     expected = formula(model.stu, x)
-    assert largest(model(x) - expected) < 1e-4
-    assert largest(model(x[0]) - expected[0]) < 1e-4  # without a batch
-    shorter = model(x[:, :20])
-    assert largest(shorter - expected[:, :20]) < 1e-4
+    assert relative_error(model(x), expected) < 1e-4
+    assert relative_error(model(x[0]), expected[0]) < 1e-4  # without a batch
+    assert relative_error(model(x[:, :20]), expected[:, :20]) < 1e-4
 
 
 @in_every_length
@@ -1533,6 +1546,7 @@ def test_both_backends_of_ministu_agree_in_value_and_gradient(L, K, use_hankel_L
     options = {"use_hankel_L": use_hankel_L}
     convolved = MiniSTU(L, K, 6, 4, **options)
     recurrent = MiniSTU(L, K, 6, 4, **options, backend="lds")
+    assert recurrent.stu.backend == "lds"
     recurrent.load_state_dict(convolved.state_dict())
     x = torch.randn(2, L, 6)
     expected = value_and_gradients(convolved, x)
@@ -1581,6 +1595,14 @@ def test_filters_of_a_sector_learn_what_rings_in_it(backend):
     assert unlearned(ringing(20), K=36, **options) < 1e-10
     with pytest.raises(ValueError, match="real decays, max_angle=0"):
         MiniSTU(128, 36, 1, 1, **options).to_lds()
+
+
+def test_filters_of_a_sector_that_is_not_told_have_no_recurrence_of_real_decays():
+    phi = get_spectral_filters(128, 40, dtype=torch.float64, max_angle=20)
+    options = {"precomputed_filters": phi, "backend": "lds"}
+    assert unlearned(ringing(20), K=40, **options) < 1e-10
+    with pytest.raises(ValueError, match="filters that are sums of decays"):
+        MiniSTU(128, 40, 1, 1, **options).to_lds()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
