@@ -1122,7 +1122,8 @@ def test_a_mask_is_of_ones_and_zeros_and_hides_whatever_it_hides(layer):
     mask[0, :4] = 0
     for hidden in (math.nan, math.inf, 1e30):
         x[0, :4] = hidden
-        for same in (mask, mask.bool(), mask.float()):
+        longer = torch.cat([1 - mask, mask], dim=1)  # its last columns count
+        for same in (mask, mask.bool(), mask.float(), longer):
             y = layer(x, attention_mask=same)
             assert relative_error(y[:1, 4:], alone) < 1e-5
     for wrong in (mask - 1, mask * 0.5, mask[:, :1], mask[:1], mask[0]):
@@ -1184,8 +1185,8 @@ def test_a_model_made_on_the_meta_device_computes_when_it_gets_memory(model):
 
 
 @pytest.fixture
-def folder(model, tmp_path):
-    """One in which the model of the test was saved."""
+def saved(model, tmp_path):
+    """A folder in which the model of the test was saved."""
     model.save_pretrained(tmp_path)
     return tmp_path
 
@@ -1217,23 +1218,23 @@ def edit_weights(folder, **tensors):
 
 
 @in_every_variant
-def test_a_saved_model_comes_back_bit_equal(model, folder):
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "stu.py"]
-    assert_comes_back(folder, model)
-    model.bfloat16().save_pretrained(folder)  # cast after it was made
+def test_a_saved_model_comes_back_bit_equal(model, saved):
+    assert sorted(os.listdir(saved)) == ["config.json", "model.safetensors", "stu.py"]
+    assert_comes_back(saved, model)
+    model.bfloat16().save_pretrained(saved)  # cast after it was made
     model.config.torch_dtype = "bfloat16"
-    assert_comes_back(folder, model)
-    assert '"torch_dtype": "bfloat16"' in (folder / "config.json").read_text()
+    assert_comes_back(saved, model)
+    assert '"torch_dtype": "bfloat16"' in (saved / "config.json").read_text()
 
 
-def test_nothing_else_in_a_folder_is_taken_for_the_model(folder):
-    (folder / "mine").mkdir()
+def test_nothing_else_in_a_folder_is_taken_for_the_model(saved):
+    (saved / "mine").mkdir()
     for name in ("model_old", "model2", "model-00001-of-00001"):
-        shutil.copyfile(folder / "model.safetensors", folder / f"{name}.safetensors")
+        shutil.copyfile(saved / "model.safetensors", saved / f"{name}.safetensors")
     other = small_model(n_layers=6)
-    other.save_pretrained(folder)
-    assert_comes_back(folder, other)
-    assert (folder / "mine").exists()
+    other.save_pretrained(saved)
+    assert_comes_back(saved, other)
+    assert (saved / "mine").exists()
 
 
 def test_weights_that_are_views_of_one_buffer_are_saved(model, tmp_path):
@@ -1255,25 +1256,25 @@ def test_filters_of_ones_own_are_saved_with_the_model(K, model, tmp_path):
         small_model(seq_len=40).load_state_dict(model.state_dict())
 
 
-def test_an_output_matrix_that_fine_tuning_added_is_the_embedding(model, folder):
+def test_an_output_matrix_that_fine_tuning_added_is_the_embedding(model, saved):
     embedding = model.tok_emb.weight.detach()
-    edit_weights(folder, **{"lm_head.weight": embedding.clone()})
-    assert_comes_back(folder, model)
-    edit_weights(folder, **{"lm_head.weight": embedding + 1})
-    assert_refused(folder, "lm_head.weight is not the embedding")
+    edit_weights(saved, **{"lm_head.weight": embedding.clone()})
+    assert_comes_back(saved, model)
+    edit_weights(saved, **{"lm_head.weight": embedding + 1})
+    assert_refused(saved, "lm_head.weight is not the embedding")
 
 
-def test_a_folder_without_weights_or_with_two_kinds_of_them_is_refused(folder, tmp_path):
-    assert_refused(folder / "none", f"has a model.safetensors; there is none in {folder}/none")
-    (folder / "model.safetensors.index.json").write_text("{}")
-    assert_refused(folder, "remove the one that is old")
+def test_a_folder_without_weights_or_with_two_kinds_of_them_is_refused(saved):
+    assert_refused(saved / "none", f"has a model.safetensors; there is none in {saved}/none")
+    (saved / "model.safetensors.index.json").write_text("{}")
+    assert_refused(saved, "remove the one that is old")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 @pytest.mark.parametrize("damaged", [b"", b"\xff\xfe", b'{"n_embd": 3'])
-def test_a_damaged_file_is_named(name, damaged, folder):
-    (folder / name).write_bytes(damaged)
-    assert_refused(folder, f"{name} is damaged")
+def test_a_damaged_file_is_named(name, damaged, saved):
+    (saved / name).write_bytes(damaged)
+    assert_refused(saved, f"{name} is damaged")
 
 
 WRONG_CHANGES = [
@@ -1286,20 +1287,20 @@ WRONG_CHANGES = [
 
 
 @pytest.mark.parametrize("old, new, message", WRONG_CHANGES)
-def test_a_config_that_is_not_of_its_weights_is_refused(old, new, message, folder):
-    edit_config(folder, old, new)
-    assert_refused(folder, message)
+def test_a_config_that_is_not_of_its_weights_is_refused(old, new, message, saved):
+    edit_config(saved, old, new)
+    assert_refused(saved, message)
 
 
-def test_weights_without_a_config_of_their_own_are_held_against_that_of_the_folder(model, folder):
-    edit_weights(folder)
-    assert_comes_back(folder, model)
-    edit_config(folder, '"bias": false', '"bias": true')
-    assert_refused(folder, "config.json and weights do not fit")
+def test_weights_without_a_config_of_their_own_are_held_against_that_of_the_folder(model, saved):
+    edit_weights(saved)
+    assert_comes_back(saved, model)
+    edit_config(saved, '"bias": false', '"bias": true')
+    assert_refused(saved, "config.json and weights do not fit")
 
 
 @pytest.mark.parametrize("n_steps", range(4))
-def test_a_save_that_ends_anywhere_leaves_one_whole_model(n_steps, model, folder, monkeypatch):
+def test_a_save_that_ends_anywhere_leaves_one_whole_model(n_steps, model, saved, monkeypatch):
     """... the old one or the new one: new weights never meet an old config."""
     new = small_model(window_size=3)
     replace = Path.replace
@@ -1313,12 +1314,12 @@ def test_a_save_that_ends_anywhere_leaves_one_whole_model(n_steps, model, folder
 
     monkeypatch.setattr(Path, "replace", replace_or_die)
     with contextlib.suppress(KeyboardInterrupt):
-        new.save_pretrained(folder)
+        new.save_pretrained(saved)
     assert len(done) == n_steps
     if n_steps in (1, 2):
-        assert_refused(folder, "delete config.json, and it is used")
-        (folder / "config.json").unlink()
-    assert_comes_back(folder, model if n_steps == 0 else new)
+        assert_refused(saved, "delete config.json, and it is used")
+        (saved / "config.json").unlink()
+    assert_comes_back(saved, model if n_steps == 0 else new)
 
 
 # --------------------------------------------------------------------------------------------------
