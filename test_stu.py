@@ -463,7 +463,7 @@ def test_layers_share_one_bank_and_so_do_their_copies():
     expected = layers[0](x)
     pickled = pickle.dumps(layers)
     for a, b in (layers, copy.deepcopy(layers), pickle.loads(pickled)):
-        assert a.bank is b.bank
+        assert a.bank is b.bank is layers[0].bank
         assert torch.equal(a(x), expected)
         y, _ = a(x, use_cache=True)
         assert relative_error(y, expected) < 1e-5
@@ -550,7 +550,6 @@ def test_flashfftconv_is_called_by_its_contract(monkeypatch, T):
 
 
 WRONG_SETTINGS_OF_AN_STU = [
-    ({"num_eigh": 9}, "num_eigh must be at most 8 at length 8, got 9"),
     ({"seq_len": 400, "num_eigh": 400}, "num_eigh must be at most 2.. at length 400"),
     ({"num_eigh": 0}, "num_eigh must be an integer >= 1, got 0"),
     ({"d_in": 0}, "d_in must be an integer >= 1, got 0"),
@@ -563,7 +562,6 @@ WRONG_SETTINGS_OF_AN_STU = [
     ({"max_angle": 5.0, "use_tensorized": True}, "max_angle must be 0, got 5.0"),
     ({"precomputed_filters": torch.ones(7, 3)}, "the length seq_len = 8, got 7"),
     ({"precomputed_filters": [[1.0]]}, "filters must be a tensor"),
-    ({"precomputed_filters": torch.ones(8)}, "filters must be a tensor"),
     ({"precomputed_filters": torch.zeros(8, 3)}, "filters must be finite, and not all zero"),
     ({"precomputed_filters": torch.ones(8, 3) / 0}, "filters must be finite"),
     ({"precomputed_filters": torch.ones(8, 3).int()}, "dtype must be floating-point"),
@@ -1231,6 +1229,7 @@ def test_nothing_else_in_a_folder_is_taken_for_the_model(saved):
     (saved / "mine").mkdir()
     for name in ("model_old", "model2", "model-00001-of-00001"):
         shutil.copyfile(saved / "model.safetensors", saved / f"{name}.safetensors")
+    (saved / "model.safetensors.index.json").write_text("{}")  # of a model in parts
     other = small_model(n_layers=6)
     other.save_pretrained(saved)
     assert_comes_back(saved, other)
@@ -1552,15 +1551,6 @@ def test_both_backends_of_ministu_agree_in_value_and_gradient(L, K, use_hankel_L
     x = torch.randn(2, L, 6)
     expected = value_and_gradients(convolved, x)
     assert largest_error(value_and_gradients(recurrent, x), expected) < 1e-3
-
-
-def test_precomputed_filters_give_the_same_model():
-    system = random_LDS(20, 10, 5)
-    x, y = sample(system, 64, 128)
-    phi = get_spectral_filters(seq_len=128, K=24)
-    own = MiniSTU(128, 24, 10, 5)
-    given = MiniSTU(128, 24, 10, 5, precomputed_filters=phi)
-    assert relative_error(given.fit(x, y)(x), own.fit(x, y)(x)) < 1e-5
 
 
 def ringing(degrees, radius=0.99):
