@@ -160,8 +160,8 @@ def exact_filters(L, K, **options):
 EXACT = [
     (40, {}, 1e-4),
     (64, {}, 1e-6),
-    (64, {"use_hankel_L": True}, 1e-9),
-    (64, {"max_angle": 5}, 1e-7),
+    (40, {"use_hankel_L": True}, 1e-9),
+    (40, {"max_angle": 5}, 1e-5),
 ]
 
 
