@@ -1770,7 +1770,7 @@ def refusal(run_here, capsys):
         with pytest.raises(SystemExit) as end:
             run_here(script, flags)
         assert end.value.code not in (None, 0)
-        return f"{end.value} {capsys.readouterr().err}"
+        return f"{capsys.readouterr().err} {end.value}"
 
     return run
 
@@ -1794,7 +1794,8 @@ def test_the_demo_prints_and_draws_in_the_format_of_the_name(
 
 def test_on_a_terminal_the_line_moves_and_elsewhere_there_are_ten(monkeypatch, capsys):
     train_stu_on_lds(random_LDS(4, 3, 2), 16, 4, num_steps=100, batch_size=2)
-    assert len(capsys.readouterr().out.splitlines()) == 10
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     train_stu_on_lds(random_LDS(4, 3, 2), 16, 4, num_steps=100, batch_size=2)
     printed = capsys.readouterr().out
@@ -1805,7 +1806,6 @@ def test_on_a_terminal_the_line_moves_and_elsewhere_there_are_ten(monkeypatch, c
 def test_the_curve_falls_as_the_losses_fall():
     losses = [10.0**-i for i in range(50)]
     curve = lds_module.curve(losses, final_length=100)
-    assert len(curve) == 40
     assert curve[0] == "█"
     assert list(curve[:20]) == sorted(curve[:20], reverse=True)
     assert curve[20:] == 20 * "·"
@@ -1818,11 +1818,7 @@ def test_the_curve_falls_as_the_losses_fall():
         ("--out nowhere/lds.png", "cannot write a regular file"),
         ("--out folder.png", "cannot write a regular file"),
         ("--steps -1", "number of steps must be an integer >= 0, got -1"),
-        ("--batch_size 0", "batch_size must be an integer >= 1, got 0"),
-        ("--state_dim 0", "state_dim must be an integer >= 1, got 0"),
         ("--num_filters 25", "num_eigh must be at most 24"),
-        ("--learning_rate nan", "learning_rate must be a number"),
-        ("--learning_rate 1e300", "learning_rate must be a number"),
         ("--learning_rate 900", "training diverged"),
         ("--lower_bound 2", "lower_bound = 2.0"),
         ("--spectral_radius nan", "spectral_radius = nan"),
@@ -1968,9 +1964,7 @@ def test_a_wider_sector_of_poles_needs_more_filters_and_a_text_is_learned(tmp_pa
     assert "| text, 20° |" in run_here("experiments/angles.py", flags)
 
 
-def test_the_suites_of_others_get_our_layer_and_are_asked_for(refusal):
-    for script in ("mechbench", "mqar"):
-        assert "is not a checkout" in refusal(f"experiments/{script}.py", "nowhere")
+def test_the_suites_of_others_get_our_layer():
     build = experiment("mechbench")["with_our_layer"](build_theirs=None)
     sizes = types.SimpleNamespace(d_model=8, max_seq_len=32, num_eigh=4, use_hankel_L=False)
     x = torch.randn(2, 32, 8)
@@ -1997,10 +1991,19 @@ def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, run_he
         assert name in printed
 
 
-def test_the_robot_says_what_it_needs(tmp_path, monkeypatch, refusal):
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        ("ant.py", "", "pip install"),
+        ("loss_by_position.py", "--model .", "holds no checkpoint and no model"),
+        ("mechbench.py", "nowhere", "is not a checkout"),
+        ("mqar.py", "nowhere", "is not a checkout"),
+    ],
+)
+def test_an_experiment_says_what_it_needs(tmp_path, monkeypatch, refusal, script, flags, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
-    assert "pip install" in refusal("experiments/ant.py", "")
+    assert says in refusal(f"experiments/{script}", flags)
 
 
 @pytest.fixture
@@ -2048,11 +2051,6 @@ def test_loss_by_position_forgets_what_it_says(reader):
     assert not torch.allclose(half[16:], forgotten[16:], atol=1e-4)
 
 
-def test_loss_by_position_says_what_is_not_there(tmp_path, refusal):
-    told = refusal("experiments/loss_by_position.py", f"--model {tmp_path}")
-    assert "holds no checkpoint and no model" in told
-
-
 def assert_causal(model, x, t):
     """Output t depends on all inputs up to t, and on none that comes later."""
     x.requires_grad_()
@@ -2062,7 +2060,10 @@ def assert_causal(model, x, t):
     assert (reach[: t + 1] > 0).all()
 
 
-def test_the_baselines_are_causal_and_learn():
+def test_what_the_stu_is_compared_with_is_causal_and_learns():
+    ant = experiment("ant")
+    for kind in ant["KINDS"]:
+        assert_causal(ant["make_model"](kind, 27), torch.randn(1, 30, 35), 12)
     linear_systems = experiment("linear_systems")
     system = random_LDS(4, 10, 5, spectral_radius=0.8)
     system.C.data *= 4
@@ -2071,12 +2072,6 @@ def test_the_baselines_are_causal_and_learn():
         assert_causal(make(30), torch.randn(1, 30, 10), 12)
         _, losses = linear_systems["train"](name, system, 30, 1e-2, 80, 0, progress)
         assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10]), name
-
-
-def test_the_robots_models_are_causal():
-    ant = experiment("ant")
-    for kind in ant["KINDS"]:
-        assert_causal(ant["make_model"](kind, 27), torch.randn(1, 30, 35), 12)
 
 
 def test_mamba_2_equals_its_recurrence():
@@ -2142,16 +2137,12 @@ def all_documents_in(folder):
     return sorted(documents_in(folder, "train") + documents_in(folder, "val"))
 
 
-def write_documents(folder, n, words):
-    """n files of so many words; returns their texts."""
-    rng = random.Random(1)
-    Path(folder).mkdir()
-    texts = []
-    for i in range(n):
-        words_of_text = rng.choices(["alpha", "beta", "γ", "def f(x):", "\n", "1234"], k=words)
-        text = " ".join(words_of_text) + f" {i}"
-        Path(folder, f"{i:03}.txt").write_text(text, encoding="utf-8")
-        texts.append(text)
+def write_documents(n, lines):
+    """A folder docs of n texts of so many lines, which are returned."""
+    Path("docs").mkdir()
+    texts = [f"document {i}: é\n" * lines for i in range(n)]
+    for i, text in enumerate(texts):
+        Path(f"docs/{i:03}.txt").write_text(text, encoding="utf-8")
     return texts
 
 
@@ -2190,7 +2181,7 @@ def test_bytes_need_no_tiktoken(monkeypatch):
 
 
 def test_shards_hold_every_document_once_and_the_splits_share_none(folder):
-    texts = write_documents("docs", 600, 10)
+    texts = write_documents(600, 3)
     Path("docs/copy.txt").write_text(texts[0], encoding="utf-8")  # goes where its twin goes
     meta = prepare_data.prepare(["docs"], "out", val_fraction=0.3, shard_tokens=5000)
     assert all_documents_in("out") == sorted([*texts, texts[0]])
@@ -2199,7 +2190,7 @@ def test_shards_hold_every_document_once_and_the_splits_share_none(folder):
 
 
 def test_short_shards_read_as_one_long_array(folder):
-    write_documents("docs", 300, 10)
+    write_documents(300, 3)
     prepare_data.prepare(["docs"], "out", shard_tokens=400)
     shards = prepare_data.open_data("out")[1]["val"]
     whole = np.concatenate(shards)
@@ -2232,14 +2223,13 @@ def test_few_texts_always_give_a_validation_split(folder):
     ["a.ndjson", "a.json", "list.json", "a.jsonl.gz", "a.json.GZ", "a.parquet", "bytes.parquet"],
 )
 def test_records_give_the_same_shards_whatever_file_holds_them(folder, name):
-    texts = [f"document {i} é\n" * 5 for i in range(50)]
-    records = [{"text": text} for text in texts]
+    records = [{"title": "a", "body": f"document {i} é\n" * 5} for i in range(50)]
     write_records("plain.jsonl", records)
     if name == "bytes.parquet":
-        records = [{"text": text.encode()} for text in texts]
+        records = [{"body": record["body"].encode()} for record in records]
     write_records(name, records)
-    prepare_data.prepare(["plain.jsonl"], "plain", val_fraction=0.3)
-    prepare_data.prepare([name], "other", val_fraction=0.3)
+    prepare_data.prepare(["plain.jsonl"], "plain", field="body", val_fraction=0.3)
+    prepare_data.prepare([name], "other", field="body", val_fraction=0.3)
     for split in ("train", "val"):
         assert np.array_equal(read_split("plain", split), read_split("other", split))
 
@@ -2250,17 +2240,6 @@ def test_a_json_file_may_be_one_record_and_a_text_may_be_compressed(folder):
     prepare_data.prepare(["record.json", "book.txt.gz"], "out")
     parts = zip(documents_in("out", "train"), documents_in("out", "val"))
     assert [begin + end for begin, end in parts] == ["a story " * 20, "a book " * 20]
-
-
-@pytest.mark.parametrize("name", ["texts.jsonl", "texts.parquet"])
-def test_a_wrong_field_names_the_fields_that_exist(folder, capsys, name):
-    write_records(name, [{"title": "a", "body": "a long text"}])
-    with pytest.raises(SystemExit) as error:
-        prepare_data.prepare([name], "out")
-    told = f"{capsys.readouterr().err} {error.value}"
-    assert "field 'text'" in told
-    assert "['title', 'body']" in told
-    prepare_data.prepare([name], "out", field="body")
 
 
 BAD_LINES = [
@@ -2302,12 +2281,14 @@ def test_a_bad_record_does_not_end_a_corpus_and_is_counted(folder, capsys, name,
 
 
 def test_a_folder_gives_its_visible_text_and_says_what_is_left_out(folder, capsys):
-    texts = write_documents("docs", 200, 10)
+    texts = write_documents(200, 3)
     Path("docs/bom.TXT").write_bytes(codecs.BOM_UTF8 + b"bom")
     Path("docs/a.JSONL").write_bytes(codecs.BOM_UTF8 + b'{"text": "capitals"}\n\n')
     Path("docs/utf16.txt").write_bytes("é".encode("utf-16"))
     Path("docs/picture").write_bytes(b"\xff\xfe\xff\xd8")
     Path("docs/zeros").write_bytes(b"a\0b")
+    for packed in ("texts.zip", "texts.tar.gz", "texts.jsonl.ZST"):
+        Path("docs", packed).write_bytes(b"\x28\xb5\x2f\xfd")
     Path("docs/x.jsonl").mkdir()
     Path("docs/x.jsonl/file").write_text("in a folder")
     for hidden in (".git", ".ipynb_checkpoints"):
@@ -2320,27 +2301,22 @@ def test_a_folder_gives_its_visible_text_and_says_what_is_left_out(folder, capsy
         prepare_data.prepare(["docs"], out)
         assert all_documents_in(out) == sorted(texts)
     told = capsys.readouterr().err
-    for line in ("2: hidden", "4: linked folders", "5: linked folders", "3: no UTF-8 text"):
+    for line in (
+        "2: hidden",
+        "4: linked folders",
+        "5: linked folders",
+        "3: no UTF-8 text",
+        "3: packed in another way than .gz",
+    ):
         assert f"\nleft out {line}" in told, told
-    with pytest.raises(SystemExit, match="cannot be a source"):
-        prepare_data.prepare(["docs"], "docs")
 
 
 def test_one_file_under_several_names_is_read_once(folder, capsys):
-    texts = write_documents("docs", 200, 10)
+    texts = write_documents(200, 3)
     shell("ln -s 000.txt symbolic; ln 000.txt hard", "docs")
     prepare_data.prepare(["docs", "docs/001.txt", f"{folder}/docs/../docs/002.txt"], "out")
     assert all_documents_in("out") == sorted(texts)
     assert "left out 4: named before, maybe under another name" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["texts.zip", "texts.tar.gz", "texts.jsonl.zst"])
-def test_what_is_packed_otherwise_is_left_out_for_that_reason(prepared, capsys, name):
-    Path(name).write_bytes(b"\x28\xb5\x2f\xfd")
-    prepare_data.prepare(["a.txt", name], "out2")
-    told = capsys.readouterr().err
-    assert "left out 1: packed in another way than .gz" in told
-    assert name in told
 
 
 def test_control_characters_of_a_file_name_are_shown_not_obeyed(prepared, capsys):
@@ -2389,7 +2365,7 @@ def interrupt(write, monkeypatch, **options):
 
 @pytest.mark.parametrize("write", [1, 3, 8])
 def test_an_interrupted_preparation_continues_to_the_same_bytes(folder, monkeypatch, write):
-    write_documents("docs", 700, 20)
+    write_documents(700, 6)
     options = {"sources": ["docs"], "val_fraction": 0.3, "shard_tokens": 10000}
     prepare_data.prepare(out="whole", **options)
     assert max(map(len, prepare_data.open_data("whole")[1]["train"])) < 10500
@@ -2415,7 +2391,7 @@ def test_an_interrupted_preparation_continues_to_the_same_bytes(folder, monkeypa
     ],
 )
 def test_a_source_that_has_changed_is_refused_by_name(folder, monkeypatch, change, name):
-    write_documents("docs", 700, 20)
+    write_documents(700, 6)
     options = {"sources": ["docs"], "shard_tokens": 10000}
     interrupt(8, monkeypatch, out="half", **options)
     prepare_data.prepare(out="whole", **options)
@@ -2428,7 +2404,7 @@ def test_a_source_that_has_changed_is_refused_by_name(folder, monkeypatch, chang
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused_by_name(folder, monkeypatch):
-    write_documents("docs", 700, 20)
+    write_documents(700, 6)
     read_records = prepare_data.read_records
 
     def appended_to(path, field):
@@ -2516,24 +2492,6 @@ def test_a_folder_has_one_owner_until_its_process_ends(folder, monkeypatch):
         prepare_data.prepare(["stdlib"], folder / "out")
 
 
-@pytest.mark.parametrize(
-    "obstacle, out",
-    [
-        ("touch file", "file/out"),
-        ("touch file", "file"),
-        ("mkdir -p out/meta.json", "out"),
-        ("mkdir -p out/train_00000.npy", "out"),
-        ("mkdir -p out/.flash_stu.lock", "out"),
-        ("", "/proc/nothing"),
-    ],
-)
-def test_an_output_that_cannot_be_written_is_a_sentence(folder, obstacle, out):
-    Path("a.txt").write_text("hello world\n" * 1000)
-    shell(obstacle, folder)
-    with pytest.raises(SystemExit, match="cannot write"):
-        prepare_data.prepare(["a.txt"], out)
-
-
 def write_new(file):
     file.write(b"new")
 
@@ -2614,8 +2572,9 @@ def test_the_pieces_of_a_text_are_the_text():
     assert len(prepare_data.PIECE.findall(random_text())) > 10
 
 
-def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole_and_ids_of_no_token_no_text():
     tokenizer = o200k_base()
+    assert tokenizer.name == "o200k_base"
     text = random_text()
     tokens = tokenizer.encode(text)
     pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(text)]
@@ -2624,14 +2583,9 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
     spaces = f"x{' ' * 10**6}y"  # on which tiktoken gives up
     pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(spaces)]
     assert tokenizer.decode(np.concatenate(pieces).tolist()) == spaces
-
-
-def test_ids_of_no_token_decode_to_nothing():
-    tokenizer = o200k_base()
     tokens = tokenizer.encode("a text")
     assert tokenizer.decode([199_998, *tokens, tokenizer.eot, 10**6]) == "a text"
     assert "<|endofprompt|>" in tokenizer.decode(range(199_990, tokenizer.n_vocab))
-    assert tokenizer.name == "o200k_base"
 
 
 def test_a_saved_tokenizer_has_the_same_ids_and_keeps_zero_bytes(folder):
@@ -2663,54 +2617,64 @@ def test_hub_corpora_are_files_that_their_library_fetches(folder, monkeypatch):
     assert 10 < len(documents_in("out", "val")) < 60
 
 
+BAD_FILES = {
+    "latin.txt": b"caf\xe9 " * 10**6,
+    "empty.txt": b"",
+    "fields.jsonl": b'{"title": "x", "body": "y"}\n{"text": ',
+    "none.jsonl.gz": b"not gzip",
+    "cut.jsonl.GZ": gzip.compress(b"{}")[:-9],
+    "bad.json.gz": gzip.compress(b"{}" * 99)[:20] + b"xxxxx",
+    "bad.parquet": b"PAR1",
+    "file": b"",
+}
+
+
 @pytest.mark.parametrize(
-    "name, content, message",
+    "command, message",
     [
-        ("a.txt", b"caf\xe9 " * 10**6, "no UTF-8 text.*a.txt.*not enough text"),
-        ("a.txt", b"", "not enough text"),
-        ("a.jsonl", b'{"txt": "x"}\n{"text": ', "left out 2: .*a.jsonl, record 1.*not enough text"),
-        ("a.jsonl.gz", b"not gzip", "cannot read .*a.jsonl.gz"),
-        ("a.jsonl.GZ", gzip.compress(b"{}")[:-9], "cannot read .*a.jsonl.GZ"),
-        ("a.json.gz", gzip.compress(b"{}" * 99)[:20] + b"xxxxx", "cannot read .*a.json.gz"),
-        ("a.parquet", b"PAR1", "cannot read .*a.parquet"),
-        ("missing.txt", None, "no file or folder"),
-        ("", None, "no file or folder"),
+        ("latin.txt", "left out 1: no UTF-8 text.*latin.txt.*not enough text"),
+        ("empty.txt", "not enough text"),
+        (
+            "fields.jsonl",
+            r"left out 2: .*'text'.*, record 1 .*\['title', 'body'\].*not enough text",
+        ),
+        ("fields.parquet", r"no field 'text': give --field one of \['title', 'body'\]"),
+        ("none.jsonl.gz", "cannot read .*none.jsonl.gz"),
+        ("cut.jsonl.GZ", "cannot read .*cut.jsonl.GZ"),
+        ("bad.json.gz", "cannot read .*bad.json.gz"),
+        ("bad.parquet", "cannot read .*bad.parquet"),
+        ("utf8.parquet --field title", "cannot read .*utf8.parquet"),
+        ("missing.txt", "no file or folder"),
+        ("''", "no file or folder"),
+        (". --out .", "cannot be a source"),
+        ("stdlib --val_fraction 1", "val_fraction is 1.0"),
+        ("stdlib --val_fraction nan", "val_fraction is nan"),
+        ("stdlib --shard_tokens 0", "shard_tokens is 0"),
+        ("stdlib --tokenizer bpe", "'bpe': it is bytes, gpt2 or o200k_base"),
+        ("a.txt --out file", "cannot write"),
+        ("a.txt --out file/out", "cannot write"),
+        ("a.txt --out /proc/nothing", "cannot write"),
+        ("a.txt --out 1", "cannot write .*meta.json"),
+        ("a.txt --out 2", "cannot write .*train_00000.npy"),
+        ("a.txt --out 3", "cannot write to 3"),
     ],
 )
-def test_preparation_says_what_is_wrong_and_writes_nothing(folder, capsys, name, content, message):
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
-    if content is not None:
+def test_preparation_says_what_is_wrong_and_writes_nothing(folder, refusal, command, message):
+    for name, content in BAD_FILES.items():
         Path(name).write_bytes(content)
-    with pytest.raises(SystemExit) as error:
-        prepare_data.prepare([name], "out")
-    told = f"{capsys.readouterr().err} {error.value}"
+    Path("a.txt").write_text("hello world\n" * 1000)
+    for name in ("1/meta.json", "2/train_00000.npy", f"3/{prepare_data.LOCK}"):
+        Path(name).mkdir(parents=True)
+    if "parquet" in command:
+        pyarrow = pytest.importorskip("pyarrow")
+        write_records("fields.parquet", [{"title": "x", "body": "y"}])
+        parquet = pytest.importorskip("pyarrow.parquet")
+        no_utf_8 = pyarrow.array([b"\xff"]).view(pyarrow.string())
+        parquet.write_table(pyarrow.table({"title": no_utf_8}), "utf8.parquet")
+    told = refusal("prepare_data.py", f"--out out {command}")
     assert re.search(message, told, re.DOTALL), told[:2000]
     assert len(told) < 700
     assert not list(Path("out").glob("[!.]*"))
-
-
-def test_a_parquet_file_whose_text_is_no_utf_8_is_named(folder):
-    pyarrow = pytest.importorskip("pyarrow")
-    bad = pyarrow.array([b"\xff"]).view(pyarrow.string())
-    write_records("a.parquet", [{"text": bad[0]}])
-    with pytest.raises(SystemExit, match="cannot read .*a.parquet"):
-        prepare_data.prepare(["a.parquet"], "out")
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
-        ({"val_fraction": math.nan}, "val_fraction is nan"),
-        ({"shard_tokens": 0}, "shard_tokens is 0"),
-        ({"tokenizer": "bpe"}, "'bpe': it is bytes, gpt2 or o200k_base"),
-    ],
-)
-def test_what_cannot_be_asked_for_is_refused(folder, options, message):
-    with pytest.raises(SystemExit, match=message):
-        prepare_data.prepare(["stdlib"], "out", **options)
-    assert not Path("out").exists()
 
 
 def test_a_library_that_is_missing_is_named(folder, monkeypatch, refusal):
@@ -3066,6 +3030,7 @@ def print_to_nobody():
     os.close(reader)
     os.dup2(writer, 1)
     os.dup2(writer, 2)
+    sys.stdout = open(1, "w")  # noqa: SIM115 (unlike the file before, a pipe has no position)
 
 
 def stop_the_clock():
