@@ -1895,15 +1895,12 @@ def test_a_signal_that_is_none_is_refused_by_system_and_learner(x, message):
             module(x)
 
 
-def test_a_state_of_another_shape_or_a_complex_one_is_refused():
+def test_what_does_not_fit_together_is_said():
     system = LDS(**LDS_SIZES)
     with pytest.raises(ValueError, match=r"\[2, 4\], got torch.float32 \[3, 4\]"):
         system(ONES, torch.ones(3, 4))
     with pytest.raises(ValueError, match="state must be real"):
         system(ONES, torch.ones(2, 4) + 1j)
-
-
-def test_what_a_learner_cannot_do_is_said():
     linear = MiniSTU(**MINISTU_SIZES)
     with pytest.raises(ValueError, match="longer than self.seq_len = 8"):
         linear(torch.ones(1, 9, 3))
@@ -1916,12 +1913,8 @@ def test_what_a_learner_cannot_do_is_said():
         with_mlp.fit(ONES, ONES[..., :2])
     with pytest.raises(ValueError, match="use_mlp"):
         with_mlp.to_lds()
-
-
-def test_training_that_diverges_says_so():
-    too_high = {"num_steps": 20, "learning_rate": 900.0}
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        train_stu_on_lds(random_LDS(4, 3, 2), 32, 8, **too_high, verbose=False)
+        train_stu_on_lds(random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=900.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2189,18 +2182,6 @@ def test_shards_hold_every_document_once_and_the_splits_share_none(folder):
     assert len(meta["train"]["shards"]) > 1
 
 
-def test_short_shards_read_as_one_long_array(folder):
-    write_documents(300, 3)
-    prepare_data.prepare(["docs"], "out", shard_tokens=400)
-    shards = prepare_data.open_data("out")[1]["val"]
-    whole = np.concatenate(shards)
-    assert len(shards) > 10
-    assert max(map(len, shards)) < 200
-    for start, stop in ((0, 1), (0, len(whole)), (150, 700), (len(whole) - 300, len(whole))):
-        tokens = prepare_data.read_tokens(shards, start, stop)
-        assert np.array_equal(tokens, whole[start:stop])
-
-
 def test_one_long_text_is_cut_at_nine_tenths(folder, capsys):
     Path("book.txt").write_text("abcdefghij" * 1000)
     prepare_data.prepare(["book.txt"], "out")
@@ -2280,8 +2261,10 @@ def test_a_bad_record_does_not_end_a_corpus_and_is_counted(folder, capsys, name,
     assert re.search(f"\nleft out {len(bad)}: {reason} .*{name}, record 1", told), told
 
 
-def test_a_folder_gives_its_visible_text_and_says_what_is_left_out(folder, capsys):
+def test_a_folder_gives_its_visible_text_once_and_says_what_is_left_out(folder, capsys):
     texts = write_documents(200, 3)
+    shell("ln -s 000.txt symbolic; ln 000.txt hard", "docs")
+    sources = ["docs", "docs/001.txt", f"{folder}/docs/../docs/002.txt"]
     Path("docs/bom.TXT").write_bytes(codecs.BOM_UTF8 + b"bom")
     Path("docs/a.JSONL").write_bytes(codecs.BOM_UTF8 + b'{"text": "capitals"}\n\n')
     Path("docs/utf16.txt").write_bytes("é".encode("utf-16"))
@@ -2298,10 +2281,11 @@ def test_a_folder_gives_its_visible_text_and_says_what_is_left_out(folder, capsy
     shell("ln -s ../a link; ln -s . loop; ln -s nowhere dead; ln -s self self", "docs")
     texts += ["bom", "capitals", "in a folder", "a link to a file is a file"]
     for out in ("docs/out/1", "docs/out/2"):  # the second finds the first one's in the source
-        prepare_data.prepare(["docs"], out)
+        prepare_data.prepare(sources, out)
         assert all_documents_in(out) == sorted(texts)
     told = capsys.readouterr().err
     for line in (
+        "4: named before, maybe under another name",
         "2: hidden",
         "4: linked folders",
         "5: linked folders",
@@ -2309,14 +2293,6 @@ def test_a_folder_gives_its_visible_text_and_says_what_is_left_out(folder, capsy
         "3: packed in another way than .gz",
     ):
         assert f"\nleft out {line}" in told, told
-
-
-def test_one_file_under_several_names_is_read_once(folder, capsys):
-    texts = write_documents(200, 3)
-    shell("ln -s 000.txt symbolic; ln 000.txt hard", "docs")
-    prepare_data.prepare(["docs", "docs/001.txt", f"{folder}/docs/../docs/002.txt"], "out")
-    assert all_documents_in("out") == sorted(texts)
-    assert "left out 4: named before, maybe under another name" in capsys.readouterr().err
 
 
 def test_control_characters_of_a_file_name_are_shown_not_obeyed(prepared, capsys):
@@ -3126,12 +3102,11 @@ def test_short_shards_are_one_long_split(tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(300):
-        (texts / f"{i}.txt").write_text(f"text {i}: " + "a quick fox\n" * (i % 9))
+        (texts / f"{i}.txt").write_text(f"text {i}: " + "a quick fox\n" * (i % 3))
     prepare_data.prepare([str(texts)], tmp_path / "long")
-    prepare_data.prepare([str(texts)], tmp_path / "short", shard_tokens=200)
+    prepare_data.prepare([str(texts)], tmp_path / "short", shard_tokens=60)
     _, shards = prepare_data.open_data(tmp_path / "short")
-    assert max(map(len, shards["val"])) < 256
-    assert len(shards["val"]) > 5
+    assert np.median([len(shard) for shard in shards["val"]]) < 30  # a window has parts of several
     for name in ("long", "short"):
         flags = "--steps 3 --eval_interval 3"
         new_run(tmp_path / name, tmp_path / f"{name}_run", flags).finish()
