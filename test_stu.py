@@ -2100,16 +2100,106 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def prepared(folder):
-    """The folder with a text, a.txt, and its shards in `out`."""
-    Path("a.txt").write_text("hello world\n" * 1000)
-    prepare_data.prepare(["a.txt"], "out")
-    return folder
+def write_new(file):
+    file.write(b"new")
 
 
-def shell(command, folder):
-    subprocess.run(command, shell=True, cwd=folder, check=True)
+@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("No space left")])
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(folder, error):
+    def full_disk(file):
+        file.write(b"half")
+        raise error
+
+    Path("file").write_text("old")
+    with pytest.raises(SystemExit, match="cannot write file: No space left.* is intact"):
+        prepare_data.write_atomically("file", full_disk)
+    assert os.listdir() == ["file"]
+    assert Path("file").read_text() == "old"
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
+    on_disk = []
+
+    def fsync(descriptor):
+        assert not Path("file").exists()
+        on_disk.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    prepare_data.write_atomically("file", write_new)
+    assert on_disk == [3]
+    assert Path("file").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "make",
+    ["ln -s target a", "ln -s nowhere a", "mkdir a", "mkfifo a", "mknod a c 1 3"],
+    ids=["a link", "a dead link", "a folder", "a pipe", "a device"],
+)
+def test_only_a_plain_file_is_replaced(folder, make):
+    Path("target").write_text("old")
+    if subprocess.run(make, shell=True, check=False).returncode != 0:
+        pytest.skip("only root makes devices")
+    before = os.lstat("a")
+    with pytest.raises(SystemExit, match="cannot write a"):
+        prepare_data.write_atomically("a", write_new)
+    after = os.lstat("a")
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert Path("target").read_text() == "old"
+    assert sorted(os.listdir()) == ["a", "target"]
+
+
+def test_the_temporary_files_of_others_stay_and_those_of_dead_owners_go(folder):
+    of_others = Path("meta.json.tmp")
+    ours = Path(f"meta.json.0123{prepare_data.TEMPORARY}")
+    of_others.write_text("half")
+    ours.write_text("half")
+    prepare_data.write_atomically("meta.json", write_new)
+    assert ours.exists()  # it could be of a process that is writing now
+    prepare_data.lock(folder).close()
+    assert not ours.exists()
+    assert of_others.read_text() == "half"
+
+
+def test_a_folder_has_one_owner_until_its_process_ends(folder, monkeypatch):
+    code = "import prepare_data; owner = prepare_data.lock('out'); print('owned', flush=True)"
+    command = [sys.executable, "-c", f"{code}; input()"]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    pipe = subprocess.PIPE
+    owner = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
+    assert owner.stdout.readline() == b"owned\n"
+    text = folder / "a.txt"
+    text.write_text("hello world\n" * 1000)
+    with pytest.raises(SystemExit, match=f"out is in use by process {owner.pid}"):
+        prepare_data.prepare(["a.txt"], "out")
+    threading.Timer(0.5, owner.kill).start()
+    with monkeypatch.context() as another_python:
+        another_python.setattr(prepare_data, "standard_library", lambda: [text])
+        meta = prepare_data.prepare(out="out")  # the default data is waited for
+    assert owner.wait() != 0
+    assert prepare_data.prepare(out="out") == meta  # what is ready is good, whatever Python made it
+    with pytest.raises(SystemExit, match="was made with 'file"):
+        prepare_data.prepare(["stdlib"], "out")
+
+
+def test_bytes_need_no_tiktoken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = prepare_data.get_tokenizer("bytes")
+    text = "héllo\n日本 \x7f"
+    tokens = tokenizer.encode(text)
+    assert bytes(tokens.tolist()) == text.encode()
+    assert tokenizer.decode([0, *tokens, 0, 256, 319]) == text  # ends of text, and ids of no byte
+    assert tokenizer.name == "bytes"
+
+
+def test_a_saved_tokenizer_has_the_same_ids_and_keeps_zero_bytes(folder):
+    transformers = pytest.importorskip("transformers")
+    ours = prepare_data.get_tokenizer("bytes")
+    prepare_data.save_tokenizer(ours, "saved")
+    transformers.AutoTokenizer.from_pretrained("saved").save_pretrained("again")
+    for name in ("saved", "again"):
+        theirs = transformers.AutoTokenizer.from_pretrained(name)
+        for text in ("x\0y", "\0", "a \0\0\0 b", "é\0日本\n"):
+            assert theirs(text).input_ids == ours.encode(text).tolist() == list(text.encode())
 
 
 def read_split(folder, split):
@@ -2156,6 +2246,10 @@ def write_records(name, records):
     Path(name).write_bytes(content)
 
 
+def shell(command, folder):
+    subprocess.run(command, shell=True, cwd=folder, check=True)
+
+
 def test_the_default_data_is_the_standard_library(folder):
     meta = prepare_data.prepare(out="out")
     assert meta["vocab_size"] == 256
@@ -2163,40 +2257,75 @@ def test_the_default_data_is_the_standard_library(folder):
     assert b"def " in read_split("out", "val")[:100000].astype(np.uint8).tobytes()
 
 
-def test_bytes_need_no_tiktoken(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    tokenizer = prepare_data.get_tokenizer("bytes")
-    text = "héllo\n日本 \x7f"
-    tokens = tokenizer.encode(text)
-    assert bytes(tokens.tolist()) == text.encode()
-    assert tokenizer.decode([0, *tokens, 0, 256, 319]) == text  # ends of text, and ids of no byte
-    assert tokenizer.name == "bytes"
+def test_hub_corpora_are_files_that_their_library_fetches(folder, monkeypatch):
+    texts = [f"story {i}\n" * 9 for i in range(300)]
+    Path("files").mkdir()
+    write_records("files/a.jsonl", [{"text": text} for text in texts])
+    Path("files/README.md").write_text("not asked for")
+
+    def snapshot_download(repository, repo_type, allow_patterns):
+        assert [repository, repo_type, allow_patterns] == ["owner/name", "dataset", "files/*.jsonl"]
+        return folder
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(prepare_data.HUB, "tinystories", ("owner/name", "files/*.jsonl"))
+    prepare_data.prepare(["tinystories"], "out")
+    assert all_documents_in("out") == sorted(texts)
+    assert 10 < len(documents_in("out", "val")) < 60
 
 
-def test_shards_hold_every_document_once_and_the_splits_share_none(folder):
-    texts = write_documents(600, 3)
-    Path("docs/copy.txt").write_text(texts[0], encoding="utf-8")  # goes where its twin goes
-    meta = prepare_data.prepare(["docs"], "out", val_fraction=0.3, shard_tokens=5000)
-    assert all_documents_in("out") == sorted([*texts, texts[0]])
-    assert not set(documents_in("out", "train")) & set(documents_in("out", "val"))
-    assert len(meta["train"]["shards"]) > 1
+def test_a_folder_gives_its_visible_text_once_and_says_what_is_left_out(folder, capsys):
+    texts = write_documents(200, 3)
+    shell("ln -s 000.txt symbolic; ln 000.txt hard", "docs")
+    sources = ["docs", "docs/001.txt", f"{folder}/docs/../docs/002.txt"]
+    Path("docs/bom.TXT").write_bytes(codecs.BOM_UTF8 + b"bom")
+    Path("docs/a.JSONL").write_bytes(codecs.BOM_UTF8 + b'{"text": "capitals"}\n\n')
+    Path("docs/utf16.txt").write_bytes("é".encode("utf-16"))
+    Path("docs/picture").write_bytes(b"\xff\xfe\xff\xd8")
+    Path("docs/zeros").write_bytes(b"a\0b")
+    for packed in ("texts.zip", "texts.tar.gz", "texts.jsonl.ZST"):
+        Path("docs", packed).write_bytes(b"\x28\xb5\x2f\xfd")
+    Path("docs/x.jsonl").mkdir()
+    Path("docs/x.jsonl/file").write_text("in a folder")
+    for hidden in (".git", ".ipynb_checkpoints"):
+        Path("docs", hidden).mkdir()
+        Path("docs", hidden, "config").write_text("hidden")
+    Path("a").write_text("a link to a file is a file")
+    shell("ln -s ../a link; ln -s . loop; ln -s nowhere dead; ln -s self self", "docs")
+    texts += ["bom", "capitals", "in a folder", "a link to a file is a file"]
+    for out in ("docs/out/1", "docs/out/2"):  # the second finds the first one's in the source
+        prepare_data.prepare(sources, out)
+        assert all_documents_in(out) == sorted(texts)
+    told = capsys.readouterr().err
+    for line in (
+        "4: named before, maybe under another name",
+        "2: hidden",
+        "4: linked folders",
+        "5: linked folders",
+        "3: no UTF-8 text",
+        "3: packed in another way than .gz",
+    ):
+        assert f"\nleft out {line}" in told, told
 
 
-def test_one_long_text_is_cut_at_nine_tenths(folder, capsys):
-    Path("book.txt").write_text("abcdefghij" * 1000)
-    prepare_data.prepare(["book.txt"], "out")
-    assert capsys.readouterr().err.endswith("9,001 tokens to train\n")
-    assert documents_in("out", "train") == ["abcdefghij" * 900]
-    assert documents_in("out", "val") == ["abcdefghij" * 100]
+@pytest.fixture
+def prepared(folder):
+    """The folder with a text, a.txt, and its shards in `out`."""
+    Path("a.txt").write_text("hello world\n" * 1000)
+    prepare_data.prepare(["a.txt"], "out")
+    return folder
 
 
-def test_few_texts_always_give_a_validation_split(folder):
-    for n in (1, 2, 20, 150):
-        for seed in range(10):
-            write_records("a.jsonl", [{"text": f"{seed} {i} " * 90} for i in range(n)])
-            meta = prepare_data.prepare(["a.jsonl"], f"{n}_{seed}")
-            share = meta["val"]["tokens"] / (meta["train"]["tokens"] + meta["val"]["tokens"])
-            assert 0.09 < share < 0.11
+def test_control_characters_of_a_file_name_are_shown_not_obeyed(prepared, capsys):
+    Path("red\x1b[31m\r.bin").write_bytes(b"\xff")
+    prepare_data.prepare(["a.txt", "red\x1b[31m\r.bin"], "out2")
+    told = capsys.readouterr().err
+    assert r"red\x1b[31m\r.bin" in told
+    assert "\x1b" not in told
+    Path("\x1b[31m.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(SystemExit, match=r"cannot read .*\\x1b\[31m.jsonl.gz"):
+        prepare_data.prepare(["\x1b[31m.jsonl.gz"], "out3")
 
 
 @pytest.mark.parametrize(
@@ -2261,64 +2390,66 @@ def test_a_bad_record_does_not_end_a_corpus_and_is_counted(folder, capsys, name,
     assert re.search(f"\nleft out {len(bad)}: {reason} .*{name}, record 1", told), told
 
 
-def test_a_folder_gives_its_visible_text_once_and_says_what_is_left_out(folder, capsys):
-    texts = write_documents(200, 3)
-    shell("ln -s 000.txt symbolic; ln 000.txt hard", "docs")
-    sources = ["docs", "docs/001.txt", f"{folder}/docs/../docs/002.txt"]
-    Path("docs/bom.TXT").write_bytes(codecs.BOM_UTF8 + b"bom")
-    Path("docs/a.JSONL").write_bytes(codecs.BOM_UTF8 + b'{"text": "capitals"}\n\n')
-    Path("docs/utf16.txt").write_bytes("é".encode("utf-16"))
-    Path("docs/picture").write_bytes(b"\xff\xfe\xff\xd8")
-    Path("docs/zeros").write_bytes(b"a\0b")
-    for packed in ("texts.zip", "texts.tar.gz", "texts.jsonl.ZST"):
-        Path("docs", packed).write_bytes(b"\x28\xb5\x2f\xfd")
-    Path("docs/x.jsonl").mkdir()
-    Path("docs/x.jsonl/file").write_text("in a folder")
-    for hidden in (".git", ".ipynb_checkpoints"):
-        Path("docs", hidden).mkdir()
-        Path("docs", hidden, "config").write_text("hidden")
-    Path("a").write_text("a link to a file is a file")
-    shell("ln -s ../a link; ln -s . loop; ln -s nowhere dead; ln -s self self", "docs")
-    texts += ["bom", "capitals", "in a folder", "a link to a file is a file"]
-    for out in ("docs/out/1", "docs/out/2"):  # the second finds the first one's in the source
-        prepare_data.prepare(sources, out)
-        assert all_documents_in(out) == sorted(texts)
-    told = capsys.readouterr().err
-    for line in (
-        "4: named before, maybe under another name",
-        "2: hidden",
-        "4: linked folders",
-        "5: linked folders",
-        "3: no UTF-8 text",
-        "3: packed in another way than .gz",
-    ):
-        assert f"\nleft out {line}" in told, told
+def test_one_long_text_is_cut_at_nine_tenths(folder, capsys):
+    Path("book.txt").write_text("abcdefghij" * 1000)
+    prepare_data.prepare(["book.txt"], "out")
+    assert capsys.readouterr().err.endswith("9,001 tokens to train\n")
+    assert documents_in("out", "train") == ["abcdefghij" * 900]
+    assert documents_in("out", "val") == ["abcdefghij" * 100]
 
 
-def test_control_characters_of_a_file_name_are_shown_not_obeyed(prepared, capsys):
-    Path("red\x1b[31m\r.bin").write_bytes(b"\xff")
-    prepare_data.prepare(["a.txt", "red\x1b[31m\r.bin"], "out2")
-    told = capsys.readouterr().err
-    assert r"red\x1b[31m\r.bin" in told
-    assert "\x1b" not in told
-    Path("\x1b[31m.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(SystemExit, match=r"cannot read .*\\x1b\[31m.jsonl.gz"):
-        prepare_data.prepare(["\x1b[31m.jsonl.gz"], "out3")
+def test_few_texts_always_give_a_validation_split(folder):
+    for n in (1, 2, 20, 150):
+        for seed in range(10):
+            write_records("a.jsonl", [{"text": f"{seed} {i} " * 90} for i in range(n)])
+            meta = prepare_data.prepare(["a.jsonl"], f"{n}_{seed}")
+            share = meta["val"]["tokens"] / (meta["train"]["tokens"] + meta["val"]["tokens"])
+            assert 0.09 < share < 0.11
 
 
-@pytest.mark.parametrize(
-    "words, says", [(200, "--seq_len can be at most 120"), (2000, "10,801 tokens to train")]
-)
-def test_the_last_line_is_a_command_that_can_be_pasted_the_one_before_says_how_much(
-    folder, words, says
-):
-    Path("my \x1b[31mbook.txt").write_text("hello " * words)
-    command = [sys.executable, HERE / "prepare_data.py", "my \x1b[31mbook.txt"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    before_last, last = run.stderr.splitlines()[-2:]
-    assert says in before_last
-    assert last.endswith("python train.py --data data/my___31mbook")
-    assert len(read_split("data/my___31mbook", "train")) == 5.4 * words + 1
+def random_text():
+    words = ["word ", "x\n", "\n\n  y", "if a:\n", "\ndef", ";\n//c", "é\r\n", " 12"]
+    return "".join(random.choices(words, k=60000))
+
+
+def o200k_base():
+    try:
+        return prepare_data.get_tokenizer("o200k_base")
+    except SystemExit:
+        pytest.skip("the ranks are not on this machine (no network, no TIKTOKEN_CACHE_DIR)")
+
+
+def test_the_pieces_of_a_text_are_the_text():
+    for text in (random_text(), "", "x", f"x{' ' * 10**6}y", "a" * 10**6):
+        pieces = prepare_data.PIECE.findall(text)
+        assert "".join(pieces) == text
+        assert max(map(len, pieces), default=0) <= 2**17
+    assert len(prepare_data.PIECE.findall(random_text())) > 10
+
+
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole_and_ids_of_no_token_no_text():
+    tokenizer = o200k_base()
+    assert tokenizer.name == "o200k_base"
+    text = random_text()
+    tokens = tokenizer.encode(text)
+    pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(text)]
+    assert np.array_equal(np.concatenate(pieces), tokens)
+    assert tokenizer.decode(tokens.tolist()) == text
+    spaces = f"x{' ' * 10**6}y"  # on which tiktoken gives up
+    pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(spaces)]
+    assert tokenizer.decode(np.concatenate(pieces).tolist()) == spaces
+    tokens = tokenizer.encode("a text")
+    assert tokenizer.decode([199_998, *tokens, tokenizer.eot, 10**6]) == "a text"
+    assert "<|endofprompt|>" in tokenizer.decode(range(199_990, tokenizer.n_vocab))
+
+
+def test_shards_hold_every_document_once_and_the_splits_share_none(folder):
+    texts = write_documents(600, 3)
+    Path("docs/copy.txt").write_text(texts[0], encoding="utf-8")  # goes where its twin goes
+    meta = prepare_data.prepare(["docs"], "out", val_fraction=0.3, shard_tokens=5000)
+    assert all_documents_in("out") == sorted([*texts, texts[0]])
+    assert not set(documents_in("out", "train")) & set(documents_in("out", "val"))
+    assert len(meta["train"]["shards"]) > 1
 
 
 def interrupt(write, monkeypatch, **options):
@@ -2446,151 +2577,19 @@ def test_some_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_reques
     assert 1 <= refused < 41
 
 
-def test_a_folder_has_one_owner_until_its_process_ends(folder, monkeypatch):
-    code = "import prepare_data; owner = prepare_data.lock('out'); print('owned', flush=True)"
-    command = [sys.executable, "-c", f"{code}; input()"]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    pipe = subprocess.PIPE
-    owner = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
-    assert owner.stdout.readline() == b"owned\n"
-    text = folder / "a.txt"
-    text.write_text("hello world\n" * 1000)
-    with pytest.raises(SystemExit, match=f"out is in use by process {owner.pid}"):
-        prepare_data.prepare(["a.txt"], "out")
-    monkeypatch.setattr(prepare_data, "standard_library", lambda: [text])
-    threading.Timer(0.5, owner.kill).start()
-    meta = prepare_data.prepare(out="out")  # the default data is waited for
-    assert owner.wait() != 0
-    monkeypatch.undo()
-    # What is ready is good, whatever Python is there today. But it is not asked for by name
-    assert prepare_data.prepare(out=folder / "out") == meta
-    with pytest.raises(SystemExit, match="was made with 'file"):
-        prepare_data.prepare(["stdlib"], folder / "out")
-
-
-def write_new(file):
-    file.write(b"new")
-
-
-@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("No space left")])
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(folder, error):
-    def full_disk(file):
-        file.write(b"half")
-        raise error
-
-    Path("file").write_text("old")
-    with pytest.raises(SystemExit, match="cannot write file: No space left.* is intact"):
-        prepare_data.write_atomically("file", full_disk)
-    assert os.listdir() == ["file"]
-    assert Path("file").read_text() == "old"
-
-
-def test_a_file_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
-    on_disk = []
-
-    def fsync(descriptor):
-        assert not Path("file").exists()
-        on_disk.append(os.fstat(descriptor).st_size)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    prepare_data.write_atomically("file", write_new)
-    assert on_disk == [3]
-    assert Path("file").read_text() == "new"
-
-
 @pytest.mark.parametrize(
-    "make",
-    ["ln -s target a", "ln -s nowhere a", "mkdir a", "mkfifo a", "mknod a c 1 3"],
-    ids=["a link", "a dead link", "a folder", "a pipe", "a device"],
+    "words, says", [(200, "--seq_len can be at most 120"), (2000, "10,801 tokens to train")]
 )
-def test_only_a_plain_file_is_replaced(folder, make):
-    Path("target").write_text("old")
-    if subprocess.run(make, shell=True, check=False).returncode != 0:
-        pytest.skip("only root makes devices")
-    before = os.lstat("a")
-    with pytest.raises(SystemExit, match="cannot write a"):
-        prepare_data.write_atomically("a", write_new)
-    after = os.lstat("a")
-    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
-    assert Path("target").read_text() == "old"
-    assert sorted(os.listdir()) == ["a", "target"]
-
-
-def test_the_temporary_files_of_others_stay_and_those_of_dead_owners_go(folder):
-    of_others = Path("meta.json.tmp")
-    ours = Path(f"meta.json.0123{prepare_data.TEMPORARY}")
-    of_others.write_text("half")
-    ours.write_text("half")
-    prepare_data.write_atomically("meta.json", write_new)
-    assert ours.exists()  # it could be of a process that is writing now
-    prepare_data.lock(folder).close()
-    assert not ours.exists()
-    assert of_others.read_text() == "half"
-
-
-def random_text():
-    words = ["word ", "x\n", "\n\n  y", "if a:\n", "\ndef", ";\n//c", "é\r\n", " 12"]
-    return "".join(random.choices(words, k=60000))
-
-
-def o200k_base():
-    try:
-        return prepare_data.get_tokenizer("o200k_base")
-    except SystemExit:
-        pytest.skip("the ranks are not on this machine (no network, no TIKTOKEN_CACHE_DIR)")
-
-
-def test_the_pieces_of_a_text_are_the_text():
-    for text in (random_text(), "", "x", f"x{' ' * 10**6}y", "a" * 10**6):
-        pieces = prepare_data.PIECE.findall(text)
-        assert "".join(pieces) == text
-        assert max(map(len, pieces), default=0) <= 2**17
-    assert len(prepare_data.PIECE.findall(random_text())) > 10
-
-
-def test_a_long_document_in_pieces_has_the_tokens_of_the_whole_and_ids_of_no_token_no_text():
-    tokenizer = o200k_base()
-    assert tokenizer.name == "o200k_base"
-    text = random_text()
-    tokens = tokenizer.encode(text)
-    pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(text)]
-    assert np.array_equal(np.concatenate(pieces), tokens)
-    assert tokenizer.decode(tokens.tolist()) == text
-    spaces = f"x{' ' * 10**6}y"  # on which tiktoken gives up
-    pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(spaces)]
-    assert tokenizer.decode(np.concatenate(pieces).tolist()) == spaces
-    tokens = tokenizer.encode("a text")
-    assert tokenizer.decode([199_998, *tokens, tokenizer.eot, 10**6]) == "a text"
-    assert "<|endofprompt|>" in tokenizer.decode(range(199_990, tokenizer.n_vocab))
-
-
-def test_a_saved_tokenizer_has_the_same_ids_and_keeps_zero_bytes(folder):
-    transformers = pytest.importorskip("transformers")
-    ours = prepare_data.get_tokenizer("bytes")
-    prepare_data.save_tokenizer(ours, "saved")
-    transformers.AutoTokenizer.from_pretrained("saved").save_pretrained("again")
-    for name in ("saved", "again"):
-        theirs = transformers.AutoTokenizer.from_pretrained(name)
-        for text in ("x\0y", "\0", "a \0\0\0 b", "é\0日本\n"):
-            assert theirs(text).input_ids == ours.encode(text).tolist() == list(text.encode())
-
-
-def test_hub_corpora_are_files_that_their_library_fetches(folder, monkeypatch):
-    texts = [f"story {i}\n" * 9 for i in range(300)]
-    Path("files").mkdir()
-    write_records("files/a.jsonl", [{"text": text} for text in texts])
-    Path("files/README.md").write_text("not asked for")
-
-    def snapshot_download(repository, repo_type, allow_patterns):
-        assert [repository, repo_type, allow_patterns] == ["owner/name", "dataset", "files/*.jsonl"]
-        return folder
-
-    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(prepare_data.HUB, "tinystories", ("owner/name", "files/*.jsonl"))
-    prepare_data.prepare(["tinystories"], "out")
-    assert all_documents_in("out") == sorted(texts)
-    assert 10 < len(documents_in("out", "val")) < 60
+def test_the_last_line_is_a_command_that_can_be_pasted_the_one_before_says_how_much(
+    folder, words, says
+):
+    Path("my \x1b[31mbook.txt").write_text("hello " * words)
+    command = [sys.executable, HERE / "prepare_data.py", "my \x1b[31mbook.txt"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    before_last, last = run.stderr.splitlines()[-2:]
+    assert says in before_last
+    assert last.endswith("python train.py --data data/my___31mbook")
+    assert len(read_split("data/my___31mbook", "train")) == 5.4 * words + 1
 
 
 BAD_FILES = {
@@ -2812,128 +2811,62 @@ def train_here(data, tmp_path, monkeypatch):
     return train
 
 
-def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
-    flags = "--steps 6 --eval_interval 3"
-    in_parts = f"{flags} --micro_batch_size 3"
-    new_run(data, tmp_path / "one", flags).finish()
-    new_run(data, tmp_path / "parts", f"{in_parts} --use_gradient_checkpointing").finish()
-    new_run(data, tmp_path / "ddp", in_parts, processes=2).finish()
-    new_run(data, tmp_path / "fsdp", f"{in_parts} --engine fsdp", processes=2).finish()
-    for key in ("loss", "val_loss"):
-        curve = logged(tmp_path / "one", key)
-        assert curve[-1] < curve[0]
-        for name in ("parts", "ddp", "fsdp"):
-            assert logged(tmp_path / name, key) == pytest.approx(curve, rel=1e-5), name
+NOT_ZERO = """steps batch_size eval_interval eval_sequences log_interval max_skipped num_samples
+    max_new_tokens lr muon_lr grad_clip top_p mlp_scale seq_len"""
+NOT_NEGATIVE = "seed warmup_steps micro_batch_size top_k temperature weight_decay min_lr dropout"
+FINITE = "lr min_lr grad_clip temperature softcap weight_decay"
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_a_checkpoint_of_several_processes_goes_on_as_one_process_would(data, tmp_path, engine):
-    flags = "--eval_interval 3 --min_lr 1"
-    whole = new_run(data, tmp_path / "one", f"{flags} --steps 6")
-    several = tmp_path / "several"
-    new_run(data, several, f"{flags} --steps 3 --engine {engine}", processes=2).finish()
-    assert "after step 3" in continued(several, "--steps 6").finish()
-    whole.finish()
-    assert logged(several) == pytest.approx(logged(tmp_path / "one"), rel=1e-5)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--n_embed 32", "there is no --n_embed: see --help, or try ['n_embd'"),
+        ("--seq_len 1000000", "too short"),
+        ("--n_heads 5", "heads"),
+        ("--use_attn no", "--use_attn"),
+        ("--preset 7B", "350M"),
+        ("--steps many", "--steps"),
+        ("--top_p 1.5", "at most 1, not 1.5"),
+        ("--data nowhere", "prepare_data.py"),
+        ("--data text.txt", "text.txt is a text. Prepare it first:  python prepare_data.py text"),
+        ("--sample line", "run holds no checkpoint and no model"),
+        ("--eval_only --init_from nowhere", "nowhere holds no checkpoint and no model"),
+        ("--device mps", "--device mps: torch finds no such device here"),
+        ("--out_dir text.txt/run", "cannot write to text.txt/run"),
+        *[(f"--{name} 0", f"--{name} must not be 0") for name in NOT_ZERO.split()],
+        *[(f"--{name} -1", f"--{name} is -1") for name in NOT_NEGATIVE.split()],
+        *[(f"--{name} nan", f"--{name} is nan") for name in FINITE.split()],
+        *[(f"--{name} inf", f"--{name} is inf") for name in FINITE.split()],
+    ],
+)
+def test_training_says_at_the_start_what_would_work(data, monkeypatch, refusal, flags, words):
+    monkeypatch.chdir(data.parent)
+    assert words in refusal("train.py", f"{TINY} --data tokens --out_dir run {flags}")
+    assert not Path("run").exists()
 
 
-def test_muon_is_that_of_torch_up_to_its_rounding_to_16_bits(train_here):
-    Muon = train_here("--steps 1")["Muon"]
-    shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
-    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    theirs = [p.detach().clone().requires_grad_() for p in ours]
-    options = {"lr": 0.02, "weight_decay": 0.1}
-    groups = [{"params": [ours[0], ours[2]]}, {"params": [ours[1]]}, {"params": [ours[3]]}]
-    our_muon = Muon(groups, options)
-    their_muon = torch.optim.Muon(theirs, **options)
-    for _ in range(3):
-        for p, q in zip(ours, theirs):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        before = [q.detach().clone() for q in theirs]
-        our_muon.step()
-        their_muon.step()
-        for p, q, old in zip(ours, theirs, before):
-            assert (p - q).norm() < 0.02 * (q - old).norm()
-            p.data.copy_(q.data)
+class Built(Exception):
+    """The model would be built now, with this configuration."""
 
 
-def test_a_run_from_before_muon_had_groups_goes_on(run, tmp_path):
-    """torch.optim.Muon kept all matrices in one group, with settings of its own."""
-    old = shutil.copytree(run, tmp_path / "old")
-    saved = load_step(old, 4)
-    groups = saved["optimizer"]["param_groups"]
-    adamw = [group for group in groups if "betas" in group]
-    names = [name for group in groups if "betas" not in group for name in group["params"]]
-    muon = {"params": names, "lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
-    saved["optimizer"]["param_groups"] = [*adamw, muon]
-    del saved["tokenizer"], saved["data_checksum"]  # nor were these there
-    torch.save(saved, old / "checkpoint_4.pt")
-    for out in (old, run):
-        assert "after step 4" in continued(out, "--steps 6").finish()
-    assert weights_are_equal(old, run, 6)
+def do_not_build(config):
+    raise Built(config)
 
 
-def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path):
-    flags = "--steps 60 --eval_interval 5 --dropout 0.1"
-    whole = new_run(data, tmp_path / "whole", flags)
-    out = tmp_path / "killed"
-    run = new_run(data, out, flags)
-    run.wait_for("step 13/")
-    run.kill()
-    run = new_run(data, out, flags)
-    run.wait_for("step 24/")
-    while not any(out.glob(f"*{prepare_data.TEMPORARY}")):  # until it writes a checkpoint
-        assert run.goes_on()
-    run.kill()
-    run = new_run(data, out, flags)
-    run.wait_for("step 41/")
-    run.kill()
-    assert "continuing" in continued(out).finish()  # the folder is enough
-    whole.finish()
-    assert weights_are_equal(out, tmp_path / "whole", 60)
-    for key in ("step", "loss", "val_loss"):
-        assert len(logged(out, key)) > 10
-        assert logged(out, key) == logged(tmp_path / "whole", key)
-
-
-def test_sigterm_saves_and_a_run_folder_has_one_owner(data, tmp_path):
-    out = tmp_path / "run"
-    forever = "--steps 100000 --eval_interval 10"
-    run = new_run(data, out, forever)
-    run.wait_for("step 11/")
-    owner = run.processes[0]
-    assert f"{out} is in use by process {owner.pid}\n" in new_run(data, out, forever).finish(1)
-    owner.terminate()
-    assert "stopped after step" in run.finish()
-    saved = checkpoints(out)[-1]
-    assert saved == logged(out, "step")[-1] > 10
-    assert f"after step {saved}\n" in continued(out, f"--steps {saved + 3}").finish()
-
-
-def is_in_use(folder):
-    try:
-        prepare_data.lock(folder).close()
-    except SystemExit:
-        return True
-    return False
-
-
-def test_processes_whose_torchrun_is_dead_save_and_end(data, tmp_path):
-    out = tmp_path / "run"
-    flags = f"{TINY} --data {data} --out_dir {out} --steps 100000 --eval_interval 10"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    torchrun = subprocess.Popen([*command, "train.py", *flags.split()], cwd=HERE)
-    while not checkpoints(out):
-        assert torchrun.poll() is None
-        time.sleep(0.01)
-    torchrun.kill()
-    torchrun.wait()
-    deadline = time.monotonic() + 100
-    while is_in_use(out):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert checkpoints(out)[-1] == logged(out, "step")[-1]
+@pytest.mark.parametrize("name, millions", [("125M", 125), ("350M", 350), ("1B", 1000)])
+def test_presets_have_the_sizes_in_their_names(
+    data, tmp_path, monkeypatch, run_here, name, millions
+):
+    flags = f"--device cpu --data {data} --out_dir {tmp_path} --preset {name}"
+    monkeypatch.setattr(stu, "FlashSTU", do_not_build)
+    with pytest.raises(Built) as built:
+        run_here("train.py", flags)
+    (config,) = built.value.args
+    config.vocab_size = 50304
+    with torch.device("meta"):
+        model = FlashSTU(config)
+    n = sum(p.numel() for p in model.parameters()) / 1e6
+    assert 0.9 * millions < n < 1.3 * millions
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "zeros"])
@@ -2953,20 +2886,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, damage):
     assert logged(run, "step")[-2:] == [5, 5]
 
 
-def test_a_run_keeps_its_last_two_checkpoints_and_what_is_not_ours(run):
-    for name in ("checkpoint_best.pt", "checkpoint_2_keep.pt"):
-        (run / name).write_text("mine")
-    continued(run, "--steps 7 --eval_interval 1").finish()
-    names = sorted(path.name for path in run.glob("*.pt"))
-    assert names == [
-        "checkpoint_2_keep.pt",
-        "checkpoint_6.pt",
-        "checkpoint_7.pt",
-        "checkpoint_best.pt",
-    ]
-    assert (run / "checkpoint_best.pt").read_text() == "mine"
-
-
 def test_what_cannot_be_read_is_never_replaced(run, run_here, refusal):
     before = files_of(run)
     (run / "checkpoint_9.pt").symlink_to("checkpoint_9.pt")  # a loop: no system can read it
@@ -2981,70 +2900,6 @@ def test_what_cannot_be_read_is_never_replaced(run, run_here, refusal):
     assert "no checkpoint in" in told
     assert "--fresh" in told
     assert files_of(run) == before
-
-
-def test_a_fresh_run_leaves_the_old_one_whole(data, run):
-    before = files_of(run)
-    fresh = new_run(data, run, "--fresh --steps 100000 --eval_interval 100000 --n_layers 1")
-    fresh.wait_for("step 3/")
-    fresh.kill()
-    (old,) = run.parent.glob("run.*")
-    assert files_of(old) == before
-    new_run(data, run, "--steps 3 --n_layers 1 --eval_interval 3").finish()
-    assert checkpoints(run) == [3]
-    assert logged(run, "step") == [0, 1, 2, 3, 3]
-    assert "after step 4" in continued(old, "--steps 6").finish()
-
-
-def limit_file_size():
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))
-
-
-def test_what_cannot_be_written_leaves_what_was(run):
-    good = (run / "checkpoint_4.pt").read_bytes()
-    printed = continued(run, "--steps 6", before=limit_file_size).finish(1)
-    assert "cannot write" in printed
-    assert (run / "checkpoint_4.pt").read_bytes() == good
-    assert checkpoints(run) == [2, 4]
-    forever = continued(run, "--steps 100000 --eval_interval 100000")
-    forever.wait_for("step 8/")
-    (run / "full").symlink_to("/dev/full")
-    os.replace(run / "full", run / "log.jsonl")
-    assert "No space left" in forever.finish(1)
-    (run / "log.jsonl").unlink()
-    continued(run, "--steps 6").finish()
-
-
-def print_ascii():
-    sys.stdout.reconfigure(encoding="ascii")
-
-
-def print_to_nobody():
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.dup2(writer, 1)
-    os.dup2(writer, 2)
-    sys.stdout = open(1, "w")  # noqa: SIM115 (unlike the file before, a pipe has no position)
-
-
-def stop_the_clock():
-    time.perf_counter = float
-
-
-@pytest.mark.parametrize("before", [print_ascii, print_to_nobody, stop_the_clock])
-def test_nothing_that_is_printed_ends_a_run(data, tmp_path, before):
-    flags = "--steps 6 --eval_interval 3 --prompt '\x1b[31mé\udcff\u4e2d\u202e'"
-    run = new_run(data, tmp_path / "é", flags, before=before)
-    printed = run.finish()
-    assert checkpoints(tmp_path / "é") == [3, 6]
-    if before != print_to_nobody:
-        assert "step 0/6: validation loss" in printed
-        assert "step 1/6: loss" in printed
-    if before == print_ascii:
-        assert "\\x1b[31m\\xe9" in printed
-        assert all(c in b"\n\t" or 32 <= c < 127 for c in run.output.read_bytes())
 
 
 def test_what_continues_is_the_same_run(trained, other_data, refusal):
@@ -3104,18 +2959,20 @@ def test_a_model_of_another_tokenizer_is_refused(data, trained, tmp_path, refusa
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluation_gives_the_loss_of_the_whole_split_and_only_reads(
-    data, trained, tmp_path, run_here, capsys
-):
-    before = files_of(trained)
-    nats = validation_loss(FlashSTU.from_pretrained(trained / "model"), data)
-    flags = f"--device cpu --eval_only --init_from {trained} --out_dir {tmp_path}/run"
-    with pytest.raises(SystemExit):
-        run_here("train.py", flags)
-    printed = re.search(r"([0-9.]+) bits per byte", capsys.readouterr().out)
-    assert float(printed[1]) == pytest.approx(nats / math.log(2), abs=2e-4)
-    assert not (tmp_path / "run").exists()
-    assert files_of(trained) == before
+@pytest.mark.parametrize("prompt", ["line 1: the é", ""])
+def test_samples_are_what_the_model_generates(trained, run_here, capsys, prompt):
+    model = FlashSTU.from_pretrained(trained / "model")
+    tokenizer = prepare_data.get_tokenizer("bytes")
+    ids = torch.tensor([list(prompt.encode()) or [tokenizer.eot]])
+    new = model.generate(ids, max_new_tokens=7, temperature=0, stop_token=tokenizer.eot)
+    text = tokenizer.decode(new[0, ids.shape[1] :].tolist())
+    shown = [c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text]
+    answer = f"{prompt}{''.join(shown)}\n"
+    flags = f"--temperature 0 --max_new_tokens 7 --num_samples 2 --sample '{prompt}'"
+    for folder in (trained, trained / "model"):
+        with pytest.raises(SystemExit):
+            run_here("train.py", f"--device cpu --out_dir {folder} {flags}")
+        assert capsys.readouterr().out == answer * 2
 
 
 def test_short_shards_are_one_long_split(tmp_path):
@@ -3134,80 +2991,89 @@ def test_short_shards_are_one_long_split(tmp_path):
     assert logged(tmp_path / "long_run", "val_loss") == logged(tmp_path / "short_run", "val_loss")
 
 
-@pytest.mark.parametrize("prompt", ["line 1: the é", ""])
-def test_samples_are_what_the_model_generates(trained, run_here, capsys, prompt):
-    model = FlashSTU.from_pretrained(trained / "model")
-    tokenizer = prepare_data.get_tokenizer("bytes")
-    ids = torch.tensor([list(prompt.encode()) or [tokenizer.eot]])
-    new = model.generate(ids, max_new_tokens=7, temperature=0, stop_token=tokenizer.eot)
-    text = tokenizer.decode(new[0, ids.shape[1] :].tolist())
-    shown = [c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text]
-    answer = f"{prompt}{''.join(shown)}\n"
-    flags = f"--temperature 0 --max_new_tokens 7 --num_samples 2 --sample '{prompt}'"
-    for folder in (trained, trained / "model"):
-        with pytest.raises(SystemExit):
-            run_here("train.py", f"--device cpu --out_dir {folder} {flags}")
-        assert capsys.readouterr().out == answer * 2
+def test_evaluation_gives_the_loss_of_the_whole_split_and_only_reads(
+    data, trained, tmp_path, run_here, capsys
+):
+    before = files_of(trained)
+    nats = validation_loss(FlashSTU.from_pretrained(trained / "model"), data)
+    flags = f"--device cpu --eval_only --init_from {trained} --out_dir {tmp_path}/run"
+    with pytest.raises(SystemExit):
+        run_here("train.py", flags)
+    printed = re.search(r"([0-9.]+) bits per byte", capsys.readouterr().out)
+    assert float(printed[1]) == pytest.approx(nats / math.log(2), abs=2e-4)
+    assert not (tmp_path / "run").exists()
+    assert files_of(trained) == before
 
 
-def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(run):
-    high = "--lr 1e30 --muon_lr 1e30 --warmup_steps 0 --max_skipped 3"
-    printed = continued(run, f"{high} --steps 50 --eval_interval 100").finish(1)
-    assert printed.count("is skipped") == 3
-    assert "Checkpoints: [2, 4]" in printed
-    assert "Traceback" not in printed
-    printed = continued(run, "--steps 5").finish()
-    assert "after step 4" in printed
-    assert "skipped" not in printed
+def test_muon_is_that_of_torch_up_to_its_rounding_to_16_bits(train_here):
+    Muon = train_here("--steps 1")["Muon"]
+    shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    groups = [{"params": [ours[0], ours[2]]}, {"params": [ours[1]]}, {"params": [ours[3]]}]
+    our_muon = Muon(groups, options)
+    their_muon = torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        before = [q.detach().clone() for q in theirs]
+        our_muon.step()
+        their_muon.step()
+        for p, q, old in zip(ours, theirs, before):
+            assert (p - q).norm() < 0.02 * (q - old).norm()
+            p.data.copy_(q.data)
 
 
-def test_weights_without_a_finite_validation_loss_are_not_saved(data, trained, tmp_path):
-    model = FlashSTU.from_pretrained(trained / "model")
-    model.norm.weight.data.fill_(math.nan)
-    model.save_pretrained(tmp_path / "broken")
-    run = new_run(data, tmp_path / "run", f"--init_from {tmp_path}/broken")
-    assert "not saved" in run.finish(1)
-    assert not checkpoints(tmp_path / "run")
+def test_a_run_from_before_muon_had_groups_goes_on(run, tmp_path):
+    """torch.optim.Muon kept all matrices in one group, with settings of its own."""
+    old = shutil.copytree(run, tmp_path / "old")
+    saved = load_step(old, 4)
+    groups = saved["optimizer"]["param_groups"]
+    adamw = [group for group in groups if "betas" in group]
+    names = [name for group in groups if "betas" not in group for name in group["params"]]
+    muon = {"params": names, "lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
+    saved["optimizer"]["param_groups"] = [*adamw, muon]
+    del saved["tokenizer"], saved["data_checksum"]  # nor were these there
+    torch.save(saved, old / "checkpoint_4.pt")
+    for out in (old, run):
+        assert "after step 4" in continued(out, "--steps 6").finish()
+    assert weights_are_equal(old, run, 6)
 
 
-NOT_ZERO = """steps batch_size eval_interval eval_sequences log_interval max_skipped num_samples
-    max_new_tokens lr muon_lr grad_clip top_p mlp_scale seq_len"""
-NOT_NEGATIVE = "seed warmup_steps micro_batch_size top_k temperature weight_decay min_lr dropout"
-FINITE = "lr min_lr grad_clip temperature softcap weight_decay"
+def test_a_fresh_run_leaves_the_old_one_whole(data, run):
+    before = files_of(run)
+    fresh = new_run(data, run, "--fresh --steps 100000 --eval_interval 100000 --n_layers 1")
+    fresh.wait_for("step 3/")
+    fresh.kill()
+    (old,) = run.parent.glob("run.*")
+    assert files_of(old) == before
+    new_run(data, run, "--steps 3 --n_layers 1 --eval_interval 3").finish()
+    assert checkpoints(run) == [3]
+    assert logged(run, "step") == [0, 1, 2, 3, 3]
+    assert "after step 4" in continued(old, "--steps 6").finish()
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--n_embed 32", "there is no --n_embed: see --help, or try ['n_embd'"),
-        ("--seq_len 1000000", "too short"),
-        ("--n_heads 5", "heads"),
-        ("--use_attn no", "--use_attn"),
-        ("--preset 7B", "350M"),
-        ("--steps many", "--steps"),
-        ("--top_p 1.5", "at most 1, not 1.5"),
-        ("--data nowhere", "prepare_data.py"),
-        ("--data text.txt", "text.txt is a text. Prepare it first:  python prepare_data.py text"),
-        ("--sample line", "run holds no checkpoint and no model"),
-        ("--eval_only --init_from nowhere", "nowhere holds no checkpoint and no model"),
-        ("--device mps", "--device mps: torch finds no such device here"),
-        ("--out_dir text.txt/run", "cannot write to text.txt/run"),
-        *[(f"--{name} 0", f"--{name} must not be 0") for name in NOT_ZERO.split()],
-        *[(f"--{name} -1", f"--{name} is -1") for name in NOT_NEGATIVE.split()],
-        *[(f"--{name} nan", f"--{name} is nan") for name in FINITE.split()],
-        *[(f"--{name} inf", f"--{name} is inf") for name in FINITE.split()],
-    ],
-)
-def test_training_says_at_the_start_what_would_work(data, monkeypatch, refusal, flags, words):
-    monkeypatch.chdir(data.parent)
-    assert words in refusal("train.py", f"{TINY} --data tokens --out_dir run {flags}")
-    assert not Path("run").exists()
+def limit_file_size():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))
 
 
-def test_a_bug_shows_its_traceback(train_here, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
-    with pytest.raises(AttributeError, match="init"):
-        train_here("--wandb w")
+def test_what_cannot_be_written_leaves_what_was(run):
+    good = (run / "checkpoint_4.pt").read_bytes()
+    printed = continued(run, "--steps 6", before=limit_file_size).finish(1)
+    assert "cannot write" in printed
+    assert (run / "checkpoint_4.pt").read_bytes() == good
+    assert checkpoints(run) == [2, 4]
+    forever = continued(run, "--steps 100000 --eval_interval 100000")
+    forever.wait_for("step 8/")
+    (run / "full").symlink_to("/dev/full")
+    os.replace(run / "full", run / "log.jsonl")
+    assert "No space left" in forever.finish(1)
+    (run / "log.jsonl").unlink()
+    continued(run, "--steps 6").finish()
 
 
 def test_wandb_receives_what_the_log_receives(train_here, tmp_path, monkeypatch):
@@ -3227,28 +3093,77 @@ def test_wandb_receives_what_the_log_receives(train_here, tmp_path, monkeypatch)
     assert received[-1]["step"] == 2
 
 
-class Built(Exception):
-    """The model would be built now, with this configuration."""
+def test_a_bug_shows_its_traceback(train_here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
+    with pytest.raises(AttributeError, match="init"):
+        train_here("--wandb w")
 
 
-def do_not_build(config):
-    raise Built(config)
+def test_weights_without_a_finite_validation_loss_are_not_saved(data, trained, tmp_path):
+    model = FlashSTU.from_pretrained(trained / "model")
+    model.norm.weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    run = new_run(data, tmp_path / "run", f"--init_from {tmp_path}/broken")
+    assert "not saved" in run.finish(1)
+    assert not checkpoints(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name, millions", [("125M", 125), ("350M", 350), ("1B", 1000)])
-def test_presets_have_the_sizes_in_their_names(
-    data, tmp_path, monkeypatch, run_here, name, millions
-):
-    flags = f"--device cpu --data {data} --out_dir {tmp_path} --preset {name}"
-    monkeypatch.setattr(stu, "FlashSTU", do_not_build)
-    with pytest.raises(Built) as built:
-        run_here("train.py", flags)
-    (config,) = built.value.args
-    config.vocab_size = 50304
-    with torch.device("meta"):
-        model = FlashSTU(config)
-    n = sum(p.numel() for p in model.parameters()) / 1e6
-    assert 0.9 * millions < n < 1.3 * millions
+def test_a_run_keeps_its_last_two_checkpoints_and_what_is_not_ours(run):
+    for name in ("checkpoint_best.pt", "checkpoint_2_keep.pt"):
+        (run / name).write_text("mine")
+    continued(run, "--steps 7 --eval_interval 1").finish()
+    names = sorted(path.name for path in run.glob("*.pt"))
+    assert names == [
+        "checkpoint_2_keep.pt",
+        "checkpoint_6.pt",
+        "checkpoint_7.pt",
+        "checkpoint_best.pt",
+    ]
+    assert (run / "checkpoint_best.pt").read_text() == "mine"
+
+
+def print_ascii():
+    sys.stdout.reconfigure(encoding="ascii")
+
+
+def print_to_nobody():
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    sys.stdout = open(1, "w")  # noqa: SIM115 (unlike the file before, a pipe has no position)
+
+
+def stop_the_clock():
+    time.perf_counter = float
+
+
+@pytest.mark.parametrize("before", [print_ascii, print_to_nobody, stop_the_clock])
+def test_nothing_that_is_printed_ends_a_run(data, tmp_path, before):
+    flags = "--steps 6 --eval_interval 3 --prompt '\x1b[31mé\udcff\u4e2d\u202e'"
+    run = new_run(data, tmp_path / "é", flags, before=before)
+    printed = run.finish()
+    assert checkpoints(tmp_path / "é") == [3, 6]
+    if before != print_to_nobody:
+        assert "step 0/6: validation loss" in printed
+        assert "step 1/6: loss" in printed
+    if before == print_ascii:
+        assert "\\x1b[31m\\xe9" in printed
+        assert all(c in b"\n\t" or 32 <= c < 127 for c in run.output.read_bytes())
+
+
+def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
+    flags = "--steps 6 --eval_interval 3"
+    in_parts = f"{flags} --micro_batch_size 3"
+    new_run(data, tmp_path / "one", flags).finish()
+    new_run(data, tmp_path / "parts", f"{in_parts} --use_gradient_checkpointing").finish()
+    new_run(data, tmp_path / "ddp", in_parts, processes=2).finish()
+    new_run(data, tmp_path / "fsdp", f"{in_parts} --engine fsdp", processes=2).finish()
+    for key in ("loss", "val_loss"):
+        curve = logged(tmp_path / "one", key)
+        assert curve[-1] < curve[0]
+        for name in ("parts", "ddp", "fsdp"):
+            assert logged(tmp_path / name, key) == pytest.approx(curve, rel=1e-5), name
 
 
 def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
@@ -3256,3 +3171,87 @@ def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
         new_run(data, tmp_path / dtype, f"--steps 5 --eval_interval 100 --dtype {dtype}").finish()
         curve = logged(tmp_path / "float32")
         assert logged(tmp_path / dtype) == pytest.approx(curve, rel=1e-2), dtype
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_checkpoint_of_several_processes_goes_on_as_one_process_would(data, tmp_path, engine):
+    flags = "--eval_interval 3 --min_lr 1"
+    whole = new_run(data, tmp_path / "one", f"{flags} --steps 6")
+    several = tmp_path / "several"
+    new_run(data, several, f"{flags} --steps 3 --engine {engine}", processes=2).finish()
+    assert "after step 3" in continued(several, "--steps 6").finish()
+    whole.finish()
+    assert logged(several) == pytest.approx(logged(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path):
+    flags = "--steps 60 --eval_interval 5 --dropout 0.1"
+    whole = new_run(data, tmp_path / "whole", flags)
+    out = tmp_path / "killed"
+    run = new_run(data, out, flags)
+    run.wait_for("step 13/")
+    run.kill()
+    run = new_run(data, out, flags)
+    run.wait_for("step 24/")
+    while not any(out.glob(f"*{prepare_data.TEMPORARY}")):  # until it writes a checkpoint
+        assert run.goes_on()
+    run.kill()
+    run = new_run(data, out, flags)
+    run.wait_for("step 41/")
+    run.kill()
+    assert "continuing" in continued(out).finish()  # the folder is enough
+    whole.finish()
+    assert weights_are_equal(out, tmp_path / "whole", 60)
+    for key in ("step", "loss", "val_loss"):
+        assert len(logged(out, key)) > 10
+        assert logged(out, key) == logged(tmp_path / "whole", key)
+
+
+def test_sigterm_saves_and_a_run_folder_has_one_owner(data, tmp_path):
+    out = tmp_path / "run"
+    forever = "--steps 100000 --eval_interval 10"
+    run = new_run(data, out, forever)
+    run.wait_for("step 11/")
+    owner = run.processes[0]
+    assert f"{out} is in use by process {owner.pid}\n" in new_run(data, out, forever).finish(1)
+    owner.terminate()
+    assert "stopped after step" in run.finish()
+    saved = checkpoints(out)[-1]
+    assert saved == logged(out, "step")[-1] > 10
+    assert f"after step {saved}\n" in continued(out, f"--steps {saved + 3}").finish()
+
+
+def is_in_use(folder):
+    try:
+        prepare_data.lock(folder).close()
+    except SystemExit:
+        return True
+    return False
+
+
+def test_processes_whose_torchrun_is_dead_save_and_end(data, tmp_path):
+    out = tmp_path / "run"
+    flags = f"{TINY} --data {data} --out_dir {out} --steps 20000 --eval_interval 10"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = subprocess.Popen([*command, "train.py", *flags.split()], cwd=HERE)
+    while not checkpoints(out):
+        assert torchrun.poll() is None
+        time.sleep(0.01)
+    torchrun.kill()
+    torchrun.wait()
+    deadline = time.monotonic() + 100
+    while is_in_use(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert checkpoints(out)[-1] == logged(out, "step")[-1]
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(run):
+    high = "--lr 1e30 --muon_lr 1e30 --warmup_steps 0 --max_skipped 3"
+    printed = continued(run, f"{high} --steps 50 --eval_interval 100").finish(1)
+    assert printed.count("is skipped") == 3
+    assert "Checkpoints: [2, 4]" in printed
+    assert "Traceback" not in printed
+    printed = continued(run, "--steps 5").finish()
+    assert "after step 4" in printed
+    assert "skipped" not in printed
