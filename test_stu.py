@@ -1865,6 +1865,7 @@ ACCEPTED = {
         (MiniSTU, {"precomputed_filters": torch.ones(7, 4)}, r"\[8, 4\]"),
         (train_stu_on_lds, {"learning_rate": -1}, "learning_rate"),
         (train_stu_on_lds, {"learning_rate": math.nan}, "learning_rate"),
+        (train_stu_on_lds, {"learning_rate": 1e300}, "learning_rate"),
         (train_stu_on_lds, {"num_steps": -1}, "number of steps"),
         (train_stu_on_lds, {"batch_size": 0}, "batch_size"),
     ],
