@@ -1751,6 +1751,13 @@ def test_a_fitted_stu_is_a_linear_dynamical_system(L, K, hankel_L):
 
 
 @pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder, in which the test stands."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def run_here(monkeypatch, capsys):
     """run_here(script, flags): what `python script flags` prints, run in this process."""
 
@@ -1824,8 +1831,7 @@ def test_the_curve_falls_as_the_losses_fall():
         ("--spectral_radius nan", "spectral_radius = nan"),
     ],
 )
-def test_the_demo_says_what_it_cannot_do(tmp_path, monkeypatch, refusal, flags, message):
-    monkeypatch.chdir(tmp_path)
+def test_the_demo_says_what_it_cannot_do(folder, refusal, flags, message):
     Path("folder.png").mkdir()
     assert message in refusal("lds.py", f"{SMALL_DEMO} {flags}")
 
@@ -1932,8 +1938,7 @@ def test_what_does_not_fit_together_is_said():
         ("cost.py", "--tiny", "full attention"),
     ],
 )
-def test_an_experiment_prints_and_draws(tmp_path, monkeypatch, run_here, script, flags, said):
-    monkeypatch.chdir(tmp_path)
+def test_an_experiment_prints_and_draws(folder, run_here, script, flags, said):
     printed = run_here(f"experiments/{script}", f"{flags} --out picture.png")
     assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
     assert said in printed
@@ -1955,7 +1960,7 @@ def test_a_wider_sector_of_poles_needs_more_filters_and_a_text_is_learned(tmp_pa
     assert filters_needed(32, 0, radius=0.9) < filters_needed(32, 90, radius=0.9)
     (tmp_path / "book.txt").write_text("All that is read is remembered. " * 200)
     flags = f"text --steps 2 --seeds 1 --angles 20 --data {tmp_path}/book.txt"
-    assert "| text, 20° |" in run_here("experiments/angles.py", flags)
+    assert "| text, 20° |" in run_here("experiments/angles_trained.py", flags)
 
 
 def test_the_suites_of_others_get_our_layer():
@@ -1967,11 +1972,10 @@ def test_the_suites_of_others_get_our_layer():
     assert mixer(x).shape == x.shape
 
 
-def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, run_here):
+def test_the_robot_is_simulated_once_and_predicted(folder, monkeypatch, run_here):
     reason = 'needs pip install "gymnasium[mujoco]"'
     gymnasium = pytest.importorskip("gymnasium", reason=reason)
     pytest.importorskip("mujoco", reason=reason)
-    monkeypatch.chdir(tmp_path)
     flags = "--trajectories 10 --seconds 0.01 --out picture.png"
     run_here("experiments/ant.py", flags)
     data = torch.load("data/ant-10.pt")
@@ -1989,21 +1993,28 @@ def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, run_he
     "script, flags, says",
     [
         ("ant.py", "", "pip install"),
+        ("ant.py", "--trajectories 0", "--trajectories must be"),
+        ("angles_trained.py", "text --data nowhere", "--data must be a text"),
+        ("filters.py", "--seq_len 0", "must be from 1 to --seq_len"),
+        ("linear_systems.py", "--steps 0", "--steps must be"),
         ("loss_by_position.py", "--model .", "holds no checkpoint and no model"),
+        ("loss_by_position.py", "--texts 0", "--texts and --batch_size must be"),
         ("mechbench.py", "nowhere", "is not a checkout"),
         ("mqar.py", "nowhere", "is not a checkout"),
+        ("recall.py", "--steps 0", "--steps must be"),
+        ("ringing.py", "--num_filters 0", "--num_filters must be"),
     ],
 )
-def test_an_experiment_says_what_it_needs(tmp_path, monkeypatch, refusal, script, flags, says):
-    monkeypatch.chdir(tmp_path)
+def test_an_experiment_says_at_once_what_it_needs(
+    folder, monkeypatch, refusal, script, flags, says
+):
     monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
     assert says in refusal(f"experiments/{script}", flags)
 
 
 @pytest.fixture
-def reader(tmp_path, monkeypatch):
+def reader(folder):
     """A small model of bytes, saved, and a text for it."""
-    monkeypatch.chdir(tmp_path)
     config = small_config(seq_len=16, window_size=4, num_eigh=8, vocab_size=256)
     model = FlashSTU(config).eval()
     model.save_pretrained("model")
@@ -2094,13 +2105,6 @@ def test_mamba_2_equals_its_recurrence():
 # prepare_data.py
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder, in which the test stands."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def write_new(file):
     file.write(b"new")
 
@@ -2175,9 +2179,10 @@ def test_a_folder_has_one_owner_until_its_process_ends(folder, monkeypatch):
     threading.Timer(0.5, owner.kill).start()
     with monkeypatch.context() as another_python:
         another_python.setattr(prepare_data, "standard_library", lambda: [text])
-        meta = prepare_data.prepare(out="out")  # the default data is waited for
+        meta = prepare_data.prepare_default("out")  # the default data is waited for
     assert owner.wait() != 0
-    assert prepare_data.prepare(out="out") == meta  # what is ready is good, whatever Python made it
+    # What is ready is good, whatever Python made it
+    assert prepare_data.prepare_default("out") == meta
     with pytest.raises(SystemExit, match="was made with 'file"):
         prepare_data.prepare(["stdlib"], "out")
 
@@ -2252,7 +2257,7 @@ def shell(command, folder):
 
 
 def test_the_default_data_is_the_standard_library(folder):
-    meta = prepare_data.prepare(out="out")
+    meta = prepare_data.prepare_default("out")
     assert meta["vocab_size"] == 256
     assert meta["train"]["tokens"] > 3e6
     assert b"def " in read_split("out", "val")[:100000].astype(np.uint8).tobytes()
