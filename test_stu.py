@@ -14,10 +14,10 @@ import pickle
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -1706,46 +1706,73 @@ def test_a_fitted_stu_is_a_linear_dynamical_system(L, use_hankel_L):
 # ------------------------------------------------------------------------------------------------------------
 # lds.py: the demo
 
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder, in which the test stands."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_here(script, flags): what `python script flags` prints, run in this process."""
+
+    def run(script, flags):
+        monkeypatch.setattr("sys.argv", [script, *shlex.split(flags)])
+        runpy.run_path(str(HERE / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refusal(run_here, capsys):
+    """refusal(script, flags): what the script says when it ends with an error."""
+
+    def run(script, flags):
+        with pytest.raises(SystemExit) as end:
+            run_here(script, flags)
+        assert end.value.code not in (None, 0)
+        return f"{capsys.readouterr().err} {end.value}"
+
+    return run
+
+
 SMALL_DEMO = "--state_dim 6 --input_dim 3 --output_dim 2 --seq_len 24 --num_filters 6"
 
 
-def run_as_main(monkeypatch, script, flags):
-    monkeypatch.setattr("sys.argv", [script, *flags.split()])
-    runpy.run_path(str(HERE / script), run_name="__main__")
-
-
-@pytest.mark.parametrize("steps", [0, 1, 12])
 @pytest.mark.parametrize(
-    "name, begins", [("a.png", b"\x89PNG"), ("a.gif", b"GIF8"), ("a.pdf", b"%PDF")]
+    "name, steps, begins",
+    [("a.png", 0, b"\x89PNG"), ("a.gif", 1, b"GIF8"), ("a.pdf", 12, b"%PDF")],
 )
 def test_the_demo_prints_and_draws_in_the_format_of_the_name(
-    tmp_path, monkeypatch, capsys, name, begins, steps
+    tmp_path, run_here, name, steps, begins
 ):
-    run_as_main(monkeypatch, "lds.py", f"{SMALL_DEMO} --steps {steps} --out {tmp_path}/{name}")
+    printed = run_here("lds.py", f"{SMALL_DEMO} --steps {steps} --out {tmp_path}/{name}")
     assert (tmp_path / name).read_bytes().startswith(begins)
-    printed = capsys.readouterr().out
     assert "least squares" in printed
     assert ("left" in printed) == (steps > 0)
     assert "\r" not in printed
 
 
 def test_on_a_terminal_the_line_moves_and_elsewhere_there_are_ten(monkeypatch, capsys):
-    options = {"num_steps": 100, "batch_size": 2}
-    train_stu_on_lds(random_LDS(4, 3, 2), 16, 4, **options)
-    assert len(capsys.readouterr().out.splitlines()) == 10
+    train_stu_on_lds(random_LDS(4, 3, 2), 16, 4, num_steps=100, batch_size=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    train_stu_on_lds(random_LDS(4, 3, 2), 16, 4, **options)
+    train_stu_on_lds(random_LDS(4, 3, 2), 16, 4, num_steps=100, batch_size=2)
     printed = capsys.readouterr().out
     assert printed.count("\r") == 99
     assert printed.count("\n") == 1
 
 
 def test_the_curve_falls_as_the_losses_fall():
-    text = lds_module.curve([10.0**-i for i in range(50)], final_length=100)
-    assert len(text) == 40
-    assert text[0] == "█"
-    assert text[:20] == "".join(sorted(text[:20], reverse=True))
-    assert text[20:] == 20 * "·"
+    losses = [10.0**-i for i in range(50)]
+    curve = lds_module.curve(losses, final_length=100)
+    assert curve[0] == "█"
+    assert list(curve[:20]) == sorted(curve[:20], reverse=True)
+    assert curve[20:] == 20 * "·"
 
 
 @pytest.mark.parametrize(
@@ -1755,92 +1782,106 @@ def test_the_curve_falls_as_the_losses_fall():
         ("--out nowhere/lds.png", "cannot write a regular file"),
         ("--out folder.png", "cannot write a regular file"),
         ("--steps -1", "number of steps must be an integer >= 0, got -1"),
-        ("--batch_size 0", "batch_size must be an integer >= 1, got 0"),
-        ("--state_dim 0", "state_dim must be an integer >= 1, got 0"),
         ("--num_filters 25", "num_eigh must be at most 24"),
-        ("--learning_rate nan", "learning_rate must be a number"),
-        ("--learning_rate 1e300", "learning_rate must be a number"),
         ("--learning_rate 900", "training diverged"),
         ("--lower_bound 2", "lower_bound = 2.0"),
         ("--spectral_radius nan", "spectral_radius = nan"),
     ],
 )
-def test_the_demo_says_what_it_cannot_do(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(SystemExit) as end:
-        run_as_main(monkeypatch, "lds.py", f"{SMALL_DEMO} {flags}")
-    assert message in f"{end.value}{capsys.readouterr().err}"
+def test_the_demo_says_what_it_cannot_do(folder, refusal, flags, message):
+    Path("folder.png").mkdir()
+    assert message in refusal("lds.py", f"{SMALL_DEMO} {flags}")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # lds.py: bad input
 
-
-def not_a_number(*shape):
-    x = torch.zeros(shape)
-    x[..., 0] = math.nan
-    return x
-
-
-def ministu(**options):
-    return MiniSTU(8, 4, 3, 2, **options)
-
-
-ONES = torch.ones(2, 8, 3)
+LDS_SIZES = {"state_dim": 4, "input_dim": 3, "output_dim": 2}
+MINISTU_SIZES = {"seq_len": 8, "num_filters": 4, "input_dim": 3, "output_dim": 2}
+ACCEPTED = {
+    LDS: LDS_SIZES,
+    random_LDS: LDS_SIZES,
+    MiniSTU: MINISTU_SIZES,
+    train_stu_on_lds: {"lds": LDS(4, 3, 2), "seq_len": 8, "num_filters": 4},
+}
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "make, wrong, message",
     [
-        (lambda: MiniSTU(8, 9, 3, 2), "num_eigh must be at most 8 at length 8, got 9"),
-        (lambda: MiniSTU(8, 0, 3, 2), "num_eigh"),
-        (lambda: MiniSTU(8.5, 4, 3, 2), "seq_len must be an integer >= 1, got 8.5"),
-        (lambda: MiniSTU(8, 4, 2.5, 2), "input_dim must be an integer >= 1, got 2.5"),
-        (lambda: MiniSTU(8, 4, 3, True), "output_dim must be an integer >= 1, got True"),
-        (lambda: ministu(backend="scan"), "backend"),
-        (lambda: ministu(use_mlp="false"), "use_mlp must be True or False, got 'false'"),
-        (lambda: ministu(use_hankel_L="no"), "use_hankel_L must be True or False, got 'no'"),
-        (lambda: ministu(use_mlp=True, mlp_activation="swish"), "relu, gelu or tanh"),
-        (lambda: ministu(use_mlp=True, mlp_num_layers=0), "mlp_num_layers"),
-        (lambda: ministu(use_mlp=True, mlp_hidden_dim=2.5), "mlp_hidden_dim"),
-        (lambda: ministu(precomputed_filters=torch.ones(7, 4)), r"\[8, 4\]"),
-        (lambda: ministu()(torch.ones(1, 8, 4)), "length >= 1, 3"),
-        (lambda: ministu()(torch.ones(1, 9, 3)), "longer than self.seq_len = 8"),
-        (lambda: ministu()(ONES + 1j), "real"),
-        (lambda: ministu()(not_a_number(1, 8, 3)), "8 NaN"),
-        (lambda: ministu().fit(ONES, not_a_number(2, 8, 2)), "targets holds 16 NaN"),
-        (lambda: ministu().fit(ONES, torch.ones(2, 7, 2)), "equally many"),
-        (lambda: ministu(use_mlp=True).fit(ONES, ONES[..., :2]), "descent"),
-        (lambda: ministu(use_mlp=True).to_lds(), "use_mlp"),
-        (lambda: LDS(0, 3, 2), "state_dim must be an integer >= 1, got 0"),
-        (lambda: LDS(4, 3, 2.5), "output_dim must be an integer >= 1, got 2.5"),
-        (lambda: LDS(4, 3, 2, diagonal="false"), "diagonal must be True or False, got 'false'"),
-        (lambda: LDS(4, 3, 2)(torch.ones(1, 8, 4)), "length >= 1, 3"),
-        (lambda: LDS(4, 3, 2)(ONES + 1j), "real"),
-        (lambda: LDS(4, 3, 2)(ONES[:1], torch.ones(3, 4)), r"\[1, 4\], got torch.float32 \[3, 4\]"),
-        (lambda: LDS(4, 3, 2)(ONES, torch.ones(2, 4) + 1j), "state must be real"),
-        (lambda: random_LDS(4, 3, 2, lower_bound=2.0), "lower_bound = 2.0"),
-        (lambda: random_LDS(4, 3, 2, spectral_radius=1.5), "spectral_radius = 1.5"),
-        (lambda: train_stu_on_lds(LDS(4, 3, 2), 8, 4, learning_rate=-1), "learning_rate"),
-        (lambda: train_stu_on_lds(LDS(4, 3, 2), 8, 4, learning_rate=math.nan), "learning_rate"),
-        (lambda: train_stu_on_lds(LDS(4, 3, 2), 8, 4, num_steps=-1), "number of steps"),
-        (lambda: train_stu_on_lds(LDS(4, 3, 2), 8, 4, batch_size=0), "batch_size"),
+        (LDS, {"state_dim": 0}, "state_dim must be an integer >= 1, got 0"),
+        (LDS, {"output_dim": 2.5}, "output_dim must be an integer >= 1, got 2.5"),
+        (LDS, {"diagonal": "false"}, "diagonal must be True or False, got 'false'"),
+        (random_LDS, {"lower_bound": 2.0}, "lower_bound = 2.0"),
+        (random_LDS, {"spectral_radius": 1.5}, "spectral_radius = 1.5"),
+        (MiniSTU, {"num_filters": 9}, "num_eigh must be at most 8 at length 8, got 9"),
+        (MiniSTU, {"num_filters": 0}, "num_eigh"),
+        (MiniSTU, {"seq_len": 8.5}, "seq_len must be an integer >= 1, got 8.5"),
+        (MiniSTU, {"input_dim": 2.5}, "input_dim must be an integer >= 1, got 2.5"),
+        (MiniSTU, {"output_dim": True}, "output_dim must be an integer >= 1, got True"),
+        (MiniSTU, {"backend": "scan"}, "backend"),
+        (MiniSTU, {"use_mlp": "false"}, "use_mlp must be True or False, got 'false'"),
+        (MiniSTU, {"use_hankel_L": "no"}, "use_hankel_L must be True or False, got 'no'"),
+        (MiniSTU, {"use_mlp": True, "mlp_activation": "swish"}, "relu, gelu or tanh"),
+        (MiniSTU, {"use_mlp": True, "mlp_num_layers": 0}, "mlp_num_layers"),
+        (MiniSTU, {"use_mlp": True, "mlp_hidden_dim": 2.5}, "mlp_hidden_dim"),
+        (MiniSTU, {"precomputed_filters": torch.ones(7, 4)}, r"\[8, 4\]"),
+        (train_stu_on_lds, {"learning_rate": -1}, "learning_rate"),
+        (train_stu_on_lds, {"learning_rate": math.nan}, "learning_rate"),
+        (train_stu_on_lds, {"learning_rate": 1e300}, "learning_rate"),
+        (train_stu_on_lds, {"num_steps": -1}, "number of steps"),
+        (train_stu_on_lds, {"batch_size": 0}, "batch_size"),
     ],
 )
-def test_lds_says_what_is_wrong_with_its_input(make, message):
+def test_an_argument_that_is_wrong_is_named(make, wrong, message):
+    arguments = ACCEPTED[make] | wrong
     with pytest.raises(ValueError, match=message):
-        make()
+        make(**arguments)
 
 
-def test_training_that_diverges_says_so():
+ONES = torch.ones(2, 8, 3)
+WITH_NAN = ONES.clone()
+WITH_NAN[..., 0] = math.nan
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (torch.ones(1, 8, 4), "length >= 1, 3"),
+        (torch.ones(1, 0, 3), "length >= 1, 3"),
+        (ONES + 1j, "real"),
+        (WITH_NAN, "input holds 16 NaN"),
+    ],
+)
+def test_a_signal_that_is_none_is_refused_by_system_and_learner(x, message):
+    for module in (LDS(**LDS_SIZES), MiniSTU(**MINISTU_SIZES)):
+        with pytest.raises(ValueError, match=message):
+            module(x)
+
+
+def test_what_does_not_fit_together_is_said():
+    system = LDS(**LDS_SIZES)
+    with pytest.raises(ValueError, match=r"\[2, 4\], got torch.float32 \[3, 4\]"):
+        system(ONES, torch.ones(3, 4))
+    with pytest.raises(ValueError, match="state must be real"):
+        system(ONES, torch.ones(2, 4) + 1j)
+    linear = MiniSTU(**MINISTU_SIZES)
+    with pytest.raises(ValueError, match="longer than self.seq_len = 8"):
+        linear(torch.ones(1, 9, 3))
+    with pytest.raises(ValueError, match="targets holds 16 NaN"):
+        linear.fit(ONES, WITH_NAN[..., :2])
+    with pytest.raises(ValueError, match="equally many"):
+        linear.fit(ONES, torch.ones(2, 7, 2))
+    with_mlp = MiniSTU(**MINISTU_SIZES, use_mlp=True)
+    with pytest.raises(ValueError, match="descent"):
+        with_mlp.fit(ONES, ONES[..., :2])
+    with pytest.raises(ValueError, match="use_mlp"):
+        with_mlp.to_lds()
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        train_stu_on_lds(
-            random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=900.0, verbose=False
-        )
+        train_stu_on_lds(random_LDS(4, 3, 2), 32, 8, num_steps=20, learning_rate=900.0)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # experiments
 
 
@@ -1854,54 +1895,83 @@ def test_training_that_diverges_says_so():
         ("cost.py", "--tiny", "full attention"),
     ],
 )
-def test_an_experiment_prints_and_draws(tmp_path, monkeypatch, capsys, script, flags, said):
-    monkeypatch.chdir(tmp_path)
-    run_as_main(monkeypatch, f"experiments/{script}", f"{flags} --out picture.png")
+def test_an_experiment_prints_and_draws(folder, run_here, script, flags, said):
+    printed = run_here(f"experiments/{script}", f"{flags} --out picture.png")
     assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
-    assert said in capsys.readouterr().out
+    assert said in printed
 
 
-def test_the_benchmark_prints_a_row_for_each_comparison(monkeypatch, capsys):
-    run_as_main(monkeypatch, "experiments/bench.py", "--tiny")
-    rows = capsys.readouterr().out.splitlines()
+def test_the_benchmark_prints_a_row_for_each_comparison(run_here):
+    rows = run_here("experiments/bench.py", "--tiny").splitlines()
     assert len(rows) == 5
-    ours, theirs = re.findall(r"[0-9.]+e-[0-9]+|0\.[0-9]+", rows[2].split("errors")[1])[:2]
+    errors = rows[2].split("errors")[1]
+    ours, of_eigh = re.findall(r"[0-9.]+e-[0-9]+|0\.[0-9]+", errors)[:2]
     assert float(ours) < 1e-6
-    assert float(theirs) > 1e-2  # of eigh
+    assert float(of_eigh) > 1e-2
     assert "differ by" in rows[3]
     assert "differ by" in rows[4]
 
 
-def test_the_robot_is_simulated_once_and_predicted(tmp_path, monkeypatch, capsys):
+def test_a_wider_sector_of_poles_needs_more_filters_and_a_text_is_learned(tmp_path, run_here):
+    filters_needed = experiment("angles")["filters_needed"]
+    assert filters_needed(32, 0, radius=0.9) < filters_needed(32, 90, radius=0.9)
+    (tmp_path / "book.txt").write_text("All that is read is remembered. " * 200)
+    flags = f"text --steps 2 --seeds 1 --angles 20 --data {tmp_path}/book.txt"
+    assert "| text, 20° |" in run_here("experiments/angles_trained.py", flags)
+
+
+def test_the_suites_of_others_get_our_layer():
+    build = experiment("mechbench")["with_our_layer"](build_theirs=None)
+    sizes = types.SimpleNamespace(d_model=8, max_seq_len=32, num_eigh=4, use_hankel_L=False)
+    x = torch.randn(2, 32, 8)
+    assert build("stu", sizes)(x).shape == x.shape
+    mixer = experiment("mqar")["SpectralMixer"](d_model=8, seq_len=32)
+    assert mixer(x).shape == x.shape
+
+
+def test_the_robot_is_simulated_once_and_predicted(folder, monkeypatch, run_here):
     reason = 'needs pip install "gymnasium[mujoco]"'
     gymnasium = pytest.importorskip("gymnasium", reason=reason)
     pytest.importorskip("mujoco", reason=reason)
-    monkeypatch.chdir(tmp_path)
     flags = "--trajectories 10 --seconds 0.01 --out picture.png"
-    run_as_main(monkeypatch, "experiments/ant.py", flags)
+    run_here("experiments/ant.py", flags)
     data = torch.load("data/ant-10.pt")
     assert data.shape == (10, 129, 35)
     assert data.isfinite().all()
     assert data[..., 27:].abs().max() <= 1
     assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(gymnasium, "make", None)  # what is there is not simulated again
-    run_as_main(monkeypatch, "experiments/ant.py", flags)
-    printed = capsys.readouterr().out
+    printed = run_here("experiments/ant.py", flags)
     for name in ("STU-T", "full STU", "hybrid", "attention", "Mamba-2", "no change", "50 alone"):
         assert name in printed
 
 
-def test_the_robot_says_what_it_needs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        ("ant.py", "", "pip install"),
+        ("ant.py", "--trajectories 0", "--trajectories must be"),
+        ("angles_trained.py", "text --data nowhere", "--data must be a text"),
+        ("filters.py", "--seq_len 0", "must be from 1 to --seq_len"),
+        ("linear_systems.py", "--steps 0", "--steps must be"),
+        ("loss_by_position.py", "--model .", "holds no checkpoint and no model"),
+        ("loss_by_position.py", "--texts 0", "--texts and --batch_size must be"),
+        ("mechbench.py", "nowhere", "is not a checkout"),
+        ("mqar.py", "nowhere", "is not a checkout"),
+        ("recall.py", "--steps 0", "--steps must be"),
+        ("ringing.py", "--num_filters 0", "--num_filters must be"),
+    ],
+)
+def test_an_experiment_says_at_once_what_it_needs(
+    folder, monkeypatch, refusal, script, flags, says
+):
     monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
-    with pytest.raises(SystemExit, match="pip install"):
-        run_as_main(monkeypatch, "experiments/ant.py", "")
+    assert says in refusal(f"experiments/{script}", flags)
 
 
 @pytest.fixture
-def reader(tmp_path, monkeypatch):
+def reader(folder):
     """A small model of bytes, saved, and a text for it."""
-    monkeypatch.chdir(tmp_path)
     config = small_config(seq_len=16, window_size=4, num_eigh=8, vocab_size=256)
     model = FlashSTU(config).eval()
     model.save_pretrained("model")
@@ -1909,17 +1979,15 @@ def reader(tmp_path, monkeypatch):
     return model
 
 
-def test_loss_by_position_reads_a_model_or_a_run(reader, monkeypatch, capsys):
+def test_loss_by_position_reads_a_model_or_the_newest_checkpoint_of_a_run(reader, run_here):
     Path("run").mkdir()
     config = reader.config.to_dict()
     checkpoint = {"model": reader.state_dict(), "config": config, "tokenizer": "bytes"}
-    torch.save(checkpoint, "run/checkpoint_2.pt")
     torch.save({}, "run/checkpoint_1.pt")
-    flags = "--data book.txt --texts 2"
-    run_as_main(monkeypatch, "experiments/loss_by_position.py", f"--model model {flags}")
-    of_model = capsys.readouterr().out
-    run_as_main(monkeypatch, "experiments/loss_by_position.py", f"--model run {flags}")
-    of_run = capsys.readouterr().out
+    torch.save(checkpoint, "run/checkpoint_2.pt")
+    script = "experiments/loss_by_position.py"
+    of_model = run_here(script, "--data book.txt --texts 2 --model model")
+    of_run = run_here(script, "--data book.txt --texts 2 --model run")
     assert of_run == of_model.replace("read by model", "read by run")
     assert of_run.count("128-256") == 3
     assert Path("context.png").read_bytes().startswith(b"\x89PNG")
@@ -1935,52 +2003,45 @@ def test_loss_by_position_forgets_what_it_says(reader):
         logits = reader(x[:, :-1]).logits
     whole = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").sum(dim=0)
     assert torch.allclose(carried, whole, atol=1e-3)
-    windows = [reader(x[:, i : i + 17], labels=x[:, i : i + 17]).loss for i in (0, 16, 32)]
-    assert torch.allclose(forgotten.view(3, 16).mean(dim=1), 2 * torch.stack(windows), atol=1e-3)
+    for i in (0, 16, 32):
+        window = x[:, i : i + 17]
+        of_window = reader(window, labels=window).loss.item()  # the mean over two texts
+        assert forgotten[i : i + 16].mean().item() == pytest.approx(2 * of_window, abs=1e-3)
     for other in (forgotten, half):
         assert torch.allclose(other[:16], carried[:16], atol=1e-4)
         assert not torch.allclose(other[16:], carried[16:], atol=1e-4)
     assert not torch.allclose(half[16:], forgotten[16:], atol=1e-4)
 
 
-def test_loss_by_position_says_what_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="holds no checkpoint and no model"):
-        run_as_main(monkeypatch, "experiments/loss_by_position.py", "--model .")
+def assert_causal(model, x, t):
+    """Output t depends on all inputs up to t, and on none that comes later."""
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x)[0, t].sum(), x)
+    reach = gradient[0].abs().amax(dim=-1)
+    assert reach[t + 1 :].max() < 1e-5 * reach.max()
+    assert (reach[: t + 1] > 0).all()
 
 
-def test_the_baselines_are_causal_and_learn():
+def test_what_the_stu_is_compared_with_is_causal_and_learns():
+    ant = experiment("ant")
+    for kind in ant["KINDS"]:
+        assert_causal(ant["make_model"](kind, 27), torch.randn(1, 30, 35), 12)
     linear_systems = experiment("linear_systems")
     system = random_LDS(4, 10, 5, spectral_radius=0.8)
     system.C.data *= 4
     progress = linear_systems["Progress"](10**9)
     for name, make in linear_systems["MAKERS"].items():
-        x = torch.randn(1, 30, 10, requires_grad=True)
-        output = make(30)(x)[0, 12].sum()
-        reach = torch.autograd.grad(output, x)[0][0].abs().amax(dim=-1)
-        assert reach[13:].max() < 1e-5 * reach.max(), name
-        assert (reach[:13] > 0).all(), name
+        assert_causal(make(30), torch.randn(1, 30, 10), 12)
         _, losses = linear_systems["train"](name, system, 30, 1e-2, 80, 0, progress)
         assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10]), name
 
 
-def test_the_robots_models_are_causal():
-    ant = experiment("ant")
-    for kind in ant["KINDS"]:
-        model = ant["make_model"](kind, 27)
-        x = torch.randn(1, 30, 35, requires_grad=True)
-        reach = torch.autograd.grad(model(x)[0, 12].sum(), x)[0][0].abs().amax(dim=-1)
-        assert reach[13:].max() < 1e-5 * reach.max(), kind
-        assert (reach[:13] > 0).all(), kind
-
-
 def test_mamba_2_equals_its_recurrence():
-    linear_systems = experiment("linear_systems")
-    layer = linear_systems["Mamba2"](width=8, N=4, heads=2).double()
+    layer = experiment("linear_systems")["Mamba2"](width=8, N=4, heads=2).double()
     x = torch.randn(2, 20, 10, dtype=torch.float64)
     gate, v, dt = layer.encode(x).split(layer.encoded, dim=-1)
-    padded = F.pad(v, (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, channels, 4]
-    v = F.silu((padded * layer.conv.weight[:, 0]).sum(dim=-1) + layer.conv.bias)
+    last_four = F.pad(v, (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, channels, 4]
+    v = F.silu((last_four * layer.conv.weight[:, 0]).sum(dim=-1) + layer.conv.bias)
     u, B, C = v.split([8, 4, 4], dim=-1)
     dt = F.softplus(dt + layer.log_dt)
     A = layer.log_A.exp()
@@ -1997,8 +2058,111 @@ def test_mamba_2_equals_its_recurrence():
     assert relative_error(layer(x), expected) < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # prepare_data.py
+
+
+def write_new(file):
+    file.write(b"new")
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("No space left")])
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(folder, error):
+    def full_disk(file):
+        file.write(b"half")
+        raise error
+
+    Path("file").write_text("old")
+    with pytest.raises(SystemExit, match="cannot write file: No space left.* is intact"):
+        prepare_data.write_atomically("file", full_disk)
+    assert os.listdir() == ["file"]
+    assert Path("file").read_text() == "old"
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
+    on_disk = []
+
+    def fsync(descriptor):
+        assert not Path("file").exists()
+        on_disk.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    prepare_data.write_atomically("file", write_new)
+    assert on_disk == [3]
+    assert Path("file").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "make",
+    ["ln -s target a", "ln -s nowhere a", "mkdir a", "mkfifo a", "mknod a c 1 3"],
+    ids=["a link", "a dead link", "a folder", "a pipe", "a device"],
+)
+def test_only_a_plain_file_is_replaced(folder, make):
+    Path("target").write_text("old")
+    if subprocess.run(make, shell=True, check=False).returncode != 0:
+        pytest.skip("only root makes devices")
+    before = os.lstat("a")
+    with pytest.raises(SystemExit, match="cannot write a"):
+        prepare_data.write_atomically("a", write_new)
+    after = os.lstat("a")
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert Path("target").read_text() == "old"
+    assert sorted(os.listdir()) == ["a", "target"]
+
+
+def test_the_temporary_files_of_others_stay_and_those_of_dead_owners_go(folder):
+    of_others = Path("meta.json.tmp")
+    ours = Path(f"meta.json.0123{prepare_data.TEMPORARY}")
+    of_others.write_text("half")
+    ours.write_text("half")
+    prepare_data.write_atomically("meta.json", write_new)
+    assert ours.exists()  # it could be of a process that is writing now
+    prepare_data.lock(folder).close()
+    assert not ours.exists()
+    assert of_others.read_text() == "half"
+
+
+def test_a_folder_has_one_owner_until_its_process_ends(folder, monkeypatch):
+    code = "import prepare_data; owner = prepare_data.lock('out'); print('owned', flush=True)"
+    command = [sys.executable, "-c", f"{code}; input()"]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    pipe = subprocess.PIPE
+    owner = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
+    assert owner.stdout.readline() == b"owned\n"
+    text = folder / "a.txt"
+    text.write_text("hello world\n" * 1000)
+    with pytest.raises(SystemExit, match=f"out is in use by process {owner.pid}"):
+        prepare_data.prepare(["a.txt"], "out")
+    threading.Timer(0.5, owner.kill).start()
+    with monkeypatch.context() as another_python:
+        another_python.setattr(prepare_data, "standard_library", lambda: [text])
+        meta = prepare_data.prepare_default("out")  # the default data is waited for
+    assert owner.wait() != 0
+    # What is ready is good, whatever Python made it
+    assert prepare_data.prepare_default("out") == meta
+    with pytest.raises(SystemExit, match="was made with 'file"):
+        prepare_data.prepare(["stdlib"], "out")
+
+
+def test_bytes_need_no_tiktoken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = prepare_data.get_tokenizer("bytes")
+    text = "héllo\n日本 \x7f"
+    tokens = tokenizer.encode(text)
+    assert bytes(tokens.tolist()) == text.encode()
+    assert tokenizer.decode([0, *tokens, 0, 256, 319]) == text  # ends of text, and ids of no byte
+    assert tokenizer.name == "bytes"
+
+
+def test_a_saved_tokenizer_has_the_same_ids_and_keeps_zero_bytes(folder):
+    transformers = pytest.importorskip("transformers")
+    ours = prepare_data.get_tokenizer("bytes")
+    prepare_data.save_tokenizer(ours, "saved")
+    transformers.AutoTokenizer.from_pretrained("saved").save_pretrained("again")
+    for name in ("saved", "again"):
+        theirs = transformers.AutoTokenizer.from_pretrained(name)
+        for text in ("x\0y", "\0", "a \0\0\0 b", "é\0日本\n"):
+            assert theirs(text).input_ids == ours.encode(text).tolist() == list(text.encode())
 
 
 def read_split(folder, split):
@@ -2006,12 +2170,6 @@ def read_split(folder, split):
     tokens = np.concatenate(opened[split])
     assert len(tokens) == meta[split]["tokens"]
     return tokens
-
-
-def same_splits(a, b):
-    return all(
-        np.array_equal(read_split(a, split), read_split(b, split)) for split in ("train", "val")
-    )
 
 
 def documents_in(folder, split):
@@ -2025,488 +2183,191 @@ def all_documents_in(folder):
     return sorted(documents_in(folder, "train") + documents_in(folder, "val"))
 
 
-def write_documents(folder, n, words):
-    """n files of so many words -> their texts."""
-    rng = random.Random(1)
-    folder.mkdir()
-    texts = []
-    for i in range(n):
-        words_of_text = rng.choices(["alpha", "beta", "γ", "def f(x):", "\n", "1234"], k=words)
-        text = " ".join(words_of_text) + f" {i}"
-        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
-        texts.append(text)
+def write_documents(n, lines):
+    """A folder docs of n texts of so many lines, which are returned."""
+    Path("docs").mkdir()
+    texts = [f"document {i}: é\n" * lines for i in range(n)]
+    for i, text in enumerate(texts):
+        Path(f"docs/{i:03}.txt").write_text(text, encoding="utf-8")
     return texts
 
 
-def as_lines(texts, field="text"):
-    return "".join(json.dumps({field: text}) + "\n" for text in texts)
+def write_records(name, records):
+    """A file of these records, in the form that its name says."""
+    if name.endswith(".parquet"):
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = sys.modules["pyarrow"].Table.from_pylist(records)
+        parquet.write_table(table, name)
+        return
+    if name == "list.json":
+        content = json.dumps(records, indent=1).encode()
+    else:
+        lines = [json.dumps(record) + "\n" for record in records]
+        content = "".join(lines).encode()
+    if name.lower().endswith(".gz"):
+        content = gzip.compress(content)
+    Path(name).write_bytes(content)
 
 
-def write_parquet(path, **columns):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(sys.modules["pyarrow"].table(columns), path)
+def shell(command, folder):
+    subprocess.run(command, shell=True, cwd=folder, check=True)
 
 
-def test_the_default_data_is_the_standard_library(tmp_path):
-    meta = prepare_data.prepare(out=tmp_path)
+def test_the_default_data_is_the_standard_library(folder):
+    meta = prepare_data.prepare_default("out")
     assert meta["vocab_size"] == 256
     assert meta["train"]["tokens"] > 3e6
-    assert b"def " in read_split(tmp_path, "val")[:100000].astype(np.uint8).tobytes()
+    assert b"def " in read_split("out", "val")[:100000].astype(np.uint8).tobytes()
 
 
-def test_bytes_need_no_tiktoken(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    tokenizer = prepare_data.get_tokenizer("bytes")
-    text = "héllo\n日本 \x7f"
-    tokens = tokenizer.encode(text)
-    assert bytes(tokens.tolist()) == text.encode()
-    assert tokenizer.decode([0, *tokens, 0, 256, 319]) == text  # an end of text, and ids of no byte
-    assert tokenizer.name == "bytes"
+def test_hub_corpora_are_files_that_their_library_fetches(folder, monkeypatch):
+    texts = [f"story {i}\n" * 9 for i in range(300)]
+    Path("files").mkdir()
+    write_records("files/a.jsonl", [{"text": text} for text in texts])
+    Path("files/README.md").write_text("not asked for")
+
+    def snapshot_download(repository, repo_type, allow_patterns):
+        assert [repository, repo_type, allow_patterns] == ["owner/name", "dataset", "files/*.jsonl"]
+        return folder
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(prepare_data.HUB, "tinystories", ("owner/name", "files/*.jsonl"))
+    prepare_data.prepare(["tinystories"], "out")
+    assert all_documents_in("out") == sorted(texts)
+    assert 10 < len(documents_in("out", "val")) < 60
 
 
-def test_shards_hold_every_document_once_and_the_splits_share_none(tmp_path):
-    docs = tmp_path / "docs"
-    out = tmp_path / "out"
-    texts = write_documents(docs, 600, 10)
-    (docs / "copy.txt").write_text(texts[0], encoding="utf-8")  # falls on its twin's side
-    (docs / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
-    meta = prepare_data.prepare([str(docs)], out, val_fraction=0.3, shard_tokens=5000)
-    assert all_documents_in(out) == sorted(texts + texts[:1])
-    assert not set(documents_in(out, "train")) & set(documents_in(out, "val"))
-    assert len(meta["train"]["shards"]) > 1
+def test_a_folder_gives_its_visible_text_once_and_says_what_is_left_out(folder, capsys):
+    texts = write_documents(200, 3)
+    shell("ln -s 000.txt symbolic; ln 000.txt hard", "docs")
+    sources = ["docs", "docs/001.txt", f"{folder}/docs/../docs/002.txt"]
+    Path("docs/bom.TXT").write_bytes(codecs.BOM_UTF8 + b"bom")
+    Path("docs/a.JSONL").write_bytes(codecs.BOM_UTF8 + b'{"text": "capitals"}\n\n')
+    Path("docs/utf16.txt").write_bytes("é".encode("utf-16"))
+    Path("docs/picture").write_bytes(b"\xff\xfe\xff\xd8")
+    Path("docs/zeros").write_bytes(b"a\0b")
+    for packed in ("texts.zip", "texts.tar.gz", "texts.jsonl.ZST"):
+        Path("docs", packed).write_bytes(b"\x28\xb5\x2f\xfd")
+    Path("docs/x.jsonl").mkdir()
+    Path("docs/x.jsonl/file").write_text("in a folder")
+    for hidden in (".git", ".ipynb_checkpoints"):
+        Path("docs", hidden).mkdir()
+        Path("docs", hidden, "config").write_text("hidden")
+    Path("a").write_text("a link to a file is a file")
+    shell("ln -s ../a link; ln -s . loop; ln -s nowhere dead; ln -s self self", "docs")
+    texts += ["bom", "capitals", "in a folder", "a link to a file is a file"]
+    for out in ("docs/out/1", "docs/out/2"):  # the second finds the first one's in the source
+        prepare_data.prepare(sources, out)
+        assert all_documents_in(out) == sorted(texts)
+    told = capsys.readouterr().err
+    for line in (
+        "4: named before, maybe under another name",
+        "2: hidden",
+        "4: linked folders",
+        "5: linked folders",
+        "3: no UTF-8 text",
+        "3: packed in another way than .gz",
+    ):
+        assert f"\nleft out {line}" in told, told
 
 
-def test_short_shards_read_as_one_long_array(tmp_path):
-    docs = tmp_path / "docs"
-    write_documents(docs, 300, 10)
-    prepare_data.prepare([str(docs)], tmp_path / "out", shard_tokens=400)
-    shards = prepare_data.open_data(tmp_path / "out")[1]["val"]
-    whole = np.concatenate(shards)
-    assert len(shards) > 10
-    assert max(map(len, shards)) < 200
-    for start, stop in ((0, 1), (0, len(whole)), (150, 700), (len(whole) - 300, len(whole))):
-        tokens = prepare_data.read_tokens(shards, start, stop)
-        assert np.array_equal(tokens, whole[start:stop])
+@pytest.fixture
+def prepared(folder):
+    """The folder with a text, a.txt, and its shards in `out`."""
+    Path("a.txt").write_text("hello world\n" * 1000)
+    prepare_data.prepare(["a.txt"], "out")
+    return folder
 
 
-def test_one_long_text_is_cut_at_nine_tenths(tmp_path, capsys):
-    (tmp_path / "book.txt").write_text("abcdefghij" * 1000)
-    prepare_data.prepare([str(tmp_path / "book.txt")], tmp_path)
-    assert capsys.readouterr().err.endswith("9,001 tokens to train\n")
-    assert len(read_split(tmp_path, "train")) == 9001
-    assert len(read_split(tmp_path, "val")) == 1001
+def test_control_characters_of_a_file_name_are_shown_not_obeyed(prepared, capsys):
+    Path("red\x1b[31m\r.bin").write_bytes(b"\xff")
+    prepare_data.prepare(["a.txt", "red\x1b[31m\r.bin"], "out2")
+    told = capsys.readouterr().err
+    assert r"red\x1b[31m\r.bin" in told
+    assert "\x1b" not in told
+    Path("\x1b[31m.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(SystemExit, match=r"cannot read .*\\x1b\[31m.jsonl.gz"):
+        prepare_data.prepare(["\x1b[31m.jsonl.gz"], "out3")
 
 
 @pytest.mark.parametrize(
     "name",
     ["a.ndjson", "a.json", "list.json", "a.jsonl.gz", "a.json.GZ", "a.parquet", "bytes.parquet"],
 )
-def test_records_give_the_same_shards_whatever_file_holds_them(tmp_path, name):
-    texts = [f"document {i} é\n" * 5 for i in range(50)]
-    lines = as_lines(texts)
-    (tmp_path / "plain.jsonl").write_text(lines)
+def test_records_give_the_same_shards_whatever_file_holds_them(folder, name):
+    records = [{"title": "a", "body": f"document {i} é\n" * 5} for i in range(50)]
+    write_records("plain.jsonl", records)
     if name == "bytes.parquet":
-        write_parquet(tmp_path / name, text=[text.encode() for text in texts])
-    elif name == "a.parquet":
-        write_parquet(tmp_path / name, text=texts)
-    elif name.lower().endswith(".gz"):
-        (tmp_path / name).write_bytes(gzip.compress(lines.encode()))
-    elif name == "list.json":
-        (tmp_path / name).write_text(json.dumps([{"text": text} for text in texts], indent=1))
-    else:
-        (tmp_path / name).write_text(lines)
-    for source, out in (("plain.jsonl", "plain"), (name, "other")):
-        prepare_data.prepare([str(tmp_path / source)], tmp_path / out, val_fraction=0.3)
-    assert same_splits(tmp_path / "plain", tmp_path / "other")
+        records = [{"body": record["body"].encode()} for record in records]
+    write_records(name, records)
+    prepare_data.prepare(["plain.jsonl"], "plain", field="body", val_fraction=0.3)
+    prepare_data.prepare([name], "other", field="body", val_fraction=0.3)
+    for split in ("train", "val"):
+        assert np.array_equal(read_split("plain", split), read_split("other", split))
 
 
-def test_a_json_file_may_be_one_record_and_a_text_may_be_compressed(tmp_path):
-    (tmp_path / "record.json").write_text(json.dumps({"text": "a story " * 20}, indent=1))
-    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(b"a book " * 20))
-    sources = [str(tmp_path / "record.json"), str(tmp_path / "book.txt.gz")]
-    prepare_data.prepare(sources, tmp_path / "out")
-    parts = documents_in(tmp_path / "out", "train") + documents_in(tmp_path / "out", "val")
-    assert parts[0] + parts[2] == "a story " * 20
-    assert parts[1] + parts[3] == "a book " * 20
+def test_a_json_file_may_be_one_record_and_a_text_may_be_compressed(folder):
+    Path("record.json").write_text(json.dumps({"text": "a story " * 20}, indent=1))
+    Path("book.txt.gz").write_bytes(gzip.compress(b"a book " * 20))
+    prepare_data.prepare(["record.json", "book.txt.gz"], "out")
+    parts = zip(documents_in("out", "train"), documents_in("out", "val"))
+    assert [begin + end for begin, end in parts] == ["a story " * 20, "a book " * 20]
 
 
-@pytest.mark.parametrize("name", ["texts.jsonl", "texts.parquet"])
-def test_a_wrong_field_names_the_fields_that_exist(tmp_path, capsys, name):
-    if name.endswith("parquet"):
-        write_parquet(tmp_path / name, title=["a"], body=["a long text"])
-    else:
-        (tmp_path / name).write_text('{"title": "a", "body": "a long text"}\n')
-    with pytest.raises(SystemExit) as error:
-        prepare_data.prepare([str(tmp_path / name)], tmp_path / "out")
-    told = capsys.readouterr().err + str(error.value)
-    assert "field 'text'" in told
-    assert "['title', 'body']" in told
-    prepare_data.prepare([str(tmp_path / name)], tmp_path / "out", field="body")
-
-
-@pytest.mark.parametrize("name", ["texts.zip", "texts.tar.gz", "texts.jsonl.zst"])
-def test_what_is_packed_otherwise_is_left_out_for_that_reason(tmp_path, capsys, name):
-    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
-    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
-    prepare_data.prepare([str(tmp_path / "a.txt"), str(tmp_path / name)], tmp_path / "out")
-    told = capsys.readouterr().err
-    assert "left out 1: packed in another way than .gz" in told
-    assert name in told
-
-
-def interrupt(write, monkeypatch, **options):
-    """A preparation that dies before it writes its file number `write`, half of which is there."""
-    real = prepare_data.write_atomically
-    written = []
-
-    def dying(path, content):
-        written.append(path)
-        if len(written) == write:
-            half = path.with_name(path.name + ".1234" + prepare_data.TEMPORARY)
-            half.write_bytes(b"half a file")
-            raise KeyboardInterrupt
-        real(path, content)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_data, "write_atomically", dying)
-        prepare_data.prepare(**options)
-
-
-@pytest.mark.parametrize("write", [1, 3, 8])
-def test_an_interrupted_preparation_continues_to_the_same_shards(tmp_path, monkeypatch, write):
-    docs = tmp_path / "docs"
-    whole = tmp_path / "whole"
-    broken = tmp_path / "broken"
-    write_documents(docs, 700, 20)
-    options = {"sources": [str(docs)], "val_fraction": 0.3, "shard_tokens": 10000}
-    prepare_data.prepare(out=whole, **options)
-    assert max(map(len, prepare_data.open_data(whole)[1]["train"])) < 10500
-    interrupt(write, monkeypatch, out=broken, **options)
-    if write > 3:  # a shard of each split, then meta.json
-        with pytest.raises(SystemExit, match="not complete:  python prepare_data.py"):
-            prepare_data.open_data(broken)
-        assert json.loads((broken / "meta.json").read_text())["train"]["tokens"] > 5000
-    prepare_data.prepare(out=broken, **options)
-    for path in whole.glob("[!.]*"):  # the shards, and meta.json
-        assert (broken / path.name).read_bytes() == path.read_bytes()
-    assert len(list(broken.iterdir())) == len(list(whole.iterdir()))
+BAD_LINES = [
+    b'{"text": null}',
+    b'{"text": 5}',
+    b'{"text": "half a surrogate \\ud800"}',
+    b'{"text": "a zero byte \\u0000"}',
+    b'{"text": "cut',
+    b"{}",
+    b"[1]",
+    b"[" * 10**5,
+    b"\xff",
+]
 
 
 @pytest.mark.parametrize(
-    "change, name",
+    "name, bad",
     [
-        (lambda docs: (docs / "000a.txt").write_text("new"), "000a.txt"),
-        (lambda docs: (docs / "001.txt").unlink(), "001.txt"),
-        (lambda docs: (docs / "002.txt").open("a").write("more"), "002.txt"),
-        (lambda docs: (docs / "003.txt").rename(docs / "last.txt"), "003.txt"),
-        (lambda docs: os.utime(docs / "699.txt", (1, 1)), "699.txt"),
+        ("a.jsonl", BAD_LINES),
+        ("list.json", [None, 5, {}, {"text": None}]),
+        ("a.parquet", [{"text": None}, {"text": b"\xff"}]),
     ],
 )
-def test_a_source_that_has_changed_is_refused_by_name(tmp_path, monkeypatch, change, name):
-    docs = tmp_path / "docs"
-    write_documents(docs, 700, 20)
-    options = {"sources": [str(docs)], "shard_tokens": 10000}
-    interrupt(8, monkeypatch, out=tmp_path / "half", **options)
-    prepare_data.prepare(out=tmp_path / "whole", **options)
-    change(docs)
-    for out in (tmp_path / "half", tmp_path / "whole"):
-        before = (out / "meta.json").read_bytes()
-        with pytest.raises(SystemExit, match=name):
-            prepare_data.prepare(out=out, **options)
-        assert (out / "meta.json").read_bytes() == before
-
-
-def test_a_source_that_changes_while_it_is_read_is_refused_by_name(tmp_path, monkeypatch):
-    docs = tmp_path / "docs"
-    write_documents(docs, 700, 20)
-    real = prepare_data.read_records
-
-    def appended_to(path, field):
-        yield from real(path, field)
-        if path.endswith("500.txt"):
-            with open(path, "a") as file:
-                file.write("more")
-
-    monkeypatch.setattr(prepare_data, "read_records", appended_to)
-    with pytest.raises(SystemExit, match="500.txt' changed while it was read"):
-        prepare_data.prepare([str(docs)], tmp_path / "out")
-    with pytest.raises(SystemExit, match="not complete"):
-        prepare_data.open_data(tmp_path / "out")
-
-
-def test_a_folder_gives_its_visible_text_and_says_what_is_left_out(tmp_path, capsys):
-    docs = tmp_path / "docs"
-    out = docs / "out"
-    texts = write_documents(docs, 200, 10)
-    (docs / "bom.TXT").write_bytes(codecs.BOM_UTF8 + b"bom")
-    (docs / "a.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "capitals"}\n\n')
-    (docs / "utf16.txt").write_bytes("é".encode("utf-16"))
-    (docs / "picture").write_bytes(b"\xff\xfe\xff\xd8")
-    (docs / "zeros").write_bytes(b"a\0b")
-    (docs / "x.jsonl").mkdir()
-    (docs / "x.jsonl" / "file").write_text("in a folder")
-    for hidden in (".git", ".ipynb_checkpoints"):
-        (docs / hidden).mkdir()
-        (docs / hidden / "config").write_text("hidden")
-    for link, target in (
-        ("loop", "."),
-        ("dead", "nowhere"),
-        ("self", "self"),
-        ("link", tmp_path / "a"),
-    ):
-        (docs / link).symlink_to(target)
-    (tmp_path / "a").write_text("a link to a file is a file")
-    texts += ["bom", "capitals", "in a folder", "a link to a file is a file"]
-    for again in ("first", "second"):  # the second finds the first one's output in the source
-        prepare_data.prepare([str(docs)], out / again)
-        assert all_documents_in(out / again) == sorted(texts)
-    told = capsys.readouterr().err
-    for line in ("2: hidden", "4: linked folders", "5: linked folders", "3: no UTF-8 text"):
-        assert f"\nleft out {line}" in told, told
-    with pytest.raises(SystemExit, match="cannot be a source"):
-        prepare_data.prepare([str(docs)], docs)
-
-
-def test_one_file_under_several_names_is_read_once(tmp_path, capsys):
-    docs = tmp_path / "docs"
-    texts = write_documents(docs, 200, 10)
-    (docs / "symbolic").symlink_to("000.txt")
-    os.link(docs / "000.txt", docs / "hard")
-    sources = [str(docs), str(docs / "001.txt"), f"{docs}/../docs/002.txt"]
-    prepare_data.prepare(sources, tmp_path / "out")
-    assert all_documents_in(tmp_path / "out") == sorted(texts)
-    assert "left out 4: named before, maybe under another name" in capsys.readouterr().err
-
-
-def test_control_characters_of_a_file_name_are_shown_not_obeyed(tmp_path, capsys):
-    docs = tmp_path / "docs"
-    write_documents(docs, 200, 10)
-    (docs / "red\x1b[31m\r.bin").write_bytes(b"\xff")
-    prepare_data.prepare([str(docs)], tmp_path / "out")
-    told = capsys.readouterr().err
-    assert r"red\x1b[31m\r.bin" in told
-    assert "\x1b" not in told
-    (docs / "\x1b[31m.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(SystemExit, match=r"cannot read .*\\x1b\[31m.jsonl.gz"):
-        prepare_data.prepare([str(docs)], tmp_path / "out2")
-
-
-def test_the_last_line_is_a_command_that_can_be_pasted(tmp_path):
-    (tmp_path / "my \x1b[31mbook.txt").write_text("hello " * 2000)
-    command = [sys.executable, HERE / "prepare_data.py", "my \x1b[31mbook.txt"]
-    told = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stderr.decode()
-    assert told.endswith("python train.py --data data/my___31mbook\n")
-    assert len(read_split(tmp_path / "data" / "my___31mbook", "train")) == 10801
-
-
-def test_a_parquet_file_whose_text_is_no_utf_8_is_named(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    bad = pyarrow.array([b"\xff"]).view(pyarrow.string())
-    write_parquet(tmp_path / "a.parquet", text=bad)
-    with pytest.raises(SystemExit, match="cannot read .*a.parquet"):
-        prepare_data.prepare([str(tmp_path / "a.parquet")], tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_one_bad_record_does_not_end_a_corpus(tmp_path, capsys, kind):
+def test_a_bad_record_does_not_end_a_corpus_and_is_counted(folder, capsys, name, bad):
     texts = [f"document {i}\n" * 5 for i in range(300)]
-    path = tmp_path / f"a.{kind}"
-    if kind == "parquet":
-        left_out = 2
-        write_parquet(path, text=[None, *(text.encode() for text in texts), b"\xff"])
-    elif kind == "json":
-        left_out = 4
-        path.write_text(
-            json.dumps([None, 5, {}, {"text": None}, *({"text": text} for text in texts)])
-        )
+    good = [{"text": text} for text in texts]
+    if name == "a.jsonl":
+        lines = [json.dumps(record).encode() for record in good]
+        Path(name).write_bytes(b"\n".join(bad + lines))
+    elif name == "a.parquet":
+        write_records(name, bad + [{"text": text.encode()} for text in texts])
     else:
-        left_out = 8
-        bad = ['{"text": null}', '{"text": 5}', "{}", "[" * 10**5, '{"text": "cut', "\udcff", "[1]"]
-        lines = "\n".join(bad) + "\n" + as_lines(texts) + '{"text": "a\\ud800\\u0000b"}'
-        path.write_bytes(lines.encode(errors="surrogateescape"))
-    prepare_data.prepare([str(path)], tmp_path / "out")
-    assert all_documents_in(tmp_path / "out") == sorted(texts)
+        write_records(name, bad + good)
+    prepare_data.prepare([name], "out")
+    assert all_documents_in("out") == sorted(texts)
     reason = "no UTF-8 text, or none in the field 'text'"
     told = capsys.readouterr().err
-    assert re.search(f"\nleft out {left_out}: {reason} .*{path}, record 1", told), told
+    assert re.search(f"\nleft out {len(bad)}: {reason} .*{name}, record 1", told), told
 
 
-def test_few_texts_always_give_a_validation_split(tmp_path):
+def test_one_long_text_is_cut_at_nine_tenths(folder, capsys):
+    Path("book.txt").write_text("abcdefghij" * 1000)
+    prepare_data.prepare(["book.txt"], "out")
+    assert capsys.readouterr().err.endswith("9,001 tokens to train\n")
+    assert documents_in("out", "train") == ["abcdefghij" * 900]
+    assert documents_in("out", "val") == ["abcdefghij" * 100]
+
+
+def test_few_texts_always_give_a_validation_split(folder):
     for n in (1, 2, 20, 150):
         for seed in range(10):
-            texts = [f"{seed} {i} " * 90 for i in range(n)]
-            (tmp_path / "texts.jsonl").write_text(as_lines(texts))
-            meta = prepare_data.prepare([str(tmp_path / "texts.jsonl")], tmp_path / f"{n}_{seed}")
+            write_records("a.jsonl", [{"text": f"{seed} {i} " * 90} for i in range(n)])
+            meta = prepare_data.prepare(["a.jsonl"], f"{n}_{seed}")
             share = meta["val"]["tokens"] / (meta["train"]["tokens"] + meta["val"]["tokens"])
             assert 0.09 < share < 0.11
-
-
-@pytest.mark.parametrize(
-    "words, says", [(200, "--seq_len can be at most 120"), (2000, "tokens to train")]
-)
-def test_a_text_shorter_than_a_window_says_so_when_it_is_prepared(tmp_path, words, says):
-    (tmp_path / "a.txt").write_text("hello " * words)
-    command = [sys.executable, "prepare_data.py", tmp_path / "a.txt", "--out", tmp_path / "out"]
-    told = subprocess.run(command, cwd=HERE, capture_output=True, check=True).stderr.decode()
-    lines = told.splitlines()
-    assert says in lines[-2]
-    assert lines[-1] == f"{tmp_path}/out is ready: python train.py --data {tmp_path}/out"
-
-
-def damage_shard(change):
-    def damage(folder):
-        path = folder / "train_00000.npy"
-        np.save(path, change(np.load(path)))
-
-    return damage, "train_00000.npy"
-
-
-def damage_meta(**changes):
-    def damage(folder):
-        meta = json.loads((folder / "meta.json").read_text())
-        (folder / "meta.json").write_text(json.dumps(meta | changes))
-
-    return damage, "meta.json"
-
-
-@pytest.mark.parametrize(
-    "damage, name",
-    [
-        damage_shard(lambda a: a.astype("f8")),
-        damage_shard(lambda a: a.astype(">u2")),
-        damage_shard(lambda a: a[::-1].copy()),
-        damage_shard(lambda a: a[:-1]),
-        damage_shard(lambda a: a[None]),
-        damage_shard(lambda a: a + np.uint16(300)),
-        (lambda out: (out / "val_00000.npy").unlink(), "val_00000"),
-        (lambda out: os.truncate(out / "val_00000.npy", 500), "val_00000"),
-        (lambda out: os.truncate(out / "val_00000.npy", 0), "val_00000"),
-        (lambda out: (out / "val_00000.npy").open("a").write("x"), "val_00000"),
-        damage_meta(vocab_size=100),
-        damage_meta(train={}),
-        (lambda out: (out / "meta.json").write_text('{"sources": '), "meta.json"),
-        (lambda out: (out / "meta.json").write_text("[" * 10**5), "meta.json"),
-        (lambda out: (out / "meta.json").write_bytes(b"\xff"), "meta.json"),
-        (lambda out: (out / "meta.json").write_bytes(b""), "meta.json"),
-        (lambda out: (out / "meta.json").unlink(), "not complete"),
-    ],
-)
-def test_a_damaged_data_folder_is_named_with_the_remedy(tmp_path, damage, name):
-    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
-    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out")
-    damage(tmp_path / "out")
-    with pytest.raises(SystemExit, match=f"{name}.*(prepare it again|prepare_data.py)"):
-        prepare_data.open_data(tmp_path / "out")
-
-
-def test_a_sample_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_request(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(prepare_data, "BLOCK", 16)
-    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
-    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out")
-    path = tmp_path / "out" / "train_00000.npy"
-    good = path.read_bytes()
-    refused = 0
-    for place in random.sample(range(len(good)), 40) + [0, len(good) - 1]:
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-        with pytest.raises(SystemExit, match="train_00000"):
-            prepare_data.open_data(tmp_path / "out", full=True)
-        try:
-            prepare_data.open_data(tmp_path / "out")
-        except SystemExit:
-            refused += 1
-    assert 1 <= refused < 42
-
-
-def test_a_folder_has_one_owner_until_its_process_ends(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    text = tmp_path / "a.txt"
-    code = f"import prepare_data; owner = prepare_data.lock({str(out)!r})"
-    code += "; print('owned', flush=True); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    owner = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **pipes)
-    assert owner.stdout.readline() == b"owned\n"
-    text.write_text("hello world\n" * 1000)
-    with pytest.raises(SystemExit, match=f"{out} is in use by process {owner.pid}"):
-        prepare_data.prepare([str(text)], out)
-    threading.Timer(0.5, owner.kill).start()
-    monkeypatch.setattr(prepare_data, "standard_library", lambda: [text])
-    meta = prepare_data.prepare(out=out)  # the default data is waited for
-    monkeypatch.undo()
-    assert (
-        prepare_data.prepare(out=out) == meta
-    )  # what is ready is good, whatever Python is there today
-    with pytest.raises(SystemExit, match="was made with 'file"):
-        prepare_data.prepare(["stdlib"], out)
-
-
-@pytest.mark.parametrize(
-    "obstacle, out",
-    [
-        ("a file", "a file/out"),
-        ("a file", "a file"),
-        ("out/meta.json/", "out"),
-        ("out/train_00000.npy/", "out"),
-        ("out/.flash_stu.lock/", "out"),
-        ("a file", "/proc/nothing"),
-    ],
-)
-def test_an_output_that_cannot_be_written_is_a_sentence(tmp_path, obstacle, out):
-    path = tmp_path / obstacle
-    path.mkdir(parents=True) if obstacle.endswith("/") else path.write_text("x")
-    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
-    with pytest.raises(SystemExit, match="cannot write"):
-        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / out)
-
-
-@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("No space left")])
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, error):
-    def full_disk(file):
-        file.write(b"half")
-        raise error
-
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(SystemExit, match="cannot write .*file: No space left.* is intact"):
-        prepare_data.write_atomically(tmp_path / "file", full_disk)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
-
-
-@pytest.mark.parametrize("kind", ["a link", "a dead link", "a folder", "a pipe", "a device"])
-def test_only_a_plain_file_is_replaced(tmp_path, kind):
-    path = tmp_path / "out.png"
-    (tmp_path / "target").write_text("old")
-    if kind == "a link":
-        path.symlink_to("target")
-    elif kind == "a dead link":
-        path.symlink_to("nowhere")
-    elif kind == "a folder":
-        path.mkdir()
-    elif kind == "a pipe":
-        os.mkfifo(path)
-    else:
-        try:
-            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # as /dev/null
-        except PermissionError:
-            pytest.skip("only root makes devices")
-    before = os.lstat(path)
-    with pytest.raises(SystemExit, match="cannot write .*out.png"):
-        prepare_data.write_atomically(path, lambda file: file.write(b"new"))
-    after = os.lstat(path)
-    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
-    assert (tmp_path / "target").read_text() == "old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.png", "target"]
-
-
-def test_the_temporary_files_of_others_stay_and_those_of_dead_owners_go(tmp_path):
-    ours = tmp_path / f"meta.json.0123{prepare_data.TEMPORARY}"
-    for path in (tmp_path / "meta.json.tmp", ours):
-        path.write_text("half")
-    prepare_data.write_atomically(tmp_path / "meta.json", lambda file: file.write(b"new"))
-    assert ours.exists()  # it could be of a process that is writing now
-    prepare_data.lock(tmp_path).close()
-    assert not ours.exists()
-    assert (tmp_path / "meta.json.tmp").read_text() == "half"
 
 
 def random_text():
@@ -2529,8 +2390,9 @@ def test_the_pieces_of_a_text_are_the_text():
     assert len(prepare_data.PIECE.findall(random_text())) > 10
 
 
-def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole_and_ids_of_no_token_no_text():
     tokenizer = o200k_base()
+    assert tokenizer.name == "o200k_base"
     text = random_text()
     tokens = tokenizer.encode(text)
     pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(text)]
@@ -2539,208 +2401,307 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole():
     spaces = f"x{' ' * 10**6}y"  # on which tiktoken gives up
     pieces = [tokenizer.encode(piece) for piece in prepare_data.PIECE.findall(spaces)]
     assert tokenizer.decode(np.concatenate(pieces).tolist()) == spaces
-
-
-def test_ids_of_no_token_decode_to_nothing():
-    tokenizer = o200k_base()
     tokens = tokenizer.encode("a text")
     assert tokenizer.decode([199_998, *tokens, tokenizer.eot, 10**6]) == "a text"
     assert "<|endofprompt|>" in tokenizer.decode(range(199_990, tokenizer.n_vocab))
-    assert tokenizer.name == "o200k_base"
 
 
-@pytest.mark.parametrize("text", ["x\0y", "\0", "a \0\0\0 b", "é\0日本\n"])
-def test_a_saved_tokenizer_keeps_zero_bytes(tmp_path, text):
-    transformers = pytest.importorskip("transformers")
-    ours = prepare_data.get_tokenizer("bytes")
-    prepare_data.save_tokenizer(ours, tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    theirs.save_pretrained(tmp_path / "again")
-    for tokenizer in (theirs, transformers.AutoTokenizer.from_pretrained(tmp_path / "again")):
-        assert tokenizer(text).input_ids == ours.encode(text).tolist() == list(text.encode())
+def test_shards_hold_every_document_once_and_the_splits_share_none(folder):
+    texts = write_documents(600, 3)
+    Path("docs/copy.txt").write_text(texts[0], encoding="utf-8")  # goes where its twin goes
+    meta = prepare_data.prepare(["docs"], "out", val_fraction=0.3, shard_tokens=5000)
+    assert all_documents_in("out") == sorted([*texts, texts[0]])
+    assert not set(documents_in("out", "train")) & set(documents_in("out", "val"))
+    assert len(meta["train"]["shards"]) > 1
 
 
-def test_a_folder_with_other_data_is_left_alone(tmp_path):
-    (tmp_path / "a.txt").write_text("hello world " * 100)
-    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path)
-    before = read_split(tmp_path, "train")
+def interrupt(write, monkeypatch, **options):
+    """A preparation that dies in its write number `write`, when half of the file is there."""
+    write_atomically = prepare_data.write_atomically
+    written = []
+
+    def dying(path, content):
+        written.append(path)
+        if len(written) == write:
+            half = path.with_name(f"{path.name}.1234{prepare_data.TEMPORARY}")
+            half.write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        write_atomically(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_data, "write_atomically", dying)
+        prepare_data.prepare(**options)
+
+
+@pytest.mark.parametrize("write", [1, 3, 8])
+def test_an_interrupted_preparation_continues_to_the_same_bytes(folder, monkeypatch, write):
+    write_documents(700, 6)
+    options = {"sources": ["docs"], "val_fraction": 0.3, "shard_tokens": 10000}
+    prepare_data.prepare(out="whole", **options)
+    assert max(map(len, prepare_data.open_data("whole")[1]["train"])) < 10500
+    interrupt(write, monkeypatch, out="broken", **options)
+    if write > 3:  # a shard of each split, then meta.json
+        with pytest.raises(SystemExit, match="not complete:  python prepare_data.py"):
+            prepare_data.open_data("broken")
+        assert json.loads(Path("broken/meta.json").read_text())["train"]["tokens"] > 5000
+    prepare_data.prepare(out="broken", **options)
+    for path in Path("whole").glob("[!.]*"):  # the shards, and meta.json
+        assert Path("broken", path.name).read_bytes() == path.read_bytes()
+    assert sorted(os.listdir("broken")) == sorted(os.listdir("whole"))
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ("echo new > 000a.txt", "000a.txt"),
+        ("rm 001.txt", "001.txt"),
+        ("echo more >> 002.txt", "002.txt"),
+        ("mv 003.txt last.txt", "003.txt"),
+        ("touch -t 200001010000 699.txt", "699.txt"),
+    ],
+)
+def test_a_source_that_has_changed_is_refused_by_name(folder, monkeypatch, change, name):
+    write_documents(700, 6)
+    options = {"sources": ["docs"], "shard_tokens": 10000}
+    interrupt(8, monkeypatch, out="half", **options)
+    prepare_data.prepare(out="whole", **options)
+    shell(change, "docs")
+    for out in ("half", "whole"):
+        before = Path(out, "meta.json").read_bytes()
+        with pytest.raises(SystemExit, match=name):
+            prepare_data.prepare(out=out, **options)
+        assert Path(out, "meta.json").read_bytes() == before
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused_by_name(folder, monkeypatch):
+    write_documents(700, 6)
+    read_records = prepare_data.read_records
+
+    def appended_to(path, field):
+        yield from read_records(path, field)
+        if path.endswith("500.txt"):
+            shell(f"echo more >> {path}", folder)
+
+    monkeypatch.setattr(prepare_data, "read_records", appended_to)
+    with pytest.raises(SystemExit, match="500.txt' changed while it was read"):
+        prepare_data.prepare(["docs"], "out")
+    with pytest.raises(SystemExit, match="not complete"):
+        prepare_data.open_data("out")
+
+
+def test_a_folder_with_other_data_is_left_alone(prepared):
+    before = read_split("out", "train")
     with pytest.raises(SystemExit, match="was made with 'val_fraction': 0.1.*choose another --out"):
-        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path, val_fraction=0.5)
-    assert np.array_equal(read_split(tmp_path, "train"), before)
-
-
-def test_hub_corpora_are_files_that_their_library_fetches(tmp_path, monkeypatch):
-    texts = [f"story {i}\n" * 9 for i in range(300)]
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "a.jsonl").write_text(as_lines(texts))
-    (tmp_path / "files" / "README.md").write_text("not asked for")
-    fetched = []
-
-    def snapshot_download(*args, **options):
-        fetched.append((args, options))
-        return tmp_path
-
-    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(prepare_data.HUB, "tinystories", ("owner/name", "files/*.jsonl"))
-    prepare_data.prepare(["tinystories"], tmp_path / "out")
-    options = {"repo_type": "dataset", "allow_patterns": "files/*.jsonl"}
-    assert fetched == [(("owner/name",), options)]
-    assert all_documents_in(tmp_path / "out") == sorted(texts)
-    assert 10 < len(documents_in(tmp_path / "out", "val")) < 60
+        prepare_data.prepare(["a.txt"], "out", val_fraction=0.5)
+    assert np.array_equal(read_split("out", "train"), before)
 
 
 @pytest.mark.parametrize(
-    "content, name, message",
+    "damage, name",
     [
-        (b"caf\xe9 " * 10**6, "a.txt", "no UTF-8 text.*a.txt.*not enough text"),
-        (b"", "a.txt", "not enough text"),
-        (b'{"txt": "x"}\n{"text": ', "a.jsonl", "left out 2: .*a.jsonl, record 1.*not enough text"),
-        (b"not gzip", "a.jsonl.gz", "a.jsonl.gz.*Not a gzipped file"),
-        (gzip.compress(b"{}", mtime=0)[:-9], "a.jsonl.GZ", "a.jsonl.GZ.*end-of-stream"),
-        (gzip.compress(b"{}" * 99)[:20] + b"xxxxx", "a.json.gz", "cannot read .*a.json.gz"),
-        (b"PAR1", "a.parquet", "cannot read .*a.parquet"),
-        (None, "missing.txt", "no file or folder"),
-        (None, "", "no file or"),
+        ("rm val_00000.npy", "val_00000"),
+        (": > val_00000.npy", "val_00000"),
+        ("echo x >> val_00000.npy", "val_00000"),
+        ("head -c 500 val_00000.npy > cut; mv cut val_00000.npy", "val_00000"),
+        ("tr w W < train_00000.npy > other; mv other train_00000.npy", "train_00000"),
+        ("sed s/256/100/ meta.json > edited; mv edited meta.json", "meta.json"),
+        ("echo '{\"sources\": ' > meta.json", "meta.json"),
+        ("printf '%100000s' | tr ' ' '[' > meta.json", "meta.json"),
+        (r"printf '\377' > meta.json", "meta.json"),
+        (": > meta.json", "meta.json"),
+        ("rm meta.json", "not complete"),
     ],
 )
-def test_preparation_says_what_is_wrong_and_writes_nothing(
-    tmp_path, capsys, content, name, message
+def test_a_damaged_data_folder_is_named_with_the_remedy(prepared, damage, name):
+    shell(damage, "out")
+    with pytest.raises(SystemExit, match=f"{name}.*(prepare it again|prepare_data.py)"):
+        prepare_data.open_data("out")
+
+
+def test_some_of_a_large_shard_is_checked_at_every_start_and_all_of_it_on_request(
+    folder, monkeypatch
 ):
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit) as error:
-        prepare_data.prepare([str(tmp_path / name) if name else ""], tmp_path / "out")
-    told = capsys.readouterr().err + str(error.value)
-    assert re.search(message, told, re.DOTALL) and len(told) < 700, told[:2000]
-    assert not list((tmp_path / "out").glob("[!.]*"))
+    monkeypatch.setattr(prepare_data, "BLOCK", 16)
+    Path("a.txt").write_text("hello world\n" * 1000)
+    prepare_data.prepare(["a.txt"], "out")
+    shard = Path("out/train_00000.npy")
+    good = shard.read_bytes()
+    refused = 0
+    for place in [0, *random.sample(range(1, len(good)), 40)]:
+        bad = bytearray(good)
+        bad[place] ^= 1
+        shard.write_bytes(bad)
+        with pytest.raises(SystemExit, match="train_00000"):
+            prepare_data.open_data("out", full=True)
+        try:
+            prepare_data.open_data("out")
+        except SystemExit:
+            refused += 1
+    assert 1 <= refused < 41
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "words, says", [(200, "--seq_len can be at most 120"), (2000, "10,801 tokens to train")]
+)
+def test_the_last_line_is_a_command_that_can_be_pasted_the_one_before_says_how_much(
+    folder, words, says
+):
+    Path("my \x1b[31mbook.txt").write_text("hello " * words)
+    command = [sys.executable, HERE / "prepare_data.py", "my \x1b[31mbook.txt"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    before_last, last = run.stderr.splitlines()[-2:]
+    assert says in before_last
+    assert last.endswith("python train.py --data data/my___31mbook")
+    assert len(read_split("data/my___31mbook", "train")) == 5.4 * words + 1
+
+
+BAD_FILES = {
+    "latin.txt": b"caf\xe9 " * 10**6,
+    "empty.txt": b"",
+    "fields.jsonl": b'{"title": "x", "body": "y"}\n{"text": ',
+    "none.jsonl.gz": b"not gzip",
+    "cut.jsonl.GZ": gzip.compress(b"{}")[:-9],
+    "bad.json.gz": gzip.compress(b"{}" * 99)[:20] + b"xxxxx",
+    "bad.parquet": b"PAR1",
+    "file": b"",
+}
+
+
+@pytest.mark.parametrize(
+    "command, message",
     [
-        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
-        ({"val_fraction": float("nan")}, "val_fraction is nan"),
-        ({"shard_tokens": 0}, "shard_tokens is 0"),
-        ({"tokenizer": "bpe"}, "'bpe': it is bytes, gpt2 or o200k_base"),
+        ("latin.txt", "left out 1: no UTF-8 text.*latin.txt.*not enough text"),
+        ("empty.txt", "not enough text"),
+        (
+            "fields.jsonl",
+            r"left out 2: .*'text'.*, record 1 .*\['title', 'body'\].*not enough text",
+        ),
+        ("fields.parquet", r"no field 'text': give --field one of \['title', 'body'\]"),
+        ("none.jsonl.gz", "cannot read .*none.jsonl.gz"),
+        ("cut.jsonl.GZ", "cannot read .*cut.jsonl.GZ"),
+        ("bad.json.gz", "cannot read .*bad.json.gz"),
+        ("bad.parquet", "cannot read .*bad.parquet"),
+        ("utf8.parquet --field title", "cannot read .*utf8.parquet"),
+        ("missing.txt", "no file or folder"),
+        ("''", "no file or folder"),
+        (". --out .", "cannot be a source"),
+        ("stdlib --val_fraction 1", "val_fraction is 1.0"),
+        ("stdlib --val_fraction nan", "val_fraction is nan"),
+        ("stdlib --shard_tokens 0", "shard_tokens is 0"),
+        ("stdlib --tokenizer bpe", "'bpe': it is bytes, gpt2 or o200k_base"),
+        ("a.txt --out file", "cannot write"),
+        ("a.txt --out file/out", "cannot write"),
+        ("a.txt --out /proc/nothing", "cannot write"),
+        ("a.txt --out 1", "cannot write .*meta.json"),
+        ("a.txt --out 2", "cannot write .*train_00000.npy"),
+        ("a.txt --out 3", "cannot write to 3"),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused(tmp_path, options, message):
-    with pytest.raises(SystemExit, match=message):
-        prepare_data.prepare(["stdlib"], tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
+def test_preparation_says_what_is_wrong_and_writes_nothing(folder, refusal, command, message):
+    for name, content in BAD_FILES.items():
+        Path(name).write_bytes(content)
+    Path("a.txt").write_text("hello world\n" * 1000)
+    for name in ("1/meta.json", "2/train_00000.npy", f"3/{prepare_data.LOCK}"):
+        Path(name).mkdir(parents=True)
+    if "parquet" in command:
+        pyarrow = pytest.importorskip("pyarrow")
+        write_records("fields.parquet", [{"title": "x", "body": "y"}])
+        parquet = pytest.importorskip("pyarrow.parquet")
+        no_utf_8 = pyarrow.array([b"\xff"]).view(pyarrow.string())
+        parquet.write_table(pyarrow.table({"title": no_utf_8}), "utf8.parquet")
+    told = refusal("prepare_data.py", f"--out out {command}")
+    assert re.search(message, told, re.DOTALL), told[:2000]
+    assert len(told) < 700
+    assert not list(Path("out").glob("[!.]*"))
 
 
-def test_a_library_that_is_missing_is_named(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    code = "import sys; sys.modules['pyarrow'] = None; import prepare_data; prepare_data.main()"
-    command = [sys.executable, "-c", code, tmp_path / "a.parquet", "--out", tmp_path / "out"]
-    told = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stderr
-    assert told.splitlines()[-1] == "this needs:  pip install pyarrow"
+def test_a_library_that_is_missing_is_named(folder, monkeypatch, refusal):
+    Path("a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    assert "this needs:  pip install pyarrow" in refusal("prepare_data.py", "a.parquet --out out")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # train.py
 #
-# A run is `python train.py`, or torchrun, in a process of its own. Most of its time would go into
-# imports: a server makes them once, and each run is forked from there.
+# What ends before it trains is run in this process; a run is `python train.py` in a process of its
+# own. Most of its time would go into imports: a server makes them once, and is forked for each run.
 
-TINY = """--n_embd 32 --n_layers 2 --n_heads 2 --seq_len 32 --window_size 16 --num_eigh 8
-    --batch_size 8 --eval_sequences 8 --log_interval 1"""
+TINY = """--device cpu --n_embd 32 --n_layers 2 --n_heads 2 --seq_len 32 --window_size 16
+    --num_eigh 8 --batch_size 8 --eval_sequences 8 --log_interval 1"""
 fork = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 preload = ["torch._dynamo", "torch.distributed.checkpoint", "matplotlib.figure", __name__]
 fork.set_forkserver_preload(preload)
 outputs = tempfile.TemporaryDirectory()  # what the runs print
 
 
-def run_script(
-    argv,
-    output,
-    environment,
-    max_file_size=None,
-    encoding="utf-8",
-    closed_pipe=False,
-    clock_stands_still=False,
-    extra_modules=None,
-):
-    """In the new process: what `python argv...` does. It prints to the file `output`, or to a pipe
-    that nobody reads."""
-    reader, writer = os.pipe()
-    os.close(reader)
+def run_script(argv, output, environment, before):
+    """In the new process: do what `python argv...` does, and print to the file `output`."""
     with open(output, "w") as file:
-        for stream in 1, 2:
-            os.dup2(writer if closed_pipe else file.fileno(), stream)
-    sys.stdout = open(1, "w", encoding=encoding)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding=encoding)  # noqa: SIM115
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(encoding="utf-8")
     os.chdir(HERE)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    if max_file_size is not None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
-    if clock_stands_still:
-        time.perf_counter = float
-    if extra_modules:
-        sys.path.insert(0, str(extra_modules))
     sys.argv = argv
-    try:
-        if argv[0] == "train.py":
-            runpy.run_path("train.py", run_name="__main__")
-        else:
-            runpy.run_module("torch.distributed.run", run_name="__main__")
-    except Exception:  # noqa: BLE001
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
+    if before:
+        before()
+    runpy.run_path("train.py", run_name="__main__")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    lines = [f"line {i}: the quick brown fox\n" for i in range(3000)]
-    (folder / "text.txt").write_text("".join(lines))
-    prepare_data.prepare([str(folder / "text.txt")], folder / "tokens")
-    return folder / "tokens"
+class Run:
+    """train.py at work, in one process or in several as torchrun starts them.
+
+    `before` is called in each of them before the script starts.
+    """
+
+    def __init__(self, flags, processes=1, before=None):
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        environment["WORLD_SIZE"] = str(processes)
+        argv = ["train.py", *shlex.split(flags)]
+        folder = Path(tempfile.mkdtemp(dir=outputs.name))
+        self.output = folder / "0"
+        self.processes = []
+        for rank in range(processes):
+            args = (argv, folder / str(rank), environment | {"RANK": str(rank)}, before)
+            process = fork.Process(target=run_script, args=args, daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def printed(self):
+        """What the main process has printed up to now."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def goes_on(self):
+        return self.processes[0].exitcode is None
+
+    def wait_for(self, words):
+        while words not in self.printed():
+            assert self.goes_on(), self.printed()
+            time.sleep(0.005)
+
+    def finish(self, code=0):
+        """Wait until it ends, which it must do with this exit code; returns what it printed."""
+        for process in self.processes:
+            process.join(timeout=300)
+            assert process.exitcode == code, self.printed()
+        return self.printed()
+
+    def kill(self):
+        self.processes[0].kill()
+        self.finish(-signal.SIGKILL)
 
 
-def start(data, out, flags, processes=1, torchrun=0, sizes=TINY, **limits):
-    """Start a run, of several processes as torchrun starts them or by it; `finish` waits for it.
-    Without `data` the command does not name any."""
-    argv = ["train.py", "--device", "cpu", "--out_dir", str(out)]  # bit for bit: on the CPU
-    if data:
-        argv += ["--data", str(data)]
-    argv += sizes.split()
-    argv += flags.split() if isinstance(flags, str) else flags
-    if torchrun:
-        argv = ["torchrun", "--standalone", f"--nproc_per_node={torchrun}", *argv]
-    with socket.create_server(("localhost", 0)) as server:
-        network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
-    output = f"{outputs.name}/{time.monotonic_ns()}"
-    runs = []
-    for rank in range(processes):
-        environment = {}
-        if processes > 1:
-            environment = {"RANK": str(rank), "WORLD_SIZE": str(processes), **network}
-        args = (argv, f"{output}_{rank}", environment)
-        runs.append(fork.Process(target=run_script, args=args, kwargs=limits, daemon=True))
-        runs[-1].start()
-    runs[0].output = Path(f"{output}_0")
-    runs[0].others = runs[1:]
-    return runs[0]
+def new_run(data, out, flags, **how):
+    return Run(f"{TINY} --data {data} --out_dir {out} {flags}", **how)
 
 
-def finish(run):
-    """-> exit code, everything that the main process printed"""
-    for process in (run, *run.others):
-        process.join(timeout=300)
-    codes = {process.exitcode for process in (run, *run.others)}
-    return codes.pop() if len(codes) == 1 else codes, run.output.read_text(errors="replace")
-
-
-def run_train(*args, **kwargs):
-    return finish(start(*args, **kwargs))
+def continued(out, flags="", **how):
+    """The command names nothing but the folder of the run, and what is new."""
+    return Run(f"--device cpu --out_dir {out} {flags}", **how)
 
 
 def logged(out, key="loss"):
@@ -2750,405 +2711,67 @@ def logged(out, key="loss"):
 
 def checkpoints(out):
     """The steps of the checkpoints, ascending."""
-    names = [re.fullmatch(r"checkpoint_([1-9]\d*)\.pt", path.name) for path in out.iterdir()]
-    return sorted(int(name[1]) for name in names if name)
+    return sorted(int(path.stem.split("_")[1]) for path in out.glob("checkpoint_*.pt"))
 
 
 def load_step(out, step):
     return torch.load(out / f"checkpoint_{step}.pt", weights_only=True)
 
 
-def weights_are_equal(one, other):
-    return all(torch.equal(one["model"][name], other["model"][name]) for name in other["model"])
+def weights_are_equal(one, other, step):
+    weights = load_step(one, step)["model"]
+    others = load_step(other, step)["model"]
+    return all(torch.equal(weights[name], others[name]) for name in others)
 
 
 def files_of(folder):
     """{name: content} of all files below a folder, but for its lock."""
-    paths = [
-        path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"
-    ]
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def prepare_lines(folder, line, n):
+    folder.mkdir(exist_ok=True)
+    (folder / "text.txt").write_text("".join(line.format(i) for i in range(n)))
+    prepare_data.prepare([str(folder / "text.txt")], folder / "tokens")
+    return folder / "tokens"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return prepare_lines(folder, "line {}: the quick brown fox\n", 3000)
+
+
+@pytest.fixture
+def other_data(tmp_path):
+    return prepare_lines(tmp_path / "other", "something else\n", 500)
 
 
 @pytest.fixture(scope="module")
 def trained(data):
-    """A run of 4 steps, with checkpoints of steps 2 and 4."""
-    code, output = run_train(data, data.parent / "trained", "--steps 4 --eval_interval 2")
-    assert code == 0, output
+    """A run of 4 steps, with checkpoints of steps 2 and 4. No test changes it."""
+    new_run(data, data.parent / "trained", "--steps 4 --eval_interval 2").finish()
     return data.parent / "trained"
 
 
-def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
-    flags = "--steps 6 --eval_interval 3"
-    several = f"{flags} --micro_batch_size 3"
-    runs = {
-        "one": start(data, tmp_path / "one", flags),
-        "ddp": start(data, tmp_path / "ddp", several, processes=2),
-        "fsdp": start(data, tmp_path / "fsdp", f"{several} --engine fsdp", processes=2),
-        "less memory": start(
-            data, tmp_path / "less memory", f"{several} --use_gradient_checkpointing"
-        ),
-    }
-    for run in runs.values():
-        code, output = finish(run)
-        assert code == 0, output
-    curves = {name: logged(tmp_path / name) + logged(tmp_path / name, "val_loss") for name in runs}
-    for name, curve in curves.items():
-        assert curve == pytest.approx(curves["one"], rel=1e-5), name
-    assert curves["one"][-1] < curves["one"][0]
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_a_checkpoint_of_several_processes_goes_on_as_one_process_would(data, tmp_path):
-    whole = start(data, tmp_path / "one", "--steps 6 --eval_interval 3 --min_lr 1")
-    engines = {"ddp": 2, "fsdp": 2}
-    for engine, processes in engines.items():
-        flags = f"--steps 3 --eval_interval 3 --min_lr 1 --engine {engine}"
-        code, output = run_train(data, tmp_path / engine, flags, processes)
-        assert code == 0, output
-    assert finish(whole)[0] == 0
-    for engine in engines:
-        code, output = run_train(None, tmp_path / engine, "--steps 6", sizes="")
-        assert code == 0 and "after step 3" in output, output
-        curve = logged(tmp_path / "one")
-        assert logged(tmp_path / engine) == pytest.approx(curve, rel=1e-5), engine
+@pytest.fixture
+def train_here(data, tmp_path, monkeypatch):
+    """train_here(flags): train in this process; returns what train.py defines."""
 
+    def train(flags):
+        flags = f"{TINY} --data {data} --out_dir {tmp_path}/run {flags}"
+        monkeypatch.setattr("sys.argv", ["train.py", *flags.split()])
+        monkeypatch.setattr(signal, "signal", lambda signum, handler: None)  # pytest's stay
+        return runpy.run_path(str(HERE / "train.py"), run_name="__main__")
 
-def test_muon_is_that_of_torch_up_to_its_rounding_to_16_bits(data, tmp_path, monkeypatch):
-    flags = f"--data {data} --out_dir {tmp_path / 'run'} --steps 1 --device cpu {TINY}"
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
-    Muon = runpy.run_path("train.py")["Muon"]
-    shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
-    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    theirs = [p.detach().clone().requires_grad_() for p in ours]
-    options = {"lr": 0.02, "weight_decay": 0.1}
-    groups = [{"params": [ours[0], ours[2]]}, {"params": [ours[1]]}, {"params": [ours[3]]}]
-    optimizers = [Muon(groups, options), torch.optim.Muon(theirs, **options)]
-    for _ in range(3):
-        for p, q in zip(ours, theirs):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        before = [q.detach().clone() for q in theirs]
-        for optimizer in optimizers:
-            optimizer.step()
-        for p, q, b in zip(ours, theirs, before):
-            assert (p - q).norm() < 0.02 * (q - b).norm()
-            p.data.copy_(q.data)
-
-
-def test_a_run_from_before_muon_had_groups_goes_on(data, trained, tmp_path):
-    """torch.optim.Muon kept all matrices in one group, with settings of its own."""
-    old = tmp_path / "old"
-    shutil.copytree(trained, old)
-    saved = load_step(old, 4)
-    groups = saved["optimizer"]["param_groups"]
-    adamw = [group for group in groups if "betas" in group]
-    muon = [group for group in groups if "betas" not in group]
-    names = [name for group in muon for name in group["params"]]
-    one = {"params": names, "lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
-    saved["optimizer"]["param_groups"] = [*adamw, one]
-    del saved["tokenizer"], saved["data_checksum"]
-    torch.save(saved, old / "checkpoint_4.pt")
-    new = tmp_path / "new"
-    shutil.copytree(trained, new)
-    runs = [start(None, out, "--steps 6", sizes="") for out in (old, new)]
-    for run in runs:
-        code, output = finish(run)
-        assert code == 0 and "after step 4" in output, output
-    assert weights_are_equal(load_step(old, 6), load_step(new, 6))
-
-
-def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path):
-    flags = "--steps 60 --eval_interval 5 --dropout 0.1"
-    out = tmp_path / "killed"
-    whole = start(data, tmp_path / "whole", flags)
-
-    def steps():
-        return len(logged(out)) if (out / "log.jsonl").exists() else 0
-
-    def is_writing():
-        return steps() >= 24 and any(out.glob("*.tmp"))
-
-    for is_due in (lambda: steps() >= 13, is_writing, lambda: steps() >= 41):
-        run = start(data, out, flags)
-        while run.exitcode is None and not is_due():
-            time.sleep(0.0005)
-        run.kill()
-        assert finish(run)[0] == -signal.SIGKILL
-    code, output = run_train(None, out, "", sizes="")  # the folder is enough
-    assert code == 0 and "continuing" in output and finish(whole)[0] == 0, output
-    assert weights_are_equal(load_step(out, 60), load_step(tmp_path / "whole", 60))
-    for key in ("step", "loss", "val_loss"):
-        assert logged(out, key) == logged(tmp_path / "whole", key) and logged(out, key)
-
-
-def test_sigterm_saves_and_a_run_folder_has_one_owner(data, tmp_path):
-    forever = "--steps 100000 --eval_interval 10"
-    out = tmp_path / "run"
-    run = start(data, out, forever)
-    while not (out.exists() and checkpoints(out)):
-        assert run.exitcode is None
-        time.sleep(0.01)
-    code, output = run_train(data, out, forever)
-    assert code == 1 and f"{out} is in use by process {run.pid}\n" in output, output
-    run.terminate()
-    code, output = finish(run)
-    assert code == 0 and "stopped after step" in output, output
-    saved = checkpoints(out)[-1]
-    code, output = run_train(None, out, f"--steps {saved + 3}", sizes="")
-    assert code == 0 and f"after step {saved}\n" in output, output
-
-
-def test_processes_whose_torchrun_is_dead_save_and_end(data, tmp_path):
-    out = tmp_path / "run"
-    run = start(data, out, "--steps 100000 --eval_interval 10", torchrun=2)
-    while not (out.exists() and checkpoints(out)):
-        assert run.exitcode is None
-        time.sleep(0.01)
-    run.kill()
-    finish(run)
-    for _ in range(600):  # until they let the folder go
-        try:
-            return prepare_data.lock(out).close()
-        except SystemExit:
-            time.sleep(0.1)
-    raise AssertionError("they go on for ever")
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(data, trained, tmp_path):
-    good = (trained / "checkpoint_4.pt").read_bytes()
-    middle = len(good) // 2
-    damaged = {
-        "cut_off": good[:2000],
-        "empty": b"",
-        "zeros": good[:middle] + bytes(4096) + good[middle + 4096 :],
-    }
-    runs = {}
-    for name, content in damaged.items():
-        out = tmp_path / name
-        shutil.copytree(trained, out)
-        (out / "checkpoint_4.pt").write_bytes(content)
-        runs[out] = start(None, out, "--steps 5", sizes="")
-    for out, run in runs.items():
-        code, output = finish(run)
-        assert code == 0 and f"{out / 'checkpoint_4.pt'} is damaged" in output, output
-        assert "after step 2\n" in output and logged(out, "step")[-2:] == [5, 5]
-
-
-def test_what_cannot_be_read_or_is_not_ours_is_never_replaced(data, trained, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(trained, out)
-    for name in ("checkpoint_best.pt", "checkpoint_2_keep.pt"):
-        (out / name).write_text("mine")
-    (out / "checkpoint_9.pt").symlink_to("checkpoint_9.pt")  # a loop: no system can read it
-    before = files_of(out)
-    code, output = run_train(data, out, "--steps 10")
-    assert code == 1 and "checkpoint_9.pt" in output, output
-    (out / "checkpoint_9.pt").unlink()
-    for step in 2, 4:
-        (out / f"checkpoint_{step}.pt").write_bytes(b"damaged")
-    code, output = run_train(data, out, "--steps 10")
-    assert code == 1 and "no checkpoint in" in output and "--fresh" in output, output
-    after = files_of(out)
-    changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"checkpoint_2.pt", "checkpoint_4.pt"}
-
-
-def test_a_fresh_run_leaves_the_old_one_whole(data, trained, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(trained, out)
-    before = files_of(out)
-    run = start(data, out, "--fresh --steps 100000 --eval_interval 100000 --n_layers 1")
-    while not (run.output.exists() and "step 3/" in run.output.read_text()):
-        assert run.exitcode is None
-        time.sleep(0.01)
-    run.kill()
-    finish(run)
-    (old,) = tmp_path.glob("run.*")
-    assert files_of(old) == before
-    code, output = run_train(data, out, "--steps 3 --n_layers 1 --eval_interval 3")
-    assert code == 0 and checkpoints(out) == [3] and logged(out, "step") == [0, 1, 2, 3, 3], output
-    code, output = run_train(None, old, "--steps 6", sizes="")
-    assert code == 0 and "after step 4" in output, output
-
-
-def test_what_cannot_be_written_leaves_what_was(data, trained, tmp_path):
-    disk, log = tmp_path / "disk", tmp_path / "log"
-    for out in (disk, log):
-        shutil.copytree(trained, out)
-    good = (disk / "checkpoint_4.pt").read_bytes()
-    forever = start(None, log, "--steps 100000 --eval_interval 100000", sizes="")
-    while len(logged(log)) < 20:
-        assert forever.exitcode is None
-        time.sleep(0.01)
-    (tmp_path / "full").symlink_to("/dev/full")
-    os.replace(tmp_path / "full", log / "log.jsonl")
-    runs = {
-        "cannot write": start(None, disk, "--steps 6", sizes="", max_file_size=50000),
-        "No space left": forever,
-        "cannot write to": start(data, trained / "log.jsonl" / "run", "--steps 6"),
-    }
-    for message, run in runs.items():
-        code, output = finish(run)
-        assert code == 1 and message in output, output
-    assert (disk / "checkpoint_4.pt").read_bytes() == good and checkpoints(disk) == [2, 4]
-    assert run_train(None, disk, "--steps 6", sizes="")[0] == 0
-
-
-def test_nothing_that_is_printed_ends_a_run(data, tmp_path):
-    """A reader who has gone, letters that the encoding lacks, control characters, a clock that
-    stands still."""
-    flags = ["--steps", "6", "--eval_interval", "3", "--prompt", "\x1b[31mé\udcff\u4e2d\u202e"]
-    runs = {
-        "ascii": start(data, tmp_path / "ascii", flags, encoding="ascii"),
-        "nobody é": start(data, tmp_path / "nobody é", flags, closed_pipe=True),
-        "clock": start(data, tmp_path / "clock", flags, clock_stands_still=True),
-    }
-    outputs = {}
-    for name, run in runs.items():
-        code, outputs[name] = finish(run)
-        assert code == 0 and checkpoints(tmp_path / name) == [3, 6], outputs[name]
-    assert "\\x1b[31m\\xe9" in outputs["ascii"]
-    shown = runs["ascii"].output.read_bytes()
-    assert all(c in b"\n\t" or 32 <= c < 127 for c in shown)
-    assert "step 1/6: loss" in outputs["clock"] and "step 0/6: validation loss" in outputs["clock"]
-
-
-def test_what_continues_is_the_same_run(data, trained, tmp_path):
-    (tmp_path / "other.txt").write_text("something else\n" * 500)
-    other = tmp_path / "other"
-    prepare_data.prepare([str(tmp_path / "other.txt")], other)
-    changes = {
-        "--n_layers 3": "has --n_layers 2, not 3",
-        "--optimizer adamw": "has --optimizer 'muon', not 'adamw'",
-        "--batch_size 4": "has --batch_size 8, not 4",
-        "--seed 2": "has --seed 1, not 2",
-        "--steps 1": "already at step 4",
-        f"--data {other}": "other data",
-        f"--init_from {trained}": "has --init_from ",
-    }
-    before = files_of(trained)
-    runs = {flags: start(None, trained, flags, sizes="") for flags in changes}
-    for flags, run in runs.items():
-        code, output = finish(run)
-        assert code == 1 and changes[flags] in output and "Traceback" not in output, output
-    assert files_of(trained) == before
-
-
-def test_a_run_continues_from_its_folder_alone_and_says_what_changed(data, trained, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(trained, out)
-    code, output = run_train(None, out, "--steps 6 --lr 0.005", sizes="")
-    assert code == 0 and "--steps was 4 until here, and now is 6\n" in output, output
-    assert "--lr was 0.01 until here" in output and output.count("until here") == 2
-    assert json.loads((out / "config.json").read_text())["settings"]["lr"] == 0.005
-    assert logged(out, "step")[-1] == 6
-
-
-def test_a_run_starts_from_the_weights_of_another_and_leaves_that_alone(data, trained, tmp_path):
-    (tmp_path / "other.txt").write_text("something else\n" * 500)
-    other = tmp_path / "other"
-    prepare_data.prepare([str(tmp_path / "other.txt")], other)
-    gpt2 = tmp_path / "gpt2"
-    shutil.copytree(trained / "model", gpt2)
-    config = json.loads((gpt2 / "config.json").read_text())
-    (gpt2 / "config.json").write_text(json.dumps(config | {"tokenizer_name": "gpt2"}))
-    before = files_of(trained)
-    flags = "--steps 1 --eval_interval 1 --init_from"
-    runs = [
-        start(other, tmp_path / "tuned", f"{flags} {trained} --dropout 0.1", sizes=""),
-        start(other, tmp_path / "again", f"{flags} {trained / 'model'}", sizes=""),
-        start(other, tmp_path / "gpt2 run", f"{flags} {gpt2}", sizes=""),
-        start(None, tmp_path / "read", f"--eval_only --init_from {trained}", sizes=""),
-    ]
-    (code, output), (code2, _), (code3, output3), (code4, output4) = map(finish, runs)
-    assert code == code2 == code4 == 0, output
-    assert code3 == 1 and "reads gpt2" in output3 and "holds bytes" in output3, output3
-    assert not (tmp_path / "gpt2 run").exists() and not (tmp_path / "read").exists()
-    assert files_of(trained) == before
-    model = FlashSTU.from_pretrained(trained / "model")
-    x = windows_of(other, 32)
-    starts = [i * len(x) // 64 for i in range(64)] if len(x) > 64 else range(len(x))
-    loss = model(x[list(starts)], labels=x[list(starts)]).loss.item()
-    losses = [logged(tmp_path / name, "val_loss")[0] for name in ("tuned", "again")]
-    assert losses == pytest.approx([loss] * 2, rel=1e-5)
-    settings = json.loads((tmp_path / "tuned" / "config.json").read_text())
-    assert settings["model"]["dropout"] == 0.1 and settings["model"]["n_embd"] == 32
-    # the loss of the whole split, on the data that the other run was trained on
-    x = windows_of(data, 32)
-    bits = model(x, labels=x).loss.item() / math.log(2)
-    printed = re.search(r"([0-9.]+) bits per byte", output4)
-    assert abs(float(printed[1]) - bits) < 2e-4, output4
-
-
-def windows_of(folder, T):
-    """All windows of the validation split [n, T + 1]."""
-    _, shards = prepare_data.open_data(folder)
-    tokens = torch.from_numpy(np.concatenate(shards["val"]).astype(np.int64))
-    return tokens.unfold(0, T + 1, T)
-
-
-def test_short_shards_are_one_long_split(data, tmp_path):
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for i in range(300):
-        (texts / f"{i}.txt").write_text(f"text {i}: " + "a quick fox\n" * (i % 9))
-    prepare_data.prepare([str(texts)], tmp_path / "tokens")
-    prepare_data.prepare([str(texts)], tmp_path / "shards", shard_tokens=200)
-    _, shards = prepare_data.open_data(tmp_path / "shards")
-    assert max(len(shard) for shard in shards["val"]) < 256 and len(shards["val"]) > 5
-    flags = "--steps 3 --eval_interval 3"
-    runs = [
-        start(tmp_path / "tokens", tmp_path / "one", flags),
-        start(tmp_path / "shards", tmp_path / "many", flags),
-    ]
-    for run in runs:
-        code, output = finish(run)
-        assert code == 0, output
-    assert weights_are_equal(load_step(tmp_path / "one", 3), load_step(tmp_path / "many", 3))
-    assert logged(tmp_path / "one", "val_loss") == logged(tmp_path / "many", "val_loss")
-
-
-def test_samples_are_what_the_model_generates(data, trained, tmp_path):
-    model = FlashSTU.from_pretrained(trained / "model")
-    tokenizer = prepare_data.get_tokenizer("bytes")
-
-    def answer(prompt):
-        ids = torch.tensor([list(prompt.encode())])
-        new = model.generate(ids, max_new_tokens=7, temperature=0, stop_token=tokenizer.eot)
-        text = tokenizer.decode(new[0, ids.shape[1] :].tolist())
-        shown = [c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text]
-        return prompt + "".join(shown) + "\n"
-
-    flags = ["--temperature", "0", "--max_new_tokens", "7", "--sample"]
-    runs = [
-        start(None, trained, [*flags, "line 1: the é", "--num_samples", "2"], sizes=""),
-        start(None, trained / "model", [*flags, "line"], sizes=""),
-        start(None, trained, [*flags, ""], sizes=""),
-    ]
-    (_, two), (_, one), (code, _) = map(finish, runs)
-    assert two == answer("line 1: the é") * 2 and one == answer("line") and code == 0
-
-
-def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(data, trained, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(trained, out)
-    high = "--lr 1e30 --muon_lr 1e30 --warmup_steps 0 --max_skipped 3"
-    code, output = run_train(None, out, f"{high} --steps 50 --eval_interval 100", sizes="")
-    assert code == 1 and output.count("is skipped") == 3, output
-    assert "Checkpoints: [2, 4]" in output and "Traceback" not in output, output
-    code, output = run_train(None, out, "--steps 5", sizes="")
-    assert code == 0 and "after step 4" in output and "skipped" not in output, output
-
-
-def test_weights_without_a_finite_validation_loss_are_not_saved(data, trained, tmp_path):
-    broken = tmp_path / "broken"
-    model = FlashSTU.from_pretrained(trained / "model")
-    model.norm.weight.data.fill_(math.nan)
-    model.save_pretrained(broken)
-    code, output = run_train(data, tmp_path / "run", f"--init_from {broken}")
-    assert code == 1 and "not saved" in output and not checkpoints(tmp_path / "run"), output
+    return train
 
 
 NOT_ZERO = """steps batch_size eval_interval eval_sequences log_interval max_skipped num_samples
@@ -3157,76 +2780,441 @@ NOT_NEGATIVE = "seed warmup_steps micro_batch_size top_k temperature weight_deca
 FINITE = "lr min_lr grad_clip temperature softcap weight_decay"
 
 
-def test_training_says_at_the_start_what_would_work(data, tmp_path):
-    text = data.parent / "text.txt"
-    mistakes = {
-        "--n_embed 32": "there is no --n_embed: see --help, or try ['n_embd'",
-        "--seq_len 1000000": "too short",
-        "--n_heads 5": "heads",
-        "--use_attn no": "--use_attn",
-        "--preset 7B": "350M",
-        "--steps many": "--steps",
-        "--data nowhere": "prepare_data.py",
-        f"--data {text}": f"{text} is a text. Prepare it first:  python prepare_data.py {text}",
-        "--sample line": "holds no checkpoint and no model",
-        "--eval_only --init_from nowhere": "nowhere holds no checkpoint and no model",
-        "--device mps": "--device mps: torch finds no such device here",
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--n_embed 32", "there is no --n_embed: see --help, or try ['n_embd'"),
+        ("--seq_len 1000000", "too short"),
+        ("--n_heads 5", "heads"),
+        ("--use_attn no", "--use_attn"),
+        ("--preset 7B", "350M"),
+        ("--steps many", "--steps"),
+        ("--top_p 1.5", "at most 1, not 1.5"),
+        ("--data nowhere", "prepare_data.py"),
+        ("--data text.txt", "text.txt is a text. Prepare it first:  python prepare_data.py text"),
+        ("--sample line", "run holds no checkpoint and no model"),
+        ("--eval_only --init_from nowhere", "nowhere holds no checkpoint and no model"),
+        ("--device mps", "--device mps: torch finds no such device here"),
+        ("--out_dir text.txt/run", "cannot write to text.txt/run"),
+        *[(f"--{name} 0", f"--{name} must not be 0") for name in NOT_ZERO.split()],
+        *[(f"--{name} -1", f"--{name} is -1") for name in NOT_NEGATIVE.split()],
+        *[(f"--{name} nan", f"--{name} is nan") for name in FINITE.split()],
+        *[(f"--{name} inf", f"--{name} is inf") for name in FINITE.split()],
+    ],
+)
+def test_training_says_at_the_start_what_would_work(data, monkeypatch, refusal, flags, words):
+    monkeypatch.chdir(data.parent)
+    assert words in refusal("train.py", f"{TINY} --data tokens --out_dir run {flags}")
+    assert not Path("run").exists()
+
+
+class Built(Exception):
+    """The model would be built now, with this configuration."""
+
+
+def do_not_build(config):
+    raise Built(config)
+
+
+@pytest.mark.parametrize("name, millions", [("125M", 125), ("350M", 350), ("1B", 1000)])
+def test_presets_have_the_sizes_in_their_names(
+    data, tmp_path, monkeypatch, run_here, name, millions
+):
+    flags = f"--device cpu --data {data} --out_dir {tmp_path} --preset {name}"
+    monkeypatch.setattr(stu, "FlashSTU", do_not_build)
+    with pytest.raises(Built) as built:
+        run_here("train.py", flags)
+    (config,) = built.value.args
+    config.vocab_size = 50304
+    with torch.device("meta"):
+        model = FlashSTU(config)
+    n = sum(p.numel() for p in model.parameters()) / 1e6
+    assert 0.9 * millions < n < 1.3 * millions
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "zeros"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, damage):
+    path = run / "checkpoint_4.pt"
+    good = path.read_bytes()
+    middle = len(good) // 2
+    contents = {
+        "cut off": good[:2000],
+        "empty": b"",
+        "zeros": good[:middle] + bytes(4096) + good[middle + 4096 :],
     }
-    mistakes |= {f"--{name} 0": f"--{name} must not be 0" for name in NOT_ZERO.split()}
-    mistakes |= {f"--{name} -1": f"--{name} is -1" for name in NOT_NEGATIVE.split()}
-    mistakes |= {f"--{name} nan": f"--{name} is nan" for name in FINITE.split()}
-    mistakes |= {f"--{name} inf": f"--{name} is inf" for name in FINITE.split()}
-    out = tmp_path / "run"
-    for flags, message in mistakes.items():
-        code, output = run_train(data, out, flags)
-        assert code != 0 and message in output and "Traceback" not in output, (flags, output)
-    assert not out.exists()
+    path.write_bytes(contents[damage])
+    printed = continued(run, "--steps 5").finish()
+    assert f"{path} is damaged" in printed
+    assert "after step 2\n" in printed
+    assert logged(run, "step")[-2:] == [5, 5]
 
 
-def test_a_bug_shows_its_traceback(data, tmp_path):
-    (tmp_path / "wandb.py").write_text("def init(**options):\n    raise AttributeError('ours')\n")
-    code, output = run_train(data, tmp_path / "run", "--wandb w", extra_modules=tmp_path)
-    assert code == 1 and "Traceback" in output and "AttributeError: ours" in output, output
+def test_what_cannot_be_read_is_never_replaced(run, run_here, refusal):
+    before = files_of(run)
+    (run / "checkpoint_9.pt").symlink_to("checkpoint_9.pt")  # a loop: no system can read it
+    with pytest.raises(OSError, match="checkpoint_9.pt"):
+        run_here("train.py", f"--out_dir {run}")
+    (run / "checkpoint_9.pt").unlink()
+    assert files_of(run) == before
+    for step in (2, 4):
+        (run / f"checkpoint_{step}.pt").write_bytes(b"damaged")
+    before = files_of(run)
+    told = refusal("train.py", f"--out_dir {run}")
+    assert "no checkpoint in" in told
+    assert "--fresh" in told
+    assert files_of(run) == before
 
 
-def test_wandb_receives_what_the_log_receives(data, tmp_path):
-    path = tmp_path / "seen.jsonl"
-    module = f"""
-import json
-
-def init(project, config):
-    assert project == "mine" and config["n_embd"] == 32
-
-def log(values, step):
-    with open({str(path)!r}, "a") as file:
-        file.write(json.dumps({{"step": step, **values}}) + "\\n")
-"""
-    (tmp_path / "wandb.py").write_text(module)
-    flags = "--wandb mine --steps 2"
-    code, output = run_train(data, tmp_path / "run", flags, extra_modules=tmp_path)
-    assert code == 0, output
-    assert path.read_text() == (tmp_path / "run" / "log.jsonl").read_text()
+def test_what_continues_is_the_same_run(trained, other_data, refusal):
+    before = files_of(trained)
+    for flags, words in {
+        "--n_layers 3": "has --n_layers 2, not 3",
+        "--optimizer adamw": "has --optimizer 'muon', not 'adamw'",
+        "--batch_size 4": "has --batch_size 8, not 4",
+        "--seed 2": "has --seed 1, not 2",
+        "--steps 1": "already at step 4",
+        f"--data {other_data}": "other data",
+        f"--init_from {trained}": "has --init_from ",
+    }.items():
+        assert words in refusal("train.py", f"--out_dir {trained} {flags}")
+    assert files_of(trained) == before
 
 
-def test_presets_have_the_sizes_in_their_names(data, tmp_path, monkeypatch):
-    flags = f"--data {data} --out_dir {tmp_path / 'run'} --steps 1 --device cpu {TINY}"
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    script = runpy.run_path("train.py")
-    for name, millions in {"125M": 125, "350M": 350, "1B": 1000}.items():
-        given = vars(script["parser"].parse_args(script["presets"][name].split()))
-        sizes = {key: value for key, value in given.items() if key in script["fields"]}
-        with torch.device("meta"):
-            model = FlashSTU(FlashSTUConfig(vocab_size=50304, torch_dtype="float32", **sizes))
-        n = sum(p.numel() for p in model.parameters()) / 1e6
-        assert 0.9 * millions < n < 1.3 * millions, name
+def test_a_run_continues_from_its_folder_alone_and_says_what_changed(run):
+    printed = continued(run, "--steps 6 --lr 0.005").finish()
+    assert "--steps was 4 until here, and now is 6\n" in printed
+    assert "--lr was 0.01 until here" in printed
+    assert printed.count("until here") == 2
+    assert json.loads((run / "config.json").read_text())["settings"]["lr"] == 0.005
+    assert logged(run, "step")[-1] == 6
+
+
+def validation_loss(model, folder):
+    """The mean loss over all windows of 32 tokens of the validation split."""
+    _, shards = prepare_data.open_data(folder)
+    tokens = torch.from_numpy(np.concatenate(shards["val"]).astype(np.int64))
+    windows = tokens.unfold(0, 33, 32)  # [n, 33]
+    return model(windows, labels=windows).loss.item()
+
+
+def test_a_run_starts_from_the_weights_of_another_and_leaves_that_alone(
+    trained, other_data, tmp_path
+):
+    before = files_of(trained)
+    expected = validation_loss(FlashSTU.from_pretrained(trained / "model"), other_data)
+    for start in (trained, trained / "model"):
+        out = tmp_path / f"from_{start.name}"
+        flags = f"--steps 1 --init_from {start} --data {other_data} --dropout 0.1"
+        continued(out, flags).finish()
+        assert logged(out, "val_loss")[0] == pytest.approx(expected, rel=1e-5)
+        model = json.loads((out / "config.json").read_text())["model"]
+        assert [model["dropout"], model["n_embd"]] == [0.1, 32]
+    assert files_of(trained) == before
+
+
+def test_a_model_of_another_tokenizer_is_refused(data, trained, tmp_path, refusal):
+    model = shutil.copytree(trained / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tokenizer_name": "gpt2"}))
+    told = refusal("train.py", f"--init_from {model} --data {data} --out_dir {tmp_path}/run")
+    assert "reads gpt2" in told
+    assert "holds bytes" in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("prompt", ["line 1: the é", ""])
+def test_samples_are_what_the_model_generates(trained, run_here, capsys, prompt):
+    model = FlashSTU.from_pretrained(trained / "model")
+    tokenizer = prepare_data.get_tokenizer("bytes")
+    ids = torch.tensor([list(prompt.encode()) or [tokenizer.eot]])
+    new = model.generate(ids, max_new_tokens=7, temperature=0, stop_token=tokenizer.eot)
+    text = tokenizer.decode(new[0, ids.shape[1] :].tolist())
+    shown = [c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text]
+    answer = f"{prompt}{''.join(shown)}\n"
+    flags = f"--temperature 0 --max_new_tokens 7 --num_samples 2 --sample '{prompt}'"
+    for folder in (trained, trained / "model"):
+        with pytest.raises(SystemExit):
+            run_here("train.py", f"--device cpu --out_dir {folder} {flags}")
+        assert capsys.readouterr().out == answer * 2
+
+
+def test_short_shards_are_one_long_split(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(100):
+        (texts / f"{i}.txt").write_text(f"text {i}: " + "a quick fox\n" * (i % 3))
+    prepare_data.prepare([str(texts)], tmp_path / "long")
+    prepare_data.prepare([str(texts)], tmp_path / "short", shard_tokens=60)
+    _, shards = prepare_data.open_data(tmp_path / "short")
+    assert np.median([len(shard) for shard in shards["val"]]) < 30  # a window has parts of several
+    for name in ("long", "short"):
+        flags = "--steps 3 --eval_interval 3"
+        new_run(tmp_path / name, tmp_path / f"{name}_run", flags).finish()
+    assert weights_are_equal(tmp_path / "long_run", tmp_path / "short_run", 3)
+    assert logged(tmp_path / "long_run", "val_loss") == logged(tmp_path / "short_run", "val_loss")
+
+
+def test_evaluation_gives_the_loss_of_the_whole_split_and_only_reads(
+    data, trained, tmp_path, run_here, capsys
+):
+    before = files_of(trained)
+    nats = validation_loss(FlashSTU.from_pretrained(trained / "model"), data)
+    flags = f"--device cpu --eval_only --init_from {trained} --out_dir {tmp_path}/run"
+    with pytest.raises(SystemExit):
+        run_here("train.py", flags)
+    printed = re.search(r"([0-9.]+) bits per byte", capsys.readouterr().out)
+    assert float(printed[1]) == pytest.approx(nats / math.log(2), abs=2e-4)
+    assert not (tmp_path / "run").exists()
+    assert files_of(trained) == before
+
+
+def test_muon_is_that_of_torch_up_to_its_rounding_to_16_bits(train_here):
+    Muon = train_here("--steps 1")["Muon"]
+    shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    groups = [{"params": [ours[0], ours[2]]}, {"params": [ours[1]]}, {"params": [ours[3]]}]
+    our_muon = Muon(groups, options)
+    their_muon = torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        before = [q.detach().clone() for q in theirs]
+        our_muon.step()
+        their_muon.step()
+        for p, q, old in zip(ours, theirs, before):
+            assert (p - q).norm() < 0.02 * (q - old).norm()
+            p.data.copy_(q.data)
+
+
+def test_a_run_from_before_muon_had_groups_goes_on(run, tmp_path):
+    """torch.optim.Muon kept all matrices in one group, with settings of its own."""
+    old = shutil.copytree(run, tmp_path / "old")
+    saved = load_step(old, 4)
+    groups = saved["optimizer"]["param_groups"]
+    adamw = [group for group in groups if "betas" in group]
+    names = [name for group in groups if "betas" not in group for name in group["params"]]
+    muon = {"params": names, "lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
+    saved["optimizer"]["param_groups"] = [*adamw, muon]
+    del saved["tokenizer"], saved["data_checksum"]  # nor were these there
+    torch.save(saved, old / "checkpoint_4.pt")
+    for out in (old, run):
+        assert "after step 4" in continued(out, "--steps 6").finish()
+    assert weights_are_equal(old, run, 6)
+
+
+def test_a_fresh_run_leaves_the_old_one_whole(data, run):
+    before = files_of(run)
+    fresh = new_run(data, run, "--fresh --steps 100000 --eval_interval 100000 --n_layers 1")
+    fresh.wait_for("step 3/")
+    fresh.kill()
+    (old,) = run.parent.glob("run.*")
+    assert files_of(old) == before
+    new_run(data, run, "--steps 3 --n_layers 1 --eval_interval 3").finish()
+    assert checkpoints(run) == [3]
+    assert logged(run, "step") == [0, 1, 2, 3, 3]
+    assert "after step 4" in continued(old, "--steps 6").finish()
+
+
+def limit_file_size():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))
+
+
+def test_what_cannot_be_written_leaves_what_was(run):
+    good = (run / "checkpoint_4.pt").read_bytes()
+    printed = continued(run, "--steps 6", before=limit_file_size).finish(1)
+    assert "cannot write" in printed
+    assert (run / "checkpoint_4.pt").read_bytes() == good
+    assert checkpoints(run) == [2, 4]
+    forever = continued(run, "--steps 100000 --eval_interval 100000")
+    forever.wait_for("step 8/")
+    (run / "full").symlink_to("/dev/full")
+    os.replace(run / "full", run / "log.jsonl")
+    assert "No space left" in forever.finish(1)
+    (run / "log.jsonl").unlink()
+    continued(run, "--steps 6").finish()
+
+
+def test_wandb_receives_what_the_log_receives(train_here, tmp_path, monkeypatch):
+    received = []
+
+    def init(project, config):
+        assert project == "mine"
+        assert config["n_embd"] == 32
+
+    def log(values, step):
+        received.append({"step": step, **values})
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, log=log))
+    train_here("--wandb mine --steps 2")
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert received == [json.loads(line) for line in lines]
+    assert received[-1]["step"] == 2
+
+
+def test_a_bug_shows_its_traceback(train_here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
+    with pytest.raises(AttributeError, match="init"):
+        train_here("--wandb w")
+
+
+def test_weights_without_a_finite_validation_loss_are_not_saved(data, trained, tmp_path):
+    model = FlashSTU.from_pretrained(trained / "model")
+    model.norm.weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    run = new_run(data, tmp_path / "run", f"--init_from {tmp_path}/broken")
+    assert "not saved" in run.finish(1)
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_a_run_keeps_its_last_two_checkpoints_and_what_is_not_ours(run):
+    for name in ("checkpoint_best.pt", "checkpoint_2_keep.pt"):
+        (run / name).write_text("mine")
+    continued(run, "--steps 7 --eval_interval 1").finish()
+    names = sorted(path.name for path in run.glob("*.pt"))
+    assert names == [
+        "checkpoint_2_keep.pt",
+        "checkpoint_6.pt",
+        "checkpoint_7.pt",
+        "checkpoint_best.pt",
+    ]
+    assert (run / "checkpoint_best.pt").read_text() == "mine"
+
+
+def print_ascii():
+    sys.stdout.reconfigure(encoding="ascii")
+
+
+def print_to_nobody():
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    sys.stdout = open(1, "w")  # noqa: SIM115 (unlike the file before, a pipe has no position)
+
+
+def stop_the_clock():
+    time.perf_counter = float
+
+
+@pytest.mark.parametrize("before", [print_ascii, print_to_nobody, stop_the_clock])
+def test_nothing_that_is_printed_ends_a_run(data, tmp_path, before):
+    flags = "--steps 6 --eval_interval 3 --prompt '\x1b[31mé\udcff\u4e2d\u202e'"
+    run = new_run(data, tmp_path / "é", flags, before=before)
+    printed = run.finish()
+    assert checkpoints(tmp_path / "é") == [3, 6]
+    if before != print_to_nobody:
+        assert "step 0/6: validation loss" in printed
+        assert "step 1/6: loss" in printed
+    if before == print_ascii:
+        assert "\\x1b[31m\\xe9" in printed
+        assert all(c in b"\n\t" or 32 <= c < 127 for c in run.output.read_bytes())
+
+
+def test_every_engine_and_accumulation_give_one_loss_curve(data, tmp_path):
+    flags = "--steps 6 --eval_interval 3"
+    in_parts = f"{flags} --micro_batch_size 3"
+    new_run(data, tmp_path / "one", flags).finish()
+    new_run(data, tmp_path / "parts", f"{in_parts} --use_gradient_checkpointing").finish()
+    new_run(data, tmp_path / "ddp", in_parts, processes=2).finish()
+    new_run(data, tmp_path / "fsdp", f"{in_parts} --engine fsdp", processes=2).finish()
+    for key in ("loss", "val_loss"):
+        curve = logged(tmp_path / "one", key)
+        assert curve[-1] < curve[0]
+        for name in ("parts", "ddp", "fsdp"):
+            assert logged(tmp_path / name, key) == pytest.approx(curve, rel=1e-5), name
 
 
 def test_autocast_trains_to_about_the_same_losses(data, tmp_path):
-    flags = "--steps 5 --eval_interval 100"
-    dtypes = ("float32", "bfloat16", "float16")
-    runs = [start(data, tmp_path / dtype, f"{flags} --dtype {dtype}") for dtype in dtypes]
-    for dtype, run in zip(dtypes, runs):
-        code, output = finish(run)
-        assert code == 0, output
-        assert logged(tmp_path / dtype) == pytest.approx(logged(tmp_path / "float32"), rel=1e-2)
+    for dtype in ("float32", "bfloat16", "float16"):
+        new_run(data, tmp_path / dtype, f"--steps 5 --eval_interval 100 --dtype {dtype}").finish()
+        curve = logged(tmp_path / "float32")
+        assert logged(tmp_path / dtype) == pytest.approx(curve, rel=1e-2), dtype
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_checkpoint_of_several_processes_goes_on_as_one_process_would(data, tmp_path, engine):
+    flags = "--eval_interval 3 --min_lr 1"
+    whole = new_run(data, tmp_path / "one", f"{flags} --steps 6")
+    several = tmp_path / "several"
+    new_run(data, several, f"{flags} --steps 3 --engine {engine}", processes=2).finish()
+    assert "after step 3" in continued(several, "--steps 6").finish()
+    whole.finish()
+    assert logged(several) == pytest.approx(logged(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_run_killed_anywhere_ends_bit_equal_to_one_that_was_not(data, tmp_path):
+    flags = "--steps 60 --eval_interval 5 --dropout 0.1"
+    whole = new_run(data, tmp_path / "whole", flags)
+    out = tmp_path / "killed"
+    run = new_run(data, out, flags)
+    run.wait_for("step 13/")
+    run.kill()
+    run = new_run(data, out, flags)
+    run.wait_for("step 24/")
+    while not any(out.glob(f"*{prepare_data.TEMPORARY}")):  # until it writes a checkpoint
+        assert run.goes_on()
+    run.kill()
+    run = new_run(data, out, flags)
+    run.wait_for("step 41/")
+    run.kill()
+    assert "continuing" in continued(out).finish()  # the folder is enough
+    whole.finish()
+    assert weights_are_equal(out, tmp_path / "whole", 60)
+    for key in ("step", "loss", "val_loss"):
+        assert len(logged(out, key)) > 10
+        assert logged(out, key) == logged(tmp_path / "whole", key)
+
+
+def test_sigterm_saves_and_a_run_folder_has_one_owner(data, tmp_path):
+    out = tmp_path / "run"
+    forever = "--steps 100000 --eval_interval 10"
+    run = new_run(data, out, forever)
+    run.wait_for("step 11/")
+    owner = run.processes[0]
+    assert f"{out} is in use by process {owner.pid}\n" in new_run(data, out, forever).finish(1)
+    owner.terminate()
+    assert "stopped after step" in run.finish()
+    saved = checkpoints(out)[-1]
+    assert saved == logged(out, "step")[-1] > 10
+    assert f"after step {saved}\n" in continued(out, f"--steps {saved + 3}").finish()
+
+
+def is_in_use(folder):
+    try:
+        prepare_data.lock(folder).close()
+    except SystemExit:
+        return True
+    return False
+
+
+def test_processes_whose_torchrun_is_dead_save_and_end(data, tmp_path):
+    out = tmp_path / "run"
+    flags = f"{TINY} --data {data} --out_dir {out} --steps 20000 --eval_interval 10"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = subprocess.Popen([*command, "train.py", *flags.split()], cwd=HERE)
+    while not checkpoints(out):
+        assert torchrun.poll() is None
+        time.sleep(0.01)
+    torchrun.kill()
+    torchrun.wait()
+    deadline = time.monotonic() + 100
+    while is_in_use(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert checkpoints(out)[-1] == logged(out, "step")[-1]
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(run):
+    high = "--lr 1e30 --muon_lr 1e30 --warmup_steps 0 --max_skipped 3"
+    printed = continued(run, f"{high} --steps 50 --eval_interval 100").finish(1)
+    assert printed.count("is skipped") == 3
+    assert "Checkpoints: [2, 4]" in printed
+    assert "Traceback" not in printed
+    printed = continued(run, "--steps 5").finish()
+    assert "after step 4" in printed
+    assert "skipped" not in printed
