@@ -482,15 +482,28 @@ class STU(nn.Module):
     def reset_parameters(self):
         """At first the layer answers with zero, and only what it learns is added.
 
-        Measured: beside attention a layer that begins with random filters is in the way of what
-        attention learns first, to copy and to look up. The gradient of M_filters, and of M, is not
-        zero, so the first step of training changes that.
+        Measured with Adam: beside attention, random filters are in the way of what attention learns
+        first, to copy and to look up. The gradient of M_filters, and of M, is not zero, so the
+        first step of training changes that.
         """
         if self.use_approx:
             nn.init.normal_(self.M_inputs, std=0.02)
             nn.init.zeros_(self.M_filters)
         else:
             nn.init.zeros_(self.M)
+
+    def draw_random_filters(self):
+        """Another start: white input of unit variance gives output of about unit variance.
+
+        For u = x M_inputs this is so with weights of variance 1 / d_in. The filter of a channel,
+        Σ_k Φ_k(t) M_filters[k], then has to have Σ_t of its squares 1, on average.
+        """
+        gain = self.bank.filters.norm().item()  # √(Σ_k |Φ_k|²)
+        if self.use_approx:
+            nn.init.normal_(self.M_inputs, std=self.d_in**-0.5)
+            nn.init.normal_(self.M_filters, std=1 / gain)
+        else:
+            nn.init.normal_(self.M, std=self.d_in**-0.5 / gain)
 
     def forward(self, x, state=None, use_cache=False, attention_mask=None):
         """x [B, T, d_in] -> y [B, T, d_out], or with use_cache (y, state).
@@ -856,12 +869,22 @@ class LanguageModel(nn.Module):
             self.layers.append(block)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
+        # Measured with Muon, which train.py takes: random filters learn faster than those that begin
+        # as zero.
+        for module in self.layers.modules():
+            if isinstance(module, STU):
+                module.draw_random_filters()
         # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix
         # of each is scaled down, so that the sum has the same size at any depth.
-        # (An STU begins as zero.)
+        scaled_down = (
+            "mixer.M",
+            "mixer.M_filters",
+            "mixer.c_proj.weight",
+            "mlp.down_proj.weight",
+        )
         with torch.no_grad():
             for name, p in self.layers.named_parameters():
-                if name.endswith(("c_proj.weight", "down_proj.weight")):
+                if name.endswith(scaled_down):
                     p *= (2 * c.n_layers) ** -0.5
         self.to(getattr(torch, c.torch_dtype))
 
@@ -1029,12 +1052,10 @@ def chain_of_sections(decays):
     return new[:, :n], new[:, n]
 
 
-def fit_recurrence(
-    filters, n_pairs=None, chunk=64, fade=1e-5, tolerance=1e-6, most_ringing=0.5, max_angle=0.0
-):
+def fit_recurrence(filters, chunk=64, fade=1e-5, tolerance=1e-6, most_ringing=0.5, max_angle=0.0):
     """The system that answers an impulse with the filters [L, 2K], a SpectralLDS, or None.
 
-    Its decays are n_pairs of real ones, α and -α, and up to max_angle, in degrees, others.
+    Its decays are real, in pairs α and -α; with max_angle, in degrees, others are added.
     fade: weight of the answer after lag L, which should be small.
     It is None if the error is more than `tolerance` of the largest value of a filter, or if what
     comes after lag L is more than `most_ringing` of a filter, as it is for filters that are no sums
@@ -1042,8 +1063,7 @@ def fit_recurrence(
     """
     bank = filters.numpy()
     L = len(bank)
-    if n_pairs is None:
-        n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
+    n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
     decays = real_decays(L, n_pairs)
     if max_angle > 0:
         decays += decays_of_a_sector(L, bank.shape[1], math.radians(max_angle))
@@ -1156,7 +1176,7 @@ def check_state(memory, shape):
 
 
 def overwrite(old, new):
-    """Write `new` where `old` is, unless gradients are asked for, which need the old.
+    """Write `new` where `old` is -> old. If gradients are asked for, which need the old, -> new.
 
     So the state of a stream of tokens stays where it is in memory, as a CUDA graph wants it.
     """

@@ -550,8 +550,8 @@ class Muon(torch.optim.Optimizer):
 
 
 # Muon is for the matrices of the layers, AdamW for the rest. M_filters is no matrix that is
-# multiplied with vectors, but holds a filter for each channel. It begins as zero, and moves four
-# times as fast as the rest (measured)
+# multiplied with vectors, but holds a filter for each channel. It learns best four times as fast as
+# the rest (measured)
 of_muon = defaultdict(list)  # {shape: its matrices}
 of_adamw = defaultdict(list)  # {(highest learning rate, weight decay): their parameters}
 for name, p in model.named_parameters():

@@ -159,6 +159,8 @@ def compare_filters(L):
 def compare_layers(B, T, d, use_approx):
     """A layer forward and backward, from the same weights."""
     layer = STU(d, d, T, K, use_approx=use_approx).to(DEVICE)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.02)  # M_filters, and M, begin as zero
     phi = get_spectral_filters(T, K, device=DEVICE)
     x = torch.randn(B, T, d, device=DEVICE, requires_grad=True)
     grad = torch.randn(B, T, d, device=DEVICE)
@@ -173,13 +175,11 @@ def compare_layers(B, T, d, use_approx):
 
     y = usual_layer(x).detach()
     difference = (layer(x).detach() - y).norm() / y.norm()
-    ours = partial(step, layer)
-    usual = partial(step, usual_layer)
-    seconds = timed([ours, usual])
-    our_memory = peak_mebibytes(ours)
-    usual_memory = peak_mebibytes(usual)
+    runs = [partial(step, layer), partial(step, usual_layer)]
+    seconds = timed(runs)
+    memory = [round(peak_mebibytes(run)) for run in runs]
     name = "STU-T" if use_approx else "full STU"
-    note = f"{our_memory:.0f}, {usual_memory:.0f} MiB, differ by {difference:.0e}"
+    note = f"{memory} MiB, differ by {difference:.0e}"
     print_row(f"{name} {B} x {T} x {d}, with backward", seconds, note)
 
 
