@@ -869,8 +869,8 @@ class LanguageModel(nn.Module):
             self.layers.append(block)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        # Measured with Muon, which train.py takes: random filters learn faster than those that begin
-        # as zero.
+        # Measured with Muon, which train.py takes: random filters learn faster than filters that
+        # begin as zero.
         for module in self.layers.modules():
             if isinstance(module, STU):
                 module.draw_random_filters()

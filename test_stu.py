@@ -1952,6 +1952,49 @@ def test_the_suites_of_others_get_our_layer():
     assert mixer(x).shape == x.shape
 
 
+STANDS_IN_FOR_NANOGPT = """
+from types import SimpleNamespace
+from torch import nn
+
+GPTConfig = SimpleNamespace
+
+class GPT:
+    def __init__(self, config):
+        self.transformer = SimpleNamespace(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([nn.Linear(config.n_embd, config.n_embd)] * config.n_layer),
+            ln_f=nn.LayerNorm(config.n_embd),
+        )
+"""
+
+
+def test_the_model_of_nanogpt_is_trained_and_evaluated_as_ours_is(
+    data, folder, monkeypatch, run_here
+):
+    monkeypatch.setattr(stu, "FlashSTU", FlashSTU)  # which the script exchanges, is put back
+    monkeypatch.setattr(signal, "signal", lambda signum, handler: None)  # pytest's stay
+    Path("model.py").write_text(STANDS_IN_FOR_NANOGPT)
+    nanogpt = experiment("nanogpt")
+    config = small_config(seq_len=8, vocab_size=256)
+    model = nanogpt["with_blocks_of"](nanogpt["load_nanogpt"]("."))(config)
+    ids = torch.randint(256, (2, 9))
+    x = model.tok_emb(ids[:, :8]) + model.positions.weight
+    for layer in model.layers:
+        x = layer(x)
+    logits = model.norm(x) @ model.tok_emb.weight.T
+    assert relative_error(model(ids[:, :8]).logits, logits) < 1e-6
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.allclose(model(ids, labels=ids).loss, expected)
+    assert model.generate(ids, max_new_tokens=3, temperature=0).shape == (2, 12)
+    flags = f"--data {data} --n_embd 8 --n_layers 1 --seq_len 16 --batch_size 2 --steps 1"
+    with pytest.raises(SystemExit) as end:
+        run_here("experiments/nanogpt.py", f". --device cpu {flags} --out_dir run")
+    assert not end.value.code
+    assert len(logged(Path("run"), "val_loss")) == 2
+
+
 def test_the_robot_is_simulated_once_and_predicted(folder, monkeypatch, run_here):
     reason = 'needs pip install "gymnasium[mujoco]"'
     gymnasium = pytest.importorskip("gymnasium", reason=reason)
@@ -1981,6 +2024,7 @@ def test_the_robot_is_simulated_once_and_predicted(folder, monkeypatch, run_here
         ("loss_by_position.py", "--texts 0", "--texts and --batch_size must be"),
         ("mechbench.py", "nowhere", "is not a checkout"),
         ("mqar.py", "nowhere", "is not a checkout"),
+        ("nanogpt.py", "nowhere", "is not a checkout"),
         ("recall.py", "--steps 0", "--steps must be"),
         ("ringing.py", "--num_filters 0", "--num_filters must be"),
     ],

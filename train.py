@@ -70,7 +70,7 @@ use_attn           true            layers 1, 3, 5, ... are attention; false: eve
 use_approx         true            true: STU-T, one filter a channel; false: the full STU
 use_hankel_L       false           filters of the papers' other matrix, Hankel-L
 use_tensorized     false           filters that are Kronecker products of short ones
-max_angle          0.0             above 0: filters also for oscillations, by up to so many degrees a token
+max_angle          0.0             above 0: filters also for what turns by up to so many degrees
 stu_enable_mlp_sandwich     false  put each STU between two linear layers
 stu_mlp_hidden_size         null   width of the STU between them; null: that of the MLPs
 """
