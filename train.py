@@ -550,27 +550,24 @@ class Muon(torch.optim.Optimizer):
 
 
 # Muon is for the matrices of the layers, AdamW for the rest. M_filters is no matrix that is
-# multiplied with vectors, but holds a filter for each channel. It learns best four times as fast as
-# the rest (measured)
+# multiplied with vectors, but holds a filter for each channel. Like norms and biases it is not
+# pulled towards zero
 of_muon = defaultdict(list)  # {shape: its matrices}
-of_adamw = defaultdict(list)  # {(highest learning rate, weight decay): their parameters}
+decayed = []
+not_decayed = []
 for name, p in model.named_parameters():
-    if name.endswith("M_filters"):
-        of_adamw[4 * args.lr, 0.0].append(p)
+    if p.ndim < 2 or name.endswith("M_filters"):
+        not_decayed.append(p)
     elif p.ndim == 2 and name.startswith("layers") and args.optimizer == "muon":
         of_muon[p.shape].append(p)
-    elif p.ndim >= 2:
-        of_adamw[args.lr, args.weight_decay].append(p)
     else:
-        of_adamw[args.lr, 0.0].append(p)
-groups = []
-for (lr, weight_decay), parameters in of_adamw.items():
-    groups.append({"params": parameters, "highest_lr": lr, "weight_decay": weight_decay})
-optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
+        decayed.append(p)
+groups = [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+adamw = torch.optim.AdamW(groups, weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
+optimizers = [adamw]
 if of_muon:
     groups = [{"params": matrices} for matrices in of_muon.values()]
-    defaults_of_groups = {"highest_lr": args.muon_lr, "weight_decay": args.weight_decay, "lr": 0.0}
-    optimizers.append(Muon(groups, defaults_of_groups))
+    optimizers.append(Muon(groups, {"lr": 0.0, "weight_decay": args.weight_decay}))
 
 
 def set_rates(step):
@@ -580,9 +577,9 @@ def set_rates(step):
     else:
         done = (step - args.warmup_steps) / (args.steps - args.warmup_steps)
         factor = args.min_lr + (1 - args.min_lr) * (1 + math.cos(math.pi * done)) / 2
-    for optimizer in optimizers:
+    for optimizer, highest in zip(optimizers, [args.lr, args.muon_lr]):
         for group in optimizer.param_groups:
-            group["lr"] = group["highest_lr"] * factor
+            group["lr"] = highest * factor
 
 
 # -----------------------------------------------------------------------------
