@@ -256,7 +256,7 @@ class MiniSTU(nn.Module):
             white_filters(phi, use_hankel_L),
             fade=1e-6,
             tolerance=1e-2,
-            most_ringing=math.inf,
+            most_after_L=math.inf,
             max_angle=max_angle,
         )
         self.stu = STU(

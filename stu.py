@@ -6,19 +6,20 @@ Flash STU in one file: a language model of spectral transform units and sliding-
 It needs PyTorch and NumPy (to save and load a model also safetensors).
 
 The idea. A linear dynamical system turns inputs x into outputs y through a hidden state h,
-    h_t = A h_{t-1} + B x_t,    y_t = C h_t.
-After an impulse the state is B, A B, A² B, ..., so along an eigenvector of A with eigenvalue α it
+    h_t = A h_{t-1} + b x_t,    y_t = C h_t.
+After an impulse the state is b, A b, A² b, ..., so along an eigenvector of A with eigenvalue α it
 decays as 1, α, α², α³, ... A recurrent layer has to learn these α, which is hard when the memory is
 long. A spectral transform unit (STU) does not learn them. It filters its input with a few fixed
-signals, and it learns only linear maps around them. The signals are chosen so that each decay, for
-any α from 0 to 1, is very nearly a weighted sum of them. Section 2 finds the best such signals:
+signals, and what it learns is linear: how to mix its inputs, and how to weigh the filtered signals.
+These signals are chosen so that each decay, for any α from 0 to 1, is very nearly a weighted sum of
+them. Section 2 finds the best such signals:
 they are the top eigenvectors of one fixed matrix.
 
 How to read this file. Sections 1 to 6 are a complete language model that trains: settings, filters,
 convolution, the STU layer, attention, block and model. Sections 7 to 11 are what a user wants
 besides: to go on from a state, to write text, variants, saving and loading, Hugging Face.
 
-The letters, everywhere in this file:
+The letters:
     B  batch size
     T  length of the input at hand
     d  number of channels; a layer maps d_in channels to d_out
@@ -27,7 +28,7 @@ The letters, everywhere in this file:
     φ  the eigenvectors, signals of length L: phi [L, K]
     Φ  the filter bank [L, 2K]: each φ_k(t), for decays with α > 0, and its alternating twin
        (-1)^t φ_k(t), for α < 0
-    M  the weights of an STU
+    M  the weights of an STU, a matrix for each filter: [2K, d_in, d_out]
 
 Papers: "Spectral State Space Models" (arXiv 2312.06837), "Flash STU" (2409.10489), "SpectraLDS"
 (2505.17868).
@@ -107,14 +108,14 @@ class FlashSTUConfig:
     n_layers: int = 26  # layers 0, 2, 4, ... are STU, layers 1, 3, 5, ... attention
     n_heads: int = 8  # of an attention layer
     seq_len: int = 8192  # length of the filters; inputs may be longer
-    window_size: int = 1024  # a token attends to itself and so many tokens before
+    window_size: int = 1024  # a token attends to itself and this many tokens before it
     num_eigh: int = 24  # number of eigenvectors
-    vocab_size: int = 200064  # o200k_base, rounded up
+    vocab_size: int = 200064  # that of the tokenizer o200k_base, rounded up
     mlp_scale: float = 4.0  # hidden width of the MLP, as a multiple of n_embd
     bias: bool = False  # in the linear layers
     dropout: float = 0.0
     use_hankel_L: bool = False  # filters of another matrix, see section 2
-    use_approx: bool = True  # the smaller of two kinds of STU, STU-T; see section 4
+    use_approx: bool = True  # True: STU-T, which has fewer weights; False: the full STU (section 4)
     use_tensorized: bool = False  # filters that are Kronecker products, see section 9
     use_flash_fft: bool = True  # FlashFFTConv, where it is installed
     use_stu: bool = True  # False: attention in every layer
@@ -122,11 +123,11 @@ class FlashSTUConfig:
     softcap: float = 50.0  # bound on attention logits; 0 turns it off
     stu_enable_mlp_sandwich: bool = False  # put each STU between two linear layers
     stu_mlp_hidden_size: int | None = None  # width of the STU between them; None: that of the MLP
-    d_in_tile: int | None = None  # these two bound the memory of the convolution,
-    d_out_tile: int | None = None  # the smaller the less; the results are the same
+    d_in_tile: int | None = None  # to save memory: input channels that are convolved at a time
+    d_out_tile: int | None = None  # and output channels; None: as many as there are
     use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
     torch_dtype: str = "bfloat16"  # of the weights, as published. To train, choose "float32"
-    max_angle: float = 0.0  # > 0: filters also for what oscillates, by so many degrees a step
+    max_angle: float = 0.0  # > 0: also filters for oscillations of up to these degrees a step
 
     def __post_init__(self):
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
@@ -162,16 +163,17 @@ class FlashSTUConfig:
 # the decay of α as a vector a = (1, α, α², ...). As in a principal component analysis, the best
 # signals are the top eigenvectors of the sum of all a aᵀ. With the paper's weight (1-α)², under
 # which slow decays do not outweigh the others, this sum has a closed form, the Hankel matrix
-#     Z_ij = ∫ (1-α)² α^(i-1) α^(j-1) dα = 2 / ((i+j)^3 - (i+j)),    α from 0 to 1, i, j = 1..L.
+#     Z_ij = ∫ (1-α)² α^(i-1) α^(j-1) dα = 2 / ((i+j)³ - (i+j)),    α from 0 to 1, i, j = 1..L.
 # The second Hankel matrix of the paper, "Hankel-L", has α from -1 to 1 and the weight (1-α²)². Its
-# eigenvectors have decays of both signs in themselves, so there Φ [L, K] is φ, without twins.
+# eigenvectors already contain decays of both signs, so no twins are added, and Φ [L, K] is φ.
 #
 # We never build Z. An integral is nearly a sum over many values of α, so Z = G Gᵀ, where G has a
-# column for each of these α, with the entries √dα (1-α) α^t, t = 0..L-1. The left singular vectors
-# of G are the eigenvectors of Z, and the eigenvalues of Z are the squares of its singular values.
-# This is not only cheaper, it is also what makes the filters right. In float64 one cannot see an
-# eigenvalue of Z that is 1e-16 of the largest, and at L = 64 all but the first 18 are smaller. Of
-# singular values, which are their square roots, one sees twice as many.
+# column for each of these α, with the entries √dα (1-α) α^(i-1). The left singular vectors of G are
+# the eigenvectors of Z, and the squares of its singular values are the eigenvalues of Z.
+#
+# This is cheaper, and it is also what makes the filters right. In float64, what is less than 1e-16
+# of the largest value is lost in rounding errors. At L = 64 only the first 18 eigenvalues of Z are
+# above that. The singular values of G are their square roots, so of these about 36 are above it.
 
 
 def get_spectral_filters(
@@ -181,7 +183,7 @@ def get_spectral_filters(
 
     As in the papers each is multiplied by the fourth root of its eigenvalue. With max_angle, in
     degrees, the integral is over decays r e^(iθ), |θ| <= max_angle, and systems that ring can be
-    learned too. They take about K = 20 + seq_len · max_angle / 180 filters.
+    learned too. Measured, that takes about K = 20 + seq_len · max_angle / 180 filters.
     """
     L = check_integer("seq_len", seq_len)
     K = check_integer("num_eigh", K)
@@ -191,16 +193,17 @@ def get_spectral_filters(
     # trapezoid rule). Its error is tiny for a smooth function that goes to zero at both ends, and
     # as a function of log(rate) ours does: with half the spacing no filter changes by over 1e-12.
     spacing = 0.1
-    fastest = 3.8  # of log(rate): α = exp(-45) forgets everything in one step
-    slowest = -12 - math.log(L)  # rate · L = exp(-12): this α is constant over L lags
-    slowest = max(slowest, -21)  # below, the weight (1-α)² dα is less than 1e-26
-    rate = np.exp(np.arange(fastest, slowest, -spacing))
+    log_fastest = 3.8  # this is rate 45, and α = exp(-45) forgets everything in one step
+    # At rate · L = exp(-12) the decay is as good as constant over L lags, and below log(rate) = -21
+    # the weight (1-α)² dα is less than 1e-26.
+    log_slowest = max(-12 - math.log(L), -21)
+    rate = np.exp(np.arange(log_fastest, log_slowest, -spacing))
     d_alpha = spacing * rate * np.exp(-rate)  # since dα = -α rate d(log rate)
     exponent = 2 if use_hankel_L else 1
-    one_minus = -np.expm1(-exponent * rate)  # 1-α, or 1-α² for Hankel-L
-    weight = np.sqrt(d_alpha) * one_minus
+    root_of_weight = -np.expm1(-exponent * rate)  # 1-α, or 1-α² for Hankel-L
     t = np.arange(L)
-    G = torch.from_numpy(np.exp(-np.outer(t, rate)) * weight)  # [L, number of decays]
+    G = np.sqrt(d_alpha) * root_of_weight * np.exp(-np.outer(t, rate))  # [L, number of decays]
+    G = torch.from_numpy(G)
     if use_hankel_L:
         G = both_signs(G)
     # The SVD of a tall matrix by way of a small one: G = Q R = Q (U diag(σ) Vᵀ).
@@ -208,11 +211,11 @@ def get_spectral_filters(
     U, sigma, _ = torch.linalg.svd(R)
     phi = Q @ U
     if max_angle > 0:
-        # Z is also the product of the thinner matrix with the columns σ_k φ_k. Columns that are no
+        # Z = G Gᵀ is also true of the thinner matrix G with the columns σ_k φ_k. Those that are no
         # more than rounding errors are left out.
         visible = sigma > 1e-16 * sigma[0]
-        G = phi[:, visible] * sigma[visible]
-        phi, sigma = filters_of_a_sector(G, K, math.radians(max_angle))  # section 9
+        thin_G = phi[:, visible] * sigma[visible]
+        phi, sigma = filters_of_a_sector(thin_G, K, math.radians(max_angle))  # section 9
     if K > len(sigma):
         raise ValueError(f"num_eigh must be at most {len(sigma)} at length {L}, got {K}")
     phi = phi[:, :K]
@@ -238,7 +241,8 @@ def stu_formula(x, bank, M):
         y_t = Σ_k M⁺_k U⁺_tk + M⁻_k U⁻_tk
         U⁺_tk = Σ_i φ_k(i) x_{t-i},    U⁻_tk = Σ_i (-1)^i φ_k(i) x_{t-i}
 
-    x [B, T <= L, d_in], bank [L, 2K], M [2K, d_in, d_out] (all M⁺, then all M⁻) -> y [B, T, d_out].
+    x [B, T, d_in] with T <= L, bank [L, 2K], M [2K, d_in, d_out] (all M⁺, then all M⁻)
+    -> y [B, T, d_out].
     This function is here to be read, and for the tests. The layer below computes it faster.
     """
     outputs = []
@@ -258,31 +262,34 @@ def check_filters(filters):
 
 
 class FilterBank:
-    """What layers with the same filters share: Φ [L, 2K] in float64, and `lds`, a recurrence whose
-    answer to an impulse is Φ (section 7), or None if none was found.
+    """The filters Φ [L, 2K] in float64, which all layers that use them share.
 
-    A bank is no part of a module, because a module that is cast to 16 bits must keep its filters.
-    fit_options: how the recurrence is looked for, see fit_recurrence.
+    `lds` is for section 7, and can be ignored until then: a recurrence whose answer to an impulse
+    is Φ, or None if none was found. fit_options: how it is looked for, see fit_recurrence.
+    A bank is not a buffer of a module, or model.to(torch.bfloat16) would round the filters.
     """
 
     def __init__(self, filters, recipe=None, **fit_options):
         check_filters(filters)
         self.filters = filters.detach().double().cpu()
         self.lds = fit_recurrence(self.filters, **fit_options)
-        self.copies = {}
-        # How pickle makes this bank again, (function, arguments): by default from its filters.
-        self.recipe = recipe or (partial(FilterBank, **fit_options), (self.filters,))
+        self.copies = {}  # what `on` made: {(device, dtype): (filters, lds)}
+        # For pickle, which makes this bank again by function(*arguments).
+        if recipe is None:
+            recipe = (partial(FilterBank, **fit_options), (self.filters,))
+        self.recipe = recipe
 
     def __reduce__(self):
         return self.recipe
 
-    # A compiler need not look inside: the result is the same at every call, so it is a constant.
+    # torch.compile may take the result as a constant: it is the same at every call.
     @torch.compiler.assume_constant_result
     def on(self, device, dtype):
-        """(filters, lds) for inputs on this device and of this dtype, in float32 or better."""
+        """(filters, lds) for inputs on this device and of this dtype, but at least in float32."""
         dtype = torch.promote_types(dtype, torch.float32)
         if (device, dtype) not in self.copies:
-            # (Tensors that are made under inference_mode could never be used in training.)
+            # Tensors that are made under inference_mode could never be used in training. So they
+            # are made outside it, and copied, because `to` alone may return the same tensor.
             with torch.inference_mode(False):
                 filters = self.filters.to(device, dtype, copy=True)
                 lds = None
@@ -303,10 +310,10 @@ def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False, max_angl
         phi = get_spectral_filters(
             seq_len, K, use_hankel_L, dtype=torch.float64, max_angle=max_angle
         )
-    if not use_hankel_L:  # whose filters have both signs already
+    if not use_hankel_L:  # those filters have both signs already
         phi = both_signs(phi)
     recipe = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
-    return FilterBank(phi, recipe, max_angle=max_angle)
+    return FilterBank(phi, recipe, max_angle=max_angle)  # the recurrence needs the angle, too
 
 
 # ---- 3. The convolution --------------------------------------------------------------------------
@@ -322,13 +329,13 @@ def fft_size(n):
 def fft_conv(u, h, most_channels=None):
     """Causal convolution of each channel with a filter of its own: y_t = Σ_i h_i u_{t-i}.
 
-    u [B, d, T], h [d, at most T] -> y [B, d, T]. most_channels: so many are computed at a time.
+    u [B, d, T], h [d, at most T] -> y [B, d, T], of which at most most_channels at a time.
     """
     B, _, T = u.shape
     n = fft_size(T + h.shape[1] - 1)  # on fewer points the end would wrap around to the beginning
     # A few channels at a time. Measured, this is fastest while their spectra fit into the cache.
-    cache = 2**24 if u.is_cuda else 2**19  # numbers
-    tile = max(1, cache // (B * n))
+    most_numbers = 2**24 if u.is_cuda else 2**19
+    tile = max(1, most_numbers // (B * n))
     if most_channels is not None:
         tile = min(tile, most_channels)
     outputs = []
@@ -339,9 +346,9 @@ def fft_conv(u, h, most_channels=None):
 
 
 def recompute(function, *inputs):
-    """function(*inputs), whose intermediate results are not kept for the backward pass.
+    """function(*inputs). The backward pass computes its intermediate results again.
 
-    There they are computed again.
+    So they need not be kept in memory until then.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
@@ -359,14 +366,14 @@ def full_stu_conv(x, filters, M, most_entries):
     T = x.shape[1]
     _, d_in, d_out = M.shape
     n = fft_size(T + len(filters) - 1)
+    band = max(1, most_entries // (d_in * d_out))  # frequencies at a time
     x_f = rfft(x.to(filters.dtype), n=n, dim=1).transpose(0, 1)  # [frequencies, B, d_in]
     filters_f = rfft(filters, n=n, dim=0)  # [frequencies, 2K]
 
-    def multiply(x_band, filters_band, M):
+    def multiply(x_band, filters_band, M):  # M is an input because its gradient is asked for
         matrices = filters_band @ M.flatten(1).to(filters_band.dtype)  # [band, d_in · d_out]
         return x_band @ matrices.view(-1, d_in, d_out)  # [band, B, d_out]
 
-    band = max(1, most_entries // (d_in * d_out))  # so many frequencies at a time
     outputs = []
     for x_band, filters_band in zip(x_f.split(band), filters_f.split(band)):
         outputs.append(recompute(multiply, x_band, filters_band, M))
@@ -376,11 +383,11 @@ def full_stu_conv(x, filters, M, most_entries):
 
 # ---- 4. The STU layer ----------------------------------------------------------------------------
 
-# An input may come in pieces. This is what a layer remembers of the pieces before (section 7). All
-# have a `position`, which is how many tokens were read, in a tensor without dimensions.
+# An input may come in pieces. Then a layer remembers something of the pieces before, and goes on
+# from that (section 7). `position`, a tensor without dimensions, is the number of tokens read.
 STUState = namedtuple("STUState", "S position")  # S [B, n, d], of a recurrence with n states
-InputState = namedtuple("InputState", "inputs position")  # an STU without one: [B, at most L, d_in]
-RingState = namedtuple("RingState", "keys values positions position")  # attention, see start_ring
+InputState = namedtuple("InputState", "inputs position")  # the last inputs, if there is none
+RingState = namedtuple("RingState", "keys values positions position")  # the last keys and values
 
 
 def check_input(x, channels):
@@ -392,12 +399,13 @@ def check_input(x, channels):
 def check_mask(mask, B, T):
     """attention_mask, 1 at tokens and 0 at padding, as booleans [B, T].
 
-    In generation transformers gives a mask of all tokens so far, so it may be longer than the
+    When Hugging Face generates text, its mask is of all tokens so far. So it may be longer than the
     input at hand: only its last T columns count.
     """
     valid = mask.ndim == 2 and len(mask) == B and mask.shape[1] >= T
+    # (A graph that is compiled cannot depend on the values of a tensor.)
     if valid and mask.dtype != torch.bool and not torch.compiler.is_compiling():
-        valid = ((mask == 0) | (mask == 1)).all()
+        valid = bool(((mask == 0) | (mask == 1)).all())
     if not valid:
         wanted = f"[{B}, at least {T}], 1 at tokens and 0 at padding"
         raise ValueError(f"attention_mask must be {wanted}, got {mask.dtype} {list(mask.shape)}")
@@ -410,12 +418,14 @@ class STU(nn.Module):
     The full STU (use_approx=False) has a matrix M [2K, d_in, d_out], a linear map for each filter.
     STU-T has fewer weights, M_k = M_inputs · diag(M_filters[k]). Then the layer is a projection
     x M_inputs, and a convolution of each channel with a filter of its own, a column of Φ M_filters.
-    Each φ_k and its alternating twin have weights of their own. In the published code they share
-    them. Then the layer sees only the sum φ_k(t) + (-1)^t φ_k(t), which is zero at every odd lag t.
+    Each φ_k and its alternating twin have weights of their own. If they shared them, as they do in
+    the published code, the layer would see only the sum φ_k(t) + (-1)^t φ_k(t), which is zero at
+    every odd lag t.
 
     precomputed_filters: other filters than the eigenvectors, phi [seq_len, K], or a whole bank.
-    backend: "fft" convolves, and takes the recurrence of section 7 only where that is needed, in
-    pieces and past seq_len. "lds" always takes the recurrence. Other options: FlashSTUConfig.
+    backend: "fft" convolves if the input comes in one piece and is not longer than seq_len, and
+    otherwise takes the recurrence of section 7. "lds" always takes the recurrence.
+    The other options are those of FlashSTUConfig.
     """
 
     def __init__(
@@ -454,7 +464,7 @@ class STU(nn.Module):
         if backend not in ("fft", "lds"):
             raise ValueError(f'backend must be "fft" or "lds", got {backend!r}')
 
-        self.has_own_filters = precomputed_filters is not None  # then they are saved, section 10
+        self.has_own_filters = precomputed_filters is not None
         if precomputed_filters is None:
             self.bank = standard_bank(
                 self.seq_len, num_eigh, use_hankel_L, use_tensorized, max_angle
@@ -469,6 +479,7 @@ class STU(nn.Module):
         L, n_filters = self.bank.filters.shape
         if L != seq_len:
             raise ValueError(f"filters must have the length {seq_len = }, got {L}")
+        # Own filters are saved beside the weights, and loaded with them (section 10).
         self.register_state_dict_post_hook(save_own_filters)
         self.register_load_state_dict_pre_hook(load_own_filters)
 
@@ -482,9 +493,9 @@ class STU(nn.Module):
     def reset_parameters(self):
         """At first the layer answers with zero, and only what it learns is added.
 
-        Measured with Adam: beside attention, random filters are in the way of what attention learns
-        first, to copy and to look up. The gradient of M_filters, and of M, is not zero, so the
-        first step of training changes that.
+        Measured with Adam: beside an STU with random filters, attention learns late to copy and to
+        look things up. The gradient of M_filters, and of M, is not zero, so the first step of
+        training ends the silence.
         """
         if self.use_approx:
             nn.init.normal_(self.M_inputs, std=0.02)
@@ -509,9 +520,9 @@ class STU(nn.Module):
         """x [B, T, d_in] -> y [B, T, d_out], or with use_cache (y, state).
 
         An input may come in pieces of any size: begin with state None, then give the state that
-        the last call returned. A state that was given to a call cannot be used again: where no
-        gradient is asked for, its tensors are overwritten. (select_rows copies a state.)
-        An input may be longer than seq_len. Beyond that lag the filters of the recurrence fade out.
+        the last call returned. Use a state once: without gradients, a call writes the new state
+        into the memory of the old one. To keep one, copy it with select_rows.
+        An input may be longer than seq_len. What is further back than that counts less and less.
         attention_mask [B, T] is 0 at padding, which then counts as an input of zeros.
         """
         check_input(x, self.d_in)
@@ -534,10 +545,11 @@ class STU(nn.Module):
         filters, _ = self.bank.on(x.device, x.dtype)
         filters = filters[:T]  # lags that the input does not reach are left out
         if not self.use_approx:
-            # If no tile is set this is the size of the matrices of 64 frequencies.
+            # Without tiles there is memory for the matrices of 64 frequencies, with tiles for less.
             most_entries = 64 * self.d_in_tile * self.d_out_tile
             return full_stu_conv(x, filters, self.M, most_entries).to(x.dtype)
-        # One matrix product for the whole batch, channels first, as the FFT wants them.
+        # One matrix product for the whole batch, channels first, as the FFT wants them. (Measured:
+        # to transpose x @ M_inputs takes longer.)
         u = self.M_inputs.T @ x.flatten(0, 1).T  # [d_out, B T]
         u = u.view(self.d_out, B, T).transpose(0, 1)  # [B, d_out, T]
         # What follows is in the precision of the filters, float32 or more, also under autocast.
@@ -561,13 +573,17 @@ class STU(nn.Module):
             u = x
             M = self.M
         B, T, d = u.shape
-        n = len(lds.b)
+        n = len(lds.b)  # number of states
         if state is None:
             state = STUState(lds.b.new_zeros(B, n, d), zero_position(x))
         check_state(state.S, [B, n, d])
         with torch.autocast(x.device.type, enabled=False):
-            recurrence = recur_one if T == 1 else recur
-            y, S = recurrence(u.to(state.S.dtype), state.S, lds, M.to(state.S.dtype))
+            u_S = u.to(state.S.dtype)
+            M_S = M.to(state.S.dtype)
+            if T == 1:
+                y, S = recur_one(u_S, state.S, lds, M_S)
+            else:
+                y, S = recur(u_S, state.S, lds, M_S)
         S = overwrite(state.S, S)
         position = overwrite(state.position, state.position + T)
         return y.to(u.dtype), STUState(S, position)
@@ -577,7 +593,8 @@ class STU(nn.Module):
         B, T, _ = x.shape
         if state is None:
             state = InputState(x.new_zeros(B, 0, self.d_in), zero_position(x))
-        check_state(state.inputs, [B, state.inputs.shape[1], self.d_in])
+        n_before = state.inputs.shape[1]
+        check_state(state.inputs, [B, n_before, self.d_in])
         inputs = torch.cat([state.inputs.to(x.dtype), x], dim=1)
         y = self.convolve(inputs)[:, -T:]
         inputs = inputs[:, -self.seq_len :].clone()  # a slice alone would keep all of it in memory
@@ -615,7 +632,7 @@ def attend(q, k, v, q_position, k_position, window, softcap):
     visible = visible[:, None]  # the same for every head
     if softcap == 0:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    # All scaling is done on q, which has fewer numbers than the logits.
+    # Both divisions, by √head_size and by softcap, are done on q: it has fewer numbers than logits.
     q = q * (q.shape[-1] ** -0.5 / softcap)
     logits = softcap * torch.tanh(q @ k.transpose(-2, -1))
     logits = logits.masked_fill(~visible, -math.inf)
@@ -630,7 +647,7 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
     """
     if position is None:
         position = torch.arange(k.shape[2], device=k.device)[None]
-    tile = 512 if q.is_cuda else 128  # measured
+    tile = 512 if q.is_cuda else 128  # measured to be fast; the result is the same for any
     q_tiles = q.split(tile, dim=2)
     # Keys are cut into the same tiles, but before them there is the past, of any length:
     #     keys     | past | 1 | 2 | 3 | ...
@@ -645,7 +662,7 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
     reach = math.ceil(window / tile)  # a query sees its own tile and at most so many before that
     outputs = []
     for i, q_tile in enumerate(q_tiles, start=1):
-        first = max(0, i - reach)
+        first = max(0, i - reach)  # tile 0 of the keys is the past, so tile i belongs to q_tile
         k_near = torch.cat(k_tiles[first : i + 1], dim=2)
         v_near = torch.cat(v_tiles[first : i + 1], dim=2)
         k_position = torch.cat(position_tiles[first : i + 1], dim=1)
@@ -659,11 +676,14 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
 #     padding is at p - FAR_AWAY, so tokens and padding do not see each other, but padding sees
 #     padding (it must see something, because a softmax over nothing is NaN);
 #     an empty slot of a state is at -2 · FAR_AWAY, so nothing sees it.
-FAR_AWAY = 2**40
+FAR_AWAY = 2**40  # more than any position
 
 
 class SlidingWindowAttention(nn.Module):
-    """Causal multi-head attention to oneself and the window before. STU explains state and mask."""
+    """Causal multi-head attention to oneself and the window before.
+
+    state, use_cache and attention_mask are as in STU.forward.
+    """
 
     def __init__(self, d_model, n_heads, window_size=1024, softcap=50.0, bias=False):
         super().__init__()
@@ -695,7 +715,7 @@ class SlidingWindowAttention(nn.Module):
 
         qkv = self.c_attn(x).view(B, T, 3, self.n_heads, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, head_size]
-        q = rotate(self.q_norm(q), rotation).to(v.dtype)  # (angles are float32)
+        q = rotate(self.q_norm(q), rotation).to(v.dtype)  # to turn them has made them float32
         k = rotate(self.k_norm(k), rotation).to(v.dtype)
         is_first_piece = state is None
         if not is_first_piece:
@@ -720,9 +740,8 @@ class SlidingWindowAttention(nn.Module):
             positions = torch.cat([state.positions, position.expand(B, T)], dim=1)
             y = windowed_attention(q, keys, values, self.window, self.softcap, positions)
             return y, write_to_ring(state, k, v, position)
-        # A single token takes the slot of the one that leaves the window, and attends to the ring
-        # as it is. So every token finds tensors of the same shape at the same place in memory, as a
-        # CUDA graph wants it.
+        # A single token is written over the one that leaves the window, and then attends to the
+        # whole ring. No tensor changes its shape or its place in memory, so a CUDA graph can do it.
         state = write_to_ring(state, k, v, position)
         keys, values, positions, _ = state
         y = attend(q, keys, values, position, positions, self.window, self.softcap)
@@ -765,7 +784,7 @@ class FlashSTUBlock(nn.Module):
             stu_width = c.stu_mlp_hidden_size or mlp_width
             up = nn.Linear(d, stu_width, c.bias)
             down = nn.Linear(stu_width, d, c.bias)
-            self.sandwich = nn.ModuleList([up, down])
+            self.sandwich = nn.ModuleList([up, down])  # the STU is between them
         if use_attention:
             self.mixer = SlidingWindowAttention(d, c.n_heads, c.window_size, c.softcap, c.bias)
         else:
@@ -852,7 +871,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = replace(config)  # a copy, which is checked again
+        c = replace(config)  # a copy, for which __post_init__ checks the values again
         self.config = c
         self.gradient_checkpointing = c.use_gradient_checkpointing  # transformers sets it, too
         self.tok_emb = TiedEmbedding(c.vocab_size, c.n_embd)
@@ -874,8 +893,9 @@ class LanguageModel(nn.Module):
         for module in self.layers.modules():
             if isinstance(module, STU):
                 module.draw_random_filters()
-        # 2 n_layers branches, a mixer and an MLP a block, add up in the residual stream. A matrix
-        # of each is scaled down, so that the sum has the same size at any depth.
+        # The residual stream is the sum of 2 n_layers branches, a mixer and an MLP in each block.
+        # As in GPT-2, the last matrix of each is scaled by 1/√(number of branches), so that the sum
+        # has the same size at any depth.
         scaled_down = (
             "mixer.M",
             "mixer.M_filters",
@@ -932,8 +952,8 @@ class LanguageModel(nn.Module):
 
         With labels, usually the input_ids themselves, there is a loss and no logits: the mean
         cross-entropy, in nats, of predicting labels[:, t + 1] at position t. Labels of -100 do not
-        count. The last token predicts nothing that one could check, so it is not read. To go on
-        from the state, begin the next call with that token.
+        count. What follows the last token is not known, so the model reads input_ids[:, :-1] only.
+        To go on from the state, begin the next call with the last token.
         """
         if labels is None:
             x, state = self.hidden(input_ids, state, use_cache)
@@ -943,7 +963,9 @@ class LanguageModel(nn.Module):
             got = f"{list(labels.shape)} for input_ids {list(input_ids.shape)}"
             raise ValueError(f"labels must have the shape of input_ids, length > 1, got {got}")
         x, state = self.hidden(input_ids[:, :-1], state, use_cache)
-        return Output(self.loss(x.flatten(0, 1), labels[:, 1:].flatten()), None, state)
+        targets = labels[:, 1:]
+        loss = self.loss(x.flatten(0, 1), targets.flatten())
+        return Output(loss, None, state)
 
     def loss(self, x, targets):
         """Mean cross-entropy of x [N, d] against targets [N]."""
@@ -964,51 +986,53 @@ class LanguageModel(nn.Module):
 # Here the second half of the file begins. To read an input in pieces a layer has to remember
 # something of the pieces before: attention its last keys and values, an STU the state S of
 #     S_t = A S_{t-1} + b u_t,    y_t = C S_t,
-# a linear dynamical system whose answer to an impulse, C A^t b, is the filters Φ[t].
+# a linear dynamical system whose answer to an impulse, C A^t b, is the filters Φ[t]. (This is for
+# one channel, where u_t is a number and S_t has n of them. The code has d channels: S [B, n, d].)
 #
 # Such a system exists because each filter is a weighted sum of decays. One could take these decays
 # for a diagonal A. But slow decays are nearly the same signal. To tell them apart, the weights C
 # become large, with both signs, and in float32 the weakest filters are lost. So we use a chain of
 # sections instead, one for each decay p. Section i holds one number S_i. What enters the section is
 # v_i, and what leaves it, v_{i+1}, enters the next one. The input u enters the first section. In
-# each step, with g = √(1-p²) and the old S_i on the right,
-#     S_i     = p S_i + g v_i
+# each step, with g = √(1-p²), the section holds S_i before and S'_i after:
+#     S'_i    = p S_i + g v_i
 #     v_{i+1} = g S_i - p v_i.
 # Why the answers of the sections to an impulse, ψ(t) = A^t b, are orthonormal signals:
 #     The matrix [p g; g -p] is orthogonal: what a section holds and what leaves it have the same
 #     sum of squares as what it held and what entered.
-#     So one step of the whole chain, from (S, u) to (new S, v_{n+1}), is an orthogonal matrix.
-#     Its first n rows are [A b], and rows of such a matrix are orthonormal: A Aᵀ + b bᵀ = I.
-#     A Aᵀ is A I Aᵀ. With the whole sum in place of this I, again and again, we get
-#     I = b bᵀ + A b bᵀ Aᵀ + A² b bᵀ (A²)ᵀ + ..., since A^t goes to 0. This is Σ_t ψ(t) ψ(t)ᵀ.
-# Then their weights C are about as large as the filters, not larger, and float32 is right to 1e-6.
-# This is the Takenaka-Malmquist basis.
+#     So one step of the whole chain, from (S, u) to (S', v_{n+1}), is an orthogonal matrix.
+#     Its first n rows are [A b], and rows of such a matrix are orthonormal: I = b bᵀ + A I Aᵀ.
+#     Put this whole sum in place of the I on its right, and again in what results, t times:
+#     I = b bᵀ + A b bᵀ Aᵀ + ... + A^t b bᵀ (A^t)ᵀ + A^(t+1) (A^(t+1))ᵀ. The last term goes to 0 as
+#     t grows, and what is left is I = Σ_t ψ(t) ψ(t)ᵀ.
+# The weights C of orthonormal signals are about as large as the filters, not larger, and float32 is
+# right to 1e-6. This is the Takenaka-Malmquist basis.
 #
 # What oscillates is a pair of decays r e^(iθ) and r e^(-iθ), and its section holds two numbers, S_i
-# and S_j (Kautz' basis). A step is two rotations, which are orthogonal too. The first turns S_j and
-# v_i into an inner number and what leaves; its cosine is r², its sine √(1-r⁴). The second turns S_i
-# and the inner number into the new S_i and S_j; its cosine is c = 2r cos θ / (1 + r²), its sine s.
-# From (S_i, S_j) to the new ones this is the matrix [c, -s r²; s, c r²]. Its trace is 2r cos θ and
-# its determinant r², so its eigenvalues are r e^(±iθ).
+# and S_j (Kautz' basis). A step is two rotations, which are orthogonal too:
+#     (inner, v_{i+1}) is (S_j, v_i) turned by an angle with the cosine r²,
+#     (S'_i, S'_j) is (S_i, inner) turned by an angle with the cosine c = 2r cos θ / (1 + r²).
+# With s = √(1-c²), the matrix from (S_i, S_j) to (S'_i, S'_j) is [c, -s r²; s, c r²]. Its trace is
+# 2r cos θ and its determinant r², so its eigenvalues are r e^(±iθ).
 
-# powers: A^0, A^1, ..., A^chunk [chunk + 1, n, n], of which `recur` tells the use; b [n]; C [2K, n]
+# powers [chunk + 1, n, n] = A^0, A^1, ..., A^chunk, for `recur`; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 
 
 def real_decays(L, n_decays):
     """Decays α = exp(-1/steps), from steps = L, a long memory, to 1/8, which is almost none."""
-    steps = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_decays))
+    steps = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_decays))  # evenly on a log scale
     return list(np.exp(-1 / steps))
 
 
 def decays_of_a_sector(L, n_filters, max_radians):
     """Decays exp(-1/steps) e^(iθ), 0 < θ <= max_radians, on arcs with the same `steps`.
 
-    The numbers were found by trial, for an error of 1e-6.
+    All numbers in it were found by trial, for an error of 1e-6.
     """
     decays = []
-    # The longest memory. If the filters are few for a wide sector they do not reach back as far as
-    # L, and the arcs need not either.
+    # The longest memory. A few filters for a wide sector do not reach back as far as L, so then it
+    # is shorter.
     steps = min(L / 3, (0.6 * n_filters + 60) / max_radians)
     while steps * max_radians > 1.5:  # what forgets sooner cannot be told from a real decay
         n_angles = round(steps * max_radians / 3)
@@ -1032,11 +1056,11 @@ def turn(x, y, c):
 def chain_of_sections(decays):
     """A [n, n] and b [n] of the chain described above."""
     n = count_states(decays)
-    # What a section holds, and what goes from one to the next, is a weighted sum of the old
-    # S_1, ..., S_n and u. It is written as the row of its weights.
-    S = np.eye(n + 1)[:n]
-    v = np.eye(n + 1)[n]  # u enters the first section
-    new = []  # the rows of the new S_1, S_2, ...
+    # What a section holds, and what goes from one to the next, is a weighted sum of S_1, ..., S_n
+    # and u. It is written as the row of its weights, so S_i itself is row i of an identity matrix.
+    *S, u = np.eye(n + 1)
+    v = u  # u enters the first section
+    new = []  # the rows of S'_1, S'_2, ...
     for p in decays:
         i = len(new)
         if p.imag == 0:
@@ -1046,29 +1070,30 @@ def chain_of_sections(decays):
             v = g * S[i] - p * v
         else:
             inner, v = turn(S[i + 1], v, abs(p) ** 2)
-            new_i, new_j = turn(S[i], inner, 2 * p.real / (1 + abs(p) ** 2))
+            new_i, new_j = turn(S[i], inner, 2 * p.real / (1 + abs(p) ** 2))  # r cos θ = p.real
             new += [new_i, new_j]
     new = np.stack(new)
     return new[:, :n], new[:, n]
 
 
-def fit_recurrence(filters, chunk=64, fade=1e-5, tolerance=1e-6, most_ringing=0.5, max_angle=0.0):
+def fit_recurrence(filters, chunk=64, fade=1e-5, tolerance=1e-6, most_after_L=0.5, max_angle=0.0):
     """The system that answers an impulse with the filters [L, 2K], a SpectralLDS, or None.
 
     Its decays are real, in pairs α and -α; with max_angle, in degrees, others are added.
     fade: weight of the answer after lag L, which should be small.
-    It is None if the error is more than `tolerance` of the largest value of a filter, or if what
-    comes after lag L is more than `most_ringing` of a filter, as it is for filters that are no sums
-    of decays. It is also None if it took more than 512 states. chunk: see recur.
+    It is None if the largest error is more than `tolerance` of the largest value of all filters, or
+    if the answer after lag L has a norm of more than `most_after_L` of the largest norm, as it does
+    for filters that are no sums of decays, or if more than 512 states would be needed.
+    chunk: so many powers of A are kept for recur.
     """
-    bank = filters.numpy()
-    L = len(bank)
+    Phi = filters.numpy()
+    L = len(Phi)
     n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
     decays = real_decays(L, n_pairs)
     if max_angle > 0:
-        decays += decays_of_a_sector(L, bank.shape[1], math.radians(max_angle))
-    # To each decay the one that alternates in sign. (Of a pair p and its conjugate we name only the
-    # one with a positive imaginary part; this is so with -p and its conjugate, too.)
+        decays += decays_of_a_sector(L, Phi.shape[1], math.radians(max_angle))
+    # For each p we add -p, for the twins. A complex p stands for itself and its conjugate, so we
+    # add its mirror image -p.conjugate(), which again has a positive imaginary part.
     with_mirror_images = []
     for p in decays:
         with_mirror_images += [p, -p.conjugate()]
@@ -1081,20 +1106,23 @@ def fit_recurrence(filters, chunk=64, fade=1e-5, tolerance=1e-6, most_ringing=0.
     for _ in range(L - 1):
         psi.append(A @ psi[-1])
     psi = np.stack(psi)  # [L, n], ψ(t) = A^t b
-    # The best C minimises Σ_{t<L} |C ψ(t) - Φ(t)|². It may make the answer grow after lag L, where
-    # the filters say nothing. So we add fade² Σ_{t>=L} |C ψ(t)|². The minimum is where
+    # The best C has the least Σ_{t<L} |C ψ(t) - Φ(t)|². But then the answer may grow after lag L,
+    # where the filters say nothing, so we add fade² Σ_{t>=L} |C ψ(t)|². The minimum is where
     #     C (before + fade² · after) = Σ_{t<L} Φ(t) ψ(t)ᵀ,
-    # with before = Σ_{t<L} ψ(t) ψ(t)ᵀ, and after = Σ_{t>=L} ψ(t) ψ(t)ᵀ = A^L (A^L)ᵀ, because
-    # ψ(t + L) = A^L ψ(t) and the sum over all t is I.
+    #     before = Σ_{t<L} ψ(t) ψ(t)ᵀ,    after = Σ_{t>=L} ψ(t) ψ(t)ᵀ.
+    # The sum of both is I. And ψ(t + L) = A^L ψ(t), so after = A^L I (A^L)ᵀ.
     A_L = np.linalg.matrix_power(A, L)
     after = A_L @ A_L.T
     before = np.eye(n) - after
-    C = np.linalg.solve(before + fade**2 * after, psi.T @ bank).T  # (the matrix is symmetric)
-    error = np.abs(psi @ C.T - bank).max() / np.abs(bank).max()
-    norm = np.linalg.norm(bank, axis=0).max()
+    left = before + fade**2 * after  # symmetric, so this is also left · Cᵀ = right
+    right = psi.T @ Phi  # [n, 2K]
+    C = np.linalg.solve(left, right).T
+    error = np.abs(psi @ C.T - Phi).max()
     # Of filter k the answer after L has the sum of squares C_k · after · C_kᵀ = |C_k A^L|².
     norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()
-    if error > tolerance or norm_after_L > most_ringing * norm:
+    if error > tolerance * np.abs(Phi).max():
+        return None
+    if norm_after_L > most_after_L * np.linalg.norm(Phi, axis=0).max():
         return None
     powers = [np.eye(n)]
     for _ in range(chunk):
@@ -1114,7 +1142,7 @@ def recur_one(u, S, lds, M):
     if M.ndim == 2:
         y = (filtered * M).sum(dim=1)
     else:
-        y = filtered.flatten(1) @ M.flatten(0, 1)
+        y = filtered.flatten(1) @ M.flatten(0, 1)  # [B, 2K · d] @ [2K · d, d_out]
     return y[:, None], S
 
 
@@ -1142,20 +1170,21 @@ def recur(u, S, lds, M):
     filters = psi @ C.T  # [lag, 2K]
     t = torch.arange(size, device=u.device)
     lag = t[:, None] - t  # from an input at i to the output at t
-    to_inputs = filters[lag.clamp(min=0)]  # [t, i, 2K]
-    to_inputs = to_inputs.masked_fill((lag < 0)[:, :, None], 0)  # inputs that are yet to come
-    to_state = C @ powers[1 : size + 1]  # [t, 2K, n]
+    input_response = filters[lag.clamp(min=0)]  # [t, i, 2K], at t to the input at i
+    is_yet_to_come = (lag < 0)[:, :, None]
+    input_response = input_response.masked_fill(is_yet_to_come, 0)
+    state_response = C @ powers[1 : size + 1]  # [t, 2K, n], at t to the state before the chunk
     if M.ndim == 2:
         # STU-T: first the filter of each channel d, then all chunks c at once
-        to_inputs = torch.einsum("tik,kd->tid", to_inputs, M)
-        to_state = torch.einsum("tkn,kd->tnd", to_state, M)
-        y = torch.einsum("tid,cbid->cbtd", to_inputs, u)
-        y = y + torch.einsum("tnd,cbnd->cbtd", to_state, states)
+        input_response_d = torch.einsum("tik,kd->tid", input_response, M)
+        state_response_d = torch.einsum("tkn,kd->tnd", state_response, M)
+        y = torch.einsum("tid,cbid->cbtd", input_response_d, u)
+        y = y + torch.einsum("tnd,cbnd->cbtd", state_response_d, states)
     else:
 
         def full_stu(chunk, S_before):
-            filtered = torch.einsum("tik,bid->btkd", to_inputs, chunk)
-            filtered = filtered + torch.einsum("tkn,bnd->btkd", to_state, S_before)
+            filtered = torch.einsum("tik,bid->btkd", input_response, chunk)
+            filtered = filtered + torch.einsum("tkn,bnd->btkd", state_response, S_before)
             return filtered.flatten(2) @ M.flatten(0, 1)
 
         # One chunk at a time, because the outputs of all filters are large.
@@ -1176,7 +1205,7 @@ def check_state(memory, shape):
 
 
 def overwrite(old, new):
-    """Write `new` where `old` is -> old. If gradients are asked for, which need the old, -> new.
+    """`new`, written into the memory of `old`, unless gradients are asked for, which need the old.
 
     So the state of a stream of tokens stays where it is in memory, as a CUDA graph wants it.
     """
@@ -1201,7 +1230,7 @@ def start_ring(k, window):
 def write_to_ring(state, k, v, position):
     """The state after tokens with keys and values [B, H, T, head_size] at positions [B or 1, T]."""
     keys, values, positions, n_read = state
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():  # gradients need the old ones
         keys = keys.clone()
         values = values.clone()
         positions = positions.clone()
@@ -1239,7 +1268,7 @@ class FlashSTU(LanguageModel):
 
     def generate(self, input_ids, max_length=None, max_new_tokens=None, **options):
         """Prompt [B, T] -> prompt and what follows. max_length counts both. Options: see stream."""
-        if (max_length is None) == (max_new_tokens is None):
+        if (max_length is None) == (max_new_tokens is None):  # both or neither
             raise ValueError("give one of the two lengths, max_length or max_new_tokens")
         ids = check_ids(input_ids, self.config.vocab_size)
         if max_new_tokens is None:
@@ -1262,8 +1291,9 @@ class FlashSTU(LanguageModel):
 
         temperature 0 takes the likeliest token. For top_k and top_p see sample. The stream ends
         early when every row has produced stop_token; a row that has it repeats it.
-        state: a list, empty or as an earlier call left it, which is kept up to date. It has read
-        all tokens but the last that was yielded, so begin the next input_ids with that one.
+        state: to go on later, give an empty list. The stream fills it, and changes it with every
+        token. Give it to the next call, with input_ids that begin with the last token that was
+        yielded: all but that one have been read.
         A model with dropout must be in eval mode.
         """
         ids = check_ids(input_ids, self.config.vocab_size)
@@ -1279,11 +1309,14 @@ class FlashSTU(LanguageModel):
         if state is None:
             state = []
 
+        # The checks above are made at once. A function with a yield begins only when the first
+        # token is asked for.
         @torch.no_grad()
         def tokens(ids):
             stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
             for _ in range(max_new_tokens):
-                # First these are the prompt, in pieces so that memory is bounded, later one token.
+                # At first ids is the prompt, and is read in pieces to save memory. Later it is one
+                # token.
                 for piece in ids.split(self.config.seq_len, dim=1):
                     before = state if len(state) > 0 else None
                     x, after = self.hidden(piece, before, use_cache=True)
@@ -1298,7 +1331,7 @@ class FlashSTU(LanguageModel):
                     return
                 ids = token[:, None]
 
-        return tokens(ids)  # a function apart, so that the checks do not wait for the first token
+        return tokens(ids)
 
     def save_pretrained(self, folder):
         """Write model.safetensors, config.json and a copy of this file into the folder."""
@@ -1311,7 +1344,7 @@ class FlashSTU(LanguageModel):
         It is in eval mode. No code from the folder is run. A ValueError says what is wrong there.
         """
         config, tensors = read_folder(Path(folder))
-        with torch.device("meta"):  # without memory: the tensors that were read take the place
+        with torch.device("meta"):  # this makes no weights, only their names and shapes
             model = cls(config)
         try:
             model.load_state_dict(tensors, assign=True)
@@ -1331,15 +1364,17 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         raise ValueError("the logits must be finite; do the weights hold NaN?")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = (logits - best) / max(temperature, 1e-30)  # 0 or less, so nothing overflows to inf
+    # The best becomes 0 and all others negative, so a tiny temperature makes no infinity of them.
+    logits = (logits - best) / max(temperature, 1e-30)
     if top_k == 0 and top_p == 1:
         choice = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
         return choice[:, 0]
-    count = min(top_k or logits.shape[1], logits.shape[1])
+    vocab_size = logits.shape[1]
+    count = vocab_size if top_k == 0 else min(top_k, vocab_size)
     logits, tokens = logits.topk(count)  # likeliest first
     probs = logits.softmax(dim=-1)
-    reached_before = probs.cumsum(dim=-1) - probs
-    probs = probs.masked_fill(reached_before >= top_p, 0)
+    of_likelier = probs.cumsum(dim=-1) - probs  # the probability of all tokens before it
+    probs = probs.masked_fill(of_likelier >= top_p, 0)
     choice = torch.multinomial(probs, 1, generator=generator)
     return tokens.gather(1, choice)[:, 0]
 
@@ -1353,9 +1388,8 @@ def filters_of_a_sector(G, K, max_angle):
     These are the top K eigenvectors of a matrix Z' that is made in the same way for r^t cos θt and
     r^t sin θt. Since cos θt cos θs + sin θt sin θs = cos θ(t-s), we have
         Z'_ts = Z_ts · (the mean of cos θ(t-s) over the angles θ).
-    (The weight stays (1-r)². Measured: with |1-α|² or none, poles of radius 0.999 need 3 to 10%
-    fewer filters, but poles of radius 0.9 up to 45% more.)
-    -> eigenvectors of Z', leading ones first, and the square roots of their eigenvalues
+    -> eigenvectors of Z' [L, K or more], leading ones first, and the square roots of their
+    eigenvalues
     """
     # If E has a column for the cosine and one for the sine of each of many angles, this mean is
     # the matrix E Eᵀ.
@@ -1376,10 +1410,10 @@ def filters_of_a_sector(G, K, max_angle):
         return ((E @ w) * G).sum(dim=1)
 
     # Lanczos' method. A vector that is multiplied by Z' again and again turns towards the top
-    # eigenvectors. They lie in the span of all vectors on its way.
+    # eigenvectors. They lie in the span of all vectors on its way, of which we keep a basis.
     steps = min(L, 2 * K + 32)  # measured: enough for 1e-12
     basis = G.new_zeros(L, steps)
-    images = []  # W: Hᵀ times each vector of the basis
+    images = []  # Hᵀ times each vector of the basis
     v = torch.from_numpy(np.random.default_rng(0).standard_normal(L))
     for i in range(steps):
         for _ in range(3):  # what is left of v may be tiny, and then once is not enough
@@ -1389,8 +1423,8 @@ def filters_of_a_sector(G, K, max_angle):
         image = multiply_by_H_transposed(v)
         images.append(image.flatten())
         v = multiply_by_H(image)
-    # Within the span of the basis Z' is WᵀW. Its eigenvectors are the right singular
-    # vectors of W, and of the small R in W = Q R.
+    # With W = Hᵀ · basis, Z' in terms of the basis is Wᵀ W. That is Rᵀ R, where W = Q R, so its
+    # eigenvectors are the right singular vectors of the small matrix R.
     W = torch.stack(images, dim=1)
     R = torch.linalg.qr(W).R
     _, sigma, Vh = torch.linalg.svd(R)
@@ -1398,16 +1432,16 @@ def filters_of_a_sector(G, K, max_angle):
 
 
 def angles_and_weights(L, max_angle):
-    """Angles from 0 to max_angle and weights, with which a sum is the mean over all angles.
+    """Angles such that Σ_i weights[i] f(angles[i]) is the mean of f from 0 to max_angle.
 
     This is Gauss-Legendre quadrature. For cos θt, t < L, it is exact from a few more than
     L · max_angle / 4 angles on.
     """
     n = math.ceil(L * max_angle / 4 + math.sqrt(L * max_angle)) + 40
     nodes, _ = legendre.leggauss(n)  # from -1 to 1
-    # The weights that come with them are right to 1e-14 only, too little for the weak filters. By
-    # Christoffel's formula, 2 / Σ_j (2j + 1) P_j(x)² at the node x, they are right to 1e-16. Half
-    # of that gives the mean.
+    # NumPy's own weights have errors of 1e-14, which is too much for the weak filters. Those of
+    # Christoffel's formula, 2 / Σ_j (2j + 1) P_j(x)² at the node x, are right to 1e-16. Their sum
+    # is 2, the length from -1 to 1. For a mean it must be 1, so we take half of them.
     polynomials = legendre.legvander(nodes, n - 1)  # P_j(x), [n nodes, n degrees]
     degree = np.arange(n)
     weights = 1 / (polynomials**2 @ (2 * degree + 1))
@@ -1417,7 +1451,7 @@ def angles_and_weights(L, max_angle):
 def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
     """Kronecker products φ_i ⊗ φ_j of k short filters, [n, k²].
 
-    The short ones have length ⌈√(n-2)⌉, as published, so there cannot be more than so many.
+    The short ones have length ⌈√(n-2)⌉, as published, so k is at most that.
     """
     check_floating(dtype)
     side = math.ceil(max(n - 2, 1) ** 0.5)
@@ -1458,7 +1492,7 @@ def flash_fft_conv(u, h):
 
 @lru_cache(maxsize=16)
 def flash_fft(n, dtype, device):
-    """Not kept in a layer, where its tables would become part of the state_dict."""
+    """The convolution on n points. It is kept here: in a layer its tables would be saved."""
     return FlashFFTConv(n, dtype=dtype).to(device)
 
 
@@ -1476,14 +1510,17 @@ HF_CONFIG = {  # what transformers looks for in a config.json, to find the class
 }
 
 
+# Filters that a layer was given are saved with its weights; the standard ones are made anew.
+
+
 def save_own_filters(stu, state_dict, prefix, _):
-    """A hook of STU.state_dict: filters that the layer was given are saved, standard ones not."""
+    """PyTorch calls this at the end of STU.state_dict()."""
     if stu.has_own_filters:
         state_dict[prefix + "filters"] = stu.bank.filters.clone()  # layers may share a bank
 
 
 def load_own_filters(stu, state_dict, prefix, *_):
-    """A hook of STU.load_state_dict."""
+    """PyTorch calls this before STU.load_state_dict(). It may exchange the bank and resize M."""
     filters = state_dict.pop(prefix + "filters", None)
     if filters is None or torch.equal(filters.cpu(), stu.bank.filters):
         return
@@ -1491,7 +1528,7 @@ def load_own_filters(stu, state_dict, prefix, *_):
         raise ValueError(f"{prefix}filters have length {len(filters)}, not {stu.seq_len}")
     stu.bank = FilterBank(filters)
     stu.has_own_filters = True
-    # Their number may be another, and then so is the number of weights.
+    # There may be more filters than before, or fewer, so there are as many more or fewer weights.
     name = "M_filters" if stu.use_approx else "M"
     M = getattr(stu, name)
     if len(M) != filters.shape[1]:
@@ -1515,8 +1552,8 @@ def write_folder(model, folder):
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt", "config": text})
         (new / CONFIG).write_text(text)
         shutil.copyfile(__file__, new / "stu.py")
-        # The weights carry their config. So if this is killed between two files, no old config is
-        # taken for that of the new weights: read_folder compares the two.
+        # Three files cannot be replaced at once. If this is killed after the first, new weights lie
+        # beside an old config. The weights hold a copy of theirs, so read_folder notices.
         for name in (WEIGHTS, "stu.py", CONFIG):
             (new / name).replace(folder / name)
         (folder / SHARDS).unlink(missing_ok=True)  # of the model that was here before
@@ -1538,7 +1575,8 @@ def read_folder(folder):
             raise ValueError(f"a saved model has a {file}; there is none in {folder}")
         try:
             with safe_open(folder / file, framework="pt") as part:
-                own_config = (part.metadata() or {}).get("config")
+                metadata = part.metadata() or {}
+                own_config = metadata.get("config")
                 for name in part.keys():  # noqa: SIM118 (it is no dict)
                     # transformers saves the names of its own model, which holds ours as `model`
                     tensors[name.removeprefix("model.")] = part.get_tensor(name)
@@ -1562,26 +1600,25 @@ def read_folder(folder):
         beside_it = read_config(folder, read_json(folder / CONFIG), tensors)
         if beside_it != config:
             raise ValueError(
-                f"{folder / CONFIG} is not the one that the weights were saved with. They hold a "
-                f"copy of theirs: delete {CONFIG}, and it is used."
+                f"{folder / CONFIG} is not the one that the weights were saved with. The weights "
+                f"hold a copy of that: delete {CONFIG} to use it."
             )
     return config, tensors
 
 
 def read_config(folder, values, tensors):
-    values["torch_dtype"] = tensors["tok_emb.weight"].dtype  # (transformers writes it as dtype)
+    # The dtype is that of the weights. (In config.json its name depends on transformers' release.)
+    values["torch_dtype"] = tensors["tok_emb.weight"].dtype
     values.setdefault("max_angle", 0.0)  # in folders from before there was this option
     names = [field.name for field in fields(FlashSTUConfig)]
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}")
     config = FlashSTUConfig(**{name: values[name] for name in names})
-    # Their number is compared here, before a config that is wrong makes us build many layers.
-    numbers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
-    if len(numbers) != config.n_layers:
-        raise ValueError(
-            f"{folder}: {config.n_layers} layers in {CONFIG}, weights of {len(numbers)}"
-        )
+    # The number of layers is checked here, before a wrong one makes us build very many.
+    saved = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    if len(saved) != config.n_layers:
+        raise ValueError(f"{folder}: {config.n_layers} layers in {CONFIG}, weights of {len(saved)}")
     return config
 
 
@@ -1625,12 +1662,12 @@ if transformers_is_here():
     except ImportError:  # as it was called before
         from transformers.utils.generic import check_model_inputs as capture_outputs
 
-    # A table of names tells libraries what a model is for. Trainer, for one, shifts the labels that
-    # it smooths only for models in this one.
+    # A table of transformers lists the language models. For those Trainer shifts the labels when it
+    # smooths them, so we add ours.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HF_CONFIG["model_type"]] = "FlashSTUForCausalLM"
 
-    # These say where texts begin. They are taken and not used: positions are relative, and texts
-    # that are packed into one row see each other, as in train.py.
+    # Arguments that say where texts begin. They are accepted and ignored: positions are relative,
+    # and texts that are packed into one row see each other, as in train.py.
     NOT_USED = (
         "position_ids",
         "cache_position",
@@ -1659,7 +1696,7 @@ if transformers_is_here():
         def to_flash_stu(self):
             names = [field.name for field in fields(FlashSTUConfig) if field.name != "torch_dtype"]
             options = {name: getattr(self, name) for name in names}
-            # Where transformers makes a model, the dtype it wants is the default of torch.
+            # While transformers makes a model, it sets torch's default dtype to the one it wants.
             return FlashSTUConfig(**options, torch_dtype=torch.get_default_dtype())
 
     class FlashSTUCache:
@@ -1668,7 +1705,7 @@ if transformers_is_here():
         # What transformers asks of a cache.
         is_compileable = False
         is_croppable = False  # it cannot take back a token
-        is_linear = (False,)  # `generate`, given all ids again, leaves out those it has read
+        is_linear = (False,)  # so `generate` leaves out the ids that were read, as with a KV cache
 
         def __init__(self):
             self.state = None
@@ -1683,8 +1720,8 @@ if transformers_is_here():
         reorder_cache = batch_select_indices  # as beam search calls it
 
         def batch_repeat_interleave(self, repeats):
-            first_tensor = self.state[0][0]  # of the first layer
-            batch_size = len(first_tensor)
+            first_layer = self.state[0]
+            batch_size = len(first_layer[0])
             self.batch_select_indices(torch.arange(batch_size).repeat_interleave(repeats))
 
     class FlashSTUDecoder(FlashSTU):
@@ -1713,13 +1750,13 @@ if transformers_is_here():
             if attention_mask is not None:
                 B, T = input_ids.shape
                 mask = check_mask(attention_mask, B, T)
-                # Padding matters to the tokens after it: here, or in calls that go on from here.
-                padding_before_token = ~mask[:, :-1] & mask[:, 1:]
-                matters = padding_before_token.any()
-                if use_cache:
-                    matters = not mask.all()
-                if not matters:
-                    attention_mask = None  # which is faster
+                # Padding matters only to the tokens after it. Without a mask it is faster.
+                if use_cache:  # tokens may come in the next call
+                    padding_matters = not mask.all()
+                else:
+                    padding_matters = (~mask[:, :-1] & mask[:, 1:]).any()
+                if not padding_matters:
+                    attention_mask = None
             x, cache.state = self.hidden(input_ids, cache.state, use_cache, attention_mask)
             cache.length += input_ids.shape[1]
             return BaseModelOutputWithPast(x, cache if use_cache else None)
@@ -1732,7 +1769,7 @@ if transformers_is_here():
         supports_gradient_checkpointing = True
         _no_split_modules = ("FlashSTUBlock",)
         _can_record_outputs = {"hidden_states": FlashSTUBlock}  # noqa: RUF012
-        _is_stateful = True  # nor can generation with it
+        _is_stateful = True  # its cache takes back no token, so no assisted generation
         _supports_sdpa = True  # one may ask for "sdpa" or "eager": it is the same
 
         def __init__(self, config):
@@ -1752,11 +1789,11 @@ if transformers_is_here():
             self.model.config.vocab_size = len(embedding.weight)
 
         def init_weights(self):
-            self.tie_weights()  # FlashSTU has drawn them
+            self.tie_weights()  # (the weights themselves were drawn by FlashSTU)
 
         def _init_weights(self, module):  # weights that a folder lacks
             if isinstance(module, STU):
-                module.reset_parameters()
+                module.draw_random_filters()
             else:
                 super()._init_weights(module)
 
@@ -1780,17 +1817,18 @@ if transformers_is_here():
             past_key_values=None,
             cache=None,
             labels=None,
-            logits_to_keep=0,  # so many at the end, 0: all; or a tensor of positions
+            logits_to_keep=0,  # how many at the end, or 0 for all; or a tensor of positions
             num_items_in_batch=None,
             **options,
         ):
-            # No parameter, because Trainer looks for those with "label" in their name in the data.
+            # It is not in the list above, because Trainer looks in the data for a column of each
+            # argument there that has "label" in its name.
             shift_labels = options.pop("shift_labels", None)
             options |= {"past_key_values": past_key_values, "cache": cache, "return_dict": True}
             output = dict(super().forward(input_ids, attention_mask=attention_mask, **options))
             x = output.pop("last_hidden_state")
             if isinstance(logits_to_keep, int):
-                logits_to_keep = slice(-logits_to_keep, None)  # x[:, -0:] is all of x
+                logits_to_keep = slice(-logits_to_keep, None)  # (slice(-0, None) is all of x)
             logits = self.lm_head(x[:, logits_to_keep])
             loss = None
             if labels is not None or shift_labels is not None:

@@ -1339,7 +1339,7 @@ def test_a_save_that_ends_anywhere_leaves_one_whole_model(n_steps, model, saved,
         new.save_pretrained(saved)
     assert len(done) == n_steps
     if n_steps in (1, 2):
-        assert_refused(saved, "delete config.json, and it is used")
+        assert_refused(saved, "delete config.json to use it")
         (saved / "config.json").unlink()
     assert_comes_back(saved, model if n_steps == 0 else new)
 
