@@ -1,6 +1,6 @@
 """What does length cost? The next token after a long context, and training on long sequences.
 
-    python experiments/cost.py --out assets/cost.png    # some minutes
+    python experiments/cost.py --out assets/cost.png    # six minutes
 
 The next token of a model (4 layers of width 256) is computed from its state, or by reading the
 whole context again. And models of 2.5 million parameters, of four kinds, train on one sequence,

@@ -1,6 +1,6 @@
 """Who learns a linear system with a long memory?
 
-    python experiments/linear_systems.py    # five minutes; draws linear_systems.png
+    python experiments/linear_systems.py    # four minutes; draws linear_systems.png
 
 A random system of 256 states, with real eigenvalues up to 0.99 in size, is learned from its inputs
 and outputs by models of about the same size. Adam trains each at the best of five learning rates,

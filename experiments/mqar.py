@@ -7,7 +7,7 @@ what a layer of each does for the other.
 
     git clone https://github.com/HazyResearch/zoology
     pip install einops pandas pydantic rich tqdm torchvision wandb     what Zoology imports
-    python experiments/mqar.py zoology                                 a line for each model
+    python experiments/mqar.py zoology        ten minutes of one core; a line for each model
 
 The models have two layers: "attention" twice, "stu" twice, or "hybrid", an STU and then attention.
 The accuracies of the seeds are printed, one after the other, and the time left goes to stderr.

@@ -1,6 +1,6 @@
 """What needs attention? Recall and copying, by models with one kind of layer or with both.
 
-    python experiments/recall.py            # some minutes; draws recall.png
+    python experiments/recall.py            # three minutes; draws recall.png
 
 Three tasks, each with new questions at every step, and the share of right answers:
 - associative recall: pairs of a key and a value, then the keys again in another order;
