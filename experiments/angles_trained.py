@@ -1,7 +1,7 @@
 """What does a sector of poles bring to a model? Its filters span poles up to a max_angle.
 
-    python experiments/angles_trained.py robot --rate 0.01                         5 minutes
-    python experiments/angles_trained.py text --steps 300 --data input.txt        15 minutes
+    python experiments/angles_trained.py robot --rate 0.01                         4 minutes
+    python experiments/angles_trained.py text --steps 300 --data input.txt        10 minutes
 
 The filters of max_angle = 0 span decays. A larger angle adds what rings, and angles.py says what it
 costs. Here models are trained at each angle, with 24 filters and on the same data. `robot` predicts
