@@ -12,8 +12,7 @@ decays as 1, α, α², α³, ... A recurrent layer has to learn these α, which 
 long. A spectral transform unit (STU) does not learn them. It filters its input with a few fixed
 signals, and what it learns is linear: how to mix its inputs, and how to weigh the filtered signals.
 These signals are chosen so that each decay, for any α from 0 to 1, is very nearly a weighted sum of
-them. Section 2 finds the best such signals:
-they are the top eigenvectors of one fixed matrix.
+them. Section 2 finds the best such signals: they are the top eigenvectors of one fixed matrix.
 
 How to read this file. Sections 1 to 6 are a complete language model that trains: settings, filters,
 convolution, the STU layer, attention, block and model. Sections 7 to 11 are what a user wants
@@ -23,7 +22,7 @@ The letters:
     B  batch size
     T  length of the input at hand
     d  number of channels; a layer maps d_in channels to d_out
-    L  length of the filters, `seq_len`
+    L  length of the filters; as a setting it is called `seq_len`
     K  number of eigenvectors; the papers' code calls it `num_eigh`
     φ  the eigenvectors, signals of length L: phi [L, K]
     Φ  the filter bank [L, 2K]: each φ_k(t), for decays with α > 0, and its alternating twin
@@ -127,7 +126,7 @@ class FlashSTUConfig:
     d_out_tile: int | None = None  # and output channels; None: as many as there are
     use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
     torch_dtype: str = "bfloat16"  # of the weights, as published. To train, choose "float32"
-    max_angle: float = 0.0  # > 0: also filters for oscillations of up to these degrees a step
+    max_angle: float = 0.0  # the fastest oscillation that the filters span, in degrees a step
 
     def __post_init__(self):
         for name in ("n_embd", "n_layers", "n_heads", "seq_len", "num_eigh", "vocab_size"):
@@ -384,10 +383,12 @@ def full_stu_conv(x, filters, M, most_entries):
 # ---- 4. The STU layer ----------------------------------------------------------------------------
 
 # An input may come in pieces. Then a layer remembers something of the pieces before, and goes on
-# from that (section 7). `position`, a tensor without dimensions, is the number of tokens read.
-STUState = namedtuple("STUState", "S position")  # S [B, n, d], of a recurrence with n states
-InputState = namedtuple("InputState", "inputs position")  # the last inputs, if there is none
-RingState = namedtuple("RingState", "keys values positions position")  # the last keys and values
+# from that (section 7): an STU the numbers S [B, n, d] of its recurrence, or its last inputs if its
+# filters have no recurrence; attention its last keys and values, and where each of them was.
+# `position`, a tensor without dimensions, is the number of tokens that were read.
+STUState = namedtuple("STUState", "S position")
+InputState = namedtuple("InputState", "inputs position")
+RingState = namedtuple("RingState", "keys values positions position")
 
 
 def check_input(x, channels):
@@ -494,8 +495,8 @@ class STU(nn.Module):
         """At first the layer answers with zero, and only what it learns is added.
 
         Measured with Adam: beside an STU with random filters, attention learns late to copy and to
-        look things up. The gradient of M_filters, and of M, is not zero, so the first step of
-        training ends the silence.
+        look things up. The gradient of M_filters, and of M, is not zero, so from the first step of
+        training on the output is not zero either.
         """
         if self.use_approx:
             nn.init.normal_(self.M_inputs, std=0.02)
@@ -545,7 +546,7 @@ class STU(nn.Module):
         filters, _ = self.bank.on(x.device, x.dtype)
         filters = filters[:T]  # lags that the input does not reach are left out
         if not self.use_approx:
-            # Without tiles there is memory for the matrices of 64 frequencies, with tiles for less.
+            # Without tiles this is the size of the matrices of 64 frequencies.
             most_entries = 64 * self.d_in_tile * self.d_out_tile
             return full_stu_conv(x, filters, self.M, most_entries).to(x.dtype)
         # One matrix product for the whole batch, channels first, as the FFT wants them. (Measured:
@@ -576,14 +577,11 @@ class STU(nn.Module):
         n = len(lds.b)  # number of states
         if state is None:
             state = STUState(lds.b.new_zeros(B, n, d), zero_position(x))
-        check_state(state.S, [B, n, d])
+        S = state.S
+        check_state(S, [B, n, d])
+        recurrence = recur if T > 1 else recur_one
         with torch.autocast(x.device.type, enabled=False):
-            u_S = u.to(state.S.dtype)
-            M_S = M.to(state.S.dtype)
-            if T == 1:
-                y, S = recur_one(u_S, state.S, lds, M_S)
-            else:
-                y, S = recur(u_S, state.S, lds, M_S)
+            y, S = recurrence(u.to(S.dtype), S, lds, M.to(S.dtype))
         S = overwrite(state.S, S)
         position = overwrite(state.position, state.position + T)
         return y.to(u.dtype), STUState(S, position)
@@ -647,11 +645,11 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
     """
     if position is None:
         position = torch.arange(k.shape[2], device=k.device)[None]
-    tile = 512 if q.is_cuda else 128  # measured to be fast; the result is the same for any
+    tile = 512 if q.is_cuda else 128  # measured to be fast; with any other the result is the same
     q_tiles = q.split(tile, dim=2)
     # Keys are cut into the same tiles, but before them there is the past, of any length:
     #     keys     | past | 1 | 2 | 3 | ...
-    #     queries         | 1 | 2 | 3 | ...
+    #     queries         | 1 | 2 | 3 | ...      numbered from 1; the past has the number 0
     # (They are all cut at once. If each tile of queries had its own slice of the keys, the gradient
     # of every slice would be as long as all keys.)
     sizes = [k.shape[2] - q.shape[2]]
@@ -659,10 +657,10 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
     k_tiles = k.split(sizes, dim=2)
     v_tiles = v.split(sizes, dim=2)
     position_tiles = position.split(sizes, dim=1)
-    reach = math.ceil(window / tile)  # a query sees its own tile and at most so many before that
+    reach = math.ceil(window / tile)  # a query sees its own tile, and this many before it
     outputs = []
     for i, q_tile in enumerate(q_tiles, start=1):
-        first = max(0, i - reach)  # tile 0 of the keys is the past, so tile i belongs to q_tile
+        first = max(0, i - reach)
         k_near = torch.cat(k_tiles[first : i + 1], dim=2)
         v_near = torch.cat(v_tiles[first : i + 1], dim=2)
         k_position = torch.cat(position_tiles[first : i + 1], dim=1)
@@ -715,7 +713,7 @@ class SlidingWindowAttention(nn.Module):
 
         qkv = self.c_attn(x).view(B, T, 3, self.n_heads, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, head_size]
-        q = rotate(self.q_norm(q), rotation).to(v.dtype)  # to turn them has made them float32
+        q = rotate(self.q_norm(q), rotation).to(v.dtype)  # (the rotation is in float32)
         k = rotate(self.k_norm(k), rotation).to(v.dtype)
         is_first_piece = state is None
         if not is_first_piece:
@@ -1021,18 +1019,18 @@ SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 
 def real_decays(L, n_decays):
     """Decays α = exp(-1/steps), from steps = L, a long memory, to 1/8, which is almost none."""
-    steps = np.exp(np.linspace(math.log(L), math.log(1 / 8), n_decays))  # evenly on a log scale
+    steps = np.geomspace(L, 1 / 8, n_decays)  # each is the one before times the same number
     return list(np.exp(-1 / steps))
 
 
 def decays_of_a_sector(L, n_filters, max_radians):
-    """Decays exp(-1/steps) e^(iθ), 0 < θ <= max_radians, on arcs with the same `steps`.
+    """Decays exp(-1/steps) e^(iθ), 0 < θ <= max_radians. Those with the same `steps` are an arc.
 
-    All numbers in it were found by trial, for an error of 1e-6.
+    All constants here were found by trial, for an error of 1e-6.
     """
     decays = []
-    # The longest memory. A few filters for a wide sector do not reach back as far as L, so then it
-    # is shorter.
+    # The first arc has the longest memory. A few filters for a wide sector do not reach back as far
+    # as L, so then it is shorter.
     steps = min(L / 3, (0.6 * n_filters + 60) / max_radians)
     while steps * max_radians > 1.5:  # what forgets sooner cannot be told from a real decay
         n_angles = round(steps * max_radians / 3)
@@ -1084,7 +1082,7 @@ def fit_recurrence(filters, chunk=64, fade=1e-5, tolerance=1e-6, most_after_L=0.
     It is None if the largest error is more than `tolerance` of the largest value of all filters, or
     if the answer after lag L has a norm of more than `most_after_L` of the largest norm, as it does
     for filters that are no sums of decays, or if more than 512 states would be needed.
-    chunk: so many powers of A are kept for recur.
+    chunk: how many powers of A are kept for recur.
     """
     Phi = filters.numpy()
     L = len(Phi)
@@ -1198,9 +1196,9 @@ def zero_position(x):
     return torch.zeros((), dtype=torch.long, device=x.device)
 
 
-def check_state(memory, shape):
-    if list(memory.shape) != shape:
-        got = list(memory.shape)
+def check_state(tensor, shape):
+    if list(tensor.shape) != shape:
+        got = list(tensor.shape)
         raise ValueError(f"this layer, with this batch, wants a state {shape}, got {got}")
 
 

@@ -308,21 +308,35 @@ def test_stu_equals_its_formula(L, T, B, options):
     assert relative_error(layer(x), expected) < 2e-6
 
 
-@pytest.mark.parametrize("use_approx", [True, False])
+@in_every_kind
 @pytest.mark.parametrize("L, T", [(1, 1), (50, 33), (64, 64)])
-def test_a_new_stu_answers_with_zero_and_its_first_step_changes_that(L, T, use_approx, monkeypatch):
+def test_a_new_stu_answers_with_zero_and_its_first_step_changes_that(L, T, options, monkeypatch):
     monkeypatch.undo()  # weights as a user finds them, not as random_stu draws them
-    layer = make_stu(L, use_approx=use_approx)
+    layer = make_stu(L, **options)
     x = torch.randn(2, T, 6)
     y = layer(x)
     assert y.count_nonzero() == 0
     (y - x).square().sum().backward()
-    weights = layer.M_filters if use_approx else layer.M
-    reached = weights.grad.flatten(1).norm(dim=1) > 0  # by the inputs of this length, each filter
-    assert reached.all()
+    weights = layer.M_filters if layer.use_approx else layer.M
+    reached = layer.bank.filters[:T].any(dim=0)  # the filters that such an input meets
+    assert torch.equal(weights.grad.flatten(1).any(dim=1), reached)
     with torch.no_grad():
         weights -= 1e-4 * weights.grad / weights.grad.norm()
     assert (layer(x) - x).norm() < (y - x).norm()
+
+
+@pytest.mark.parametrize("sandwich", [False, True])
+def test_a_new_block_learns_all_its_weights_from_the_second_step_on(sandwich, monkeypatch):
+    monkeypatch.undo()
+    block = FlashSTUBlock(8, 20, 4, stu_enable_mlp_sandwich=sandwich)
+    x = torch.randn(2, 20, 8)
+    optimizer = torch.optim.AdamW(block.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        block(x).square().sum().backward()
+        optimizer.step()
+    for name, p in block.named_parameters():
+        assert p.grad.any(), name
 
 
 @in_every_kind

@@ -5,7 +5,7 @@ followed that, keep the longest run) with a model and a training loop of its own
 them as they are, and exchanges one thing: where that model builds an STU, it may get ours instead.
 
     git clone https://github.com/hazan-lab/mechanistic-bench
-    python experiments/mechbench.py mechanistic-bench               all of it: 45 minutes of one core
+    python experiments/mechbench.py mechanistic-bench              all of it: 45 minutes of one core
     python experiments/mechbench.py mechanistic-bench --tasks copy --seeds 1 --layers ours
 
 The layers that are compared, in a model of STU blocks only ("pure") and alternating with attention:
