@@ -41,7 +41,7 @@ import sys
 import tempfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -122,8 +122,8 @@ class FlashSTUConfig:
     softcap: float = 50.0  # bound on attention logits; 0 turns it off
     stu_enable_mlp_sandwich: bool = False  # put each STU between two linear layers
     stu_mlp_hidden_size: int | None = None  # width of the STU between them; None: that of the MLP
-    d_in_tile: int | None = None  # to save memory: input channels that are convolved at a time
-    d_out_tile: int | None = None  # and output channels; None: as many as there are
+    d_in_tile: int | None = None  # to save memory: a full STU holds 64 matrices of d_in_tile x
+    d_out_tile: int | None = None  # d_out_tile at a time, STU-T d_out_tile channels; None: of all
     use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
     torch_dtype: str = "bfloat16"  # of the weights, as published. To train, choose "float32"
     max_angle: float = 0.0  # the fastest oscillation that the filters span, in degrees a step
@@ -188,16 +188,18 @@ def get_spectral_filters(
     K = check_integer("num_eigh", K)
     max_angle = check_number("max_angle", max_angle, most=90.0)
     check_floating(dtype)
-    # The integral becomes a sum over decays α = exp(-rate), where log(rate) is evenly spaced (the
-    # trapezoid rule). Its error is tiny for a smooth function that goes to zero at both ends, and
-    # as a function of log(rate) ours does: with half the spacing no filter changes by over 1e-12.
+    # The integral becomes a sum over many decays α = exp(-rate), from those that forget at once to
+    # those that remember all of L. The rates of these lie many powers of ten apart, so it is
+    # log(rate) that is evenly spaced (the trapezoid rule). For smooth functions that go to zero at
+    # both ends, as ours does, its error is tiny: with half the spacing no filter changes by over
+    # 1e-12.
     spacing = 0.1
-    log_fastest = 3.8  # this is rate 45, and α = exp(-45) forgets everything in one step
-    # At rate · L = exp(-12) the decay is as good as constant over L lags, and below log(rate) = -21
-    # the weight (1-α)² dα is less than 1e-26.
+    log_fastest = 3.8  # this is rate 45, and α = exp(-45) is nothing after one step
+    # The sum may end where either a decay is as good as constant over L lags (rate · L = exp(-12))
+    # or its weight (1-α)² dα is next to nothing (1e-26 at log(rate) = -21).
     log_slowest = max(-12 - math.log(L), -21)
     rate = np.exp(np.arange(log_fastest, log_slowest, -spacing))
-    d_alpha = spacing * rate * np.exp(-rate)  # since dα = -α rate d(log rate)
+    d_alpha = spacing * rate * np.exp(-rate)  # |dα| = α rate d(log rate)
     exponent = 2 if use_hankel_L else 1
     root_of_weight = -np.expm1(-exponent * rate)  # 1-α, or 1-α² for Hankel-L
     t = np.arange(L)
@@ -205,13 +207,13 @@ def get_spectral_filters(
     G = torch.from_numpy(G)
     if use_hankel_L:
         G = both_signs(G)
-    # The SVD of a tall matrix by way of a small one: G = Q R = Q (U diag(σ) Vᵀ).
+    # The SVD of G by way of a smaller matrix: G = Q R = Q (U diag(σ) Vᵀ).
     Q, R = torch.linalg.qr(G)
     U, sigma, _ = torch.linalg.svd(R)
     phi = Q @ U
     if max_angle > 0:
-        # Z = G Gᵀ is also true of the thinner matrix G with the columns σ_k φ_k. Those that are no
-        # more than rounding errors are left out.
+        # Instead of G we take the thinner matrix with the columns σ_k φ_k, which has the same
+        # product Z. Columns that are no more than rounding errors are left out.
         visible = sigma > 1e-16 * sigma[0]
         thin_G = phi[:, visible] * sigma[visible]
         phi, sigma = filters_of_a_sector(thin_G, K, math.radians(max_angle))  # section 9
@@ -260,42 +262,62 @@ def check_filters(filters):
         raise ValueError("filters must be finite, and not all zero")
 
 
+def copy_to(tensor, device, dtype):
+    """A copy on this device and of this dtype.
+
+    Tensors that are made under inference_mode could never be used in training. So the copy is made
+    outside it, and always, because `to` alone may return the same tensor.
+    """
+    with torch.inference_mode(False):
+        return tensor.to(device, dtype, copy=True)
+
+
 class FilterBank:
     """The filters Φ [L, 2K] in float64, which all layers that use them share.
 
-    `lds` is for section 7, and can be ignored until then: a recurrence whose answer to an impulse
-    is Φ, or None if none was found. fit_options: how it is looked for, see fit_recurrence.
     A bank is not a buffer of a module, or model.to(torch.bfloat16) would round the filters.
+    fit_options: how `lds` is looked for, see fit_recurrence.
     """
 
-    def __init__(self, filters, recipe=None, **fit_options):
+    def __init__(self, filters, **fit_options):
         check_filters(filters)
         self.filters = filters.detach().double().cpu()
-        self.lds = fit_recurrence(self.filters, **fit_options)
-        self.copies = {}  # what `on` made: {(device, dtype): (filters, lds)}
-        # For pickle, which makes this bank again by function(*arguments).
-        if recipe is None:
-            recipe = (partial(FilterBank, **fit_options), (self.filters,))
-        self.recipe = recipe
+        self.fit_options = fit_options
+        self.made_by = (partial(FilterBank, **fit_options), (self.filters,))
+        self.filters_copies = {}  # {(device, dtype): copy}
+        self.lds_copies = {}
 
     def __reduce__(self):
-        return self.recipe
+        # What pickle and deepcopy keep is not the bank, but the call that makes it again: a
+        # function and its arguments.
+        return self.made_by
 
     # torch.compile may take the result as a constant: it is the same at every call.
     @torch.compiler.assume_constant_result
-    def on(self, device, dtype):
-        """(filters, lds) for inputs on this device and of this dtype, but at least in float32."""
+    def filters_on(self, device, dtype):
+        """The filters for inputs on this device and of this dtype, but at least in float32."""
         dtype = torch.promote_types(dtype, torch.float32)
-        if (device, dtype) not in self.copies:
-            # Tensors that are made under inference_mode could never be used in training. So they
-            # are made outside it, and copied, because `to` alone may return the same tensor.
-            with torch.inference_mode(False):
-                filters = self.filters.to(device, dtype, copy=True)
-                lds = None
-                if self.lds is not None:
-                    lds = SpectralLDS(*[t.to(device, dtype, copy=True) for t in self.lds])
-            self.copies[device, dtype] = (filters, lds)
-        return self.copies[device, dtype]
+        if (device, dtype) not in self.filters_copies:
+            self.filters_copies[device, dtype] = copy_to(self.filters, device, dtype)
+        return self.filters_copies[device, dtype]
+
+    # The rest is for section 7, and can be ignored until then.
+
+    @cached_property
+    def lds(self):
+        """A recurrence whose answer to an impulse is Φ, or None if none was found."""
+        return fit_recurrence(self.filters, **self.fit_options)
+
+    @torch.compiler.assume_constant_result
+    def lds_on(self, device, dtype):
+        """It, likewise, for inputs on this device and of this dtype."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        if (device, dtype) not in self.lds_copies:
+            lds = self.lds
+            if lds is not None:
+                lds = SpectralLDS(*[copy_to(t, device, dtype) for t in lds])
+            self.lds_copies[device, dtype] = lds
+        return self.lds_copies[device, dtype]
 
 
 @lru_cache(maxsize=32)
@@ -311,8 +333,9 @@ def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False, max_angl
         )
     if not use_hankel_L:  # those filters have both signs already
         phi = both_signs(phi)
-    recipe = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
-    return FilterBank(phi, recipe, max_angle=max_angle)  # the recurrence needs the angle, too
+    bank = FilterBank(phi, max_angle=max_angle)  # the recurrence needs the angle, too
+    bank.made_by = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
+    return bank
 
 
 # ---- 3. The convolution --------------------------------------------------------------------------
@@ -328,12 +351,12 @@ def fft_size(n):
 def fft_conv(u, h, most_channels=None):
     """Causal convolution of each channel with a filter of its own: y_t = Σ_i h_i u_{t-i}.
 
-    u [B, d, T], h [d, at most T] -> y [B, d, T], of which at most most_channels at a time.
+    u [B, d, T], h [d, at most T] -> y [B, d, T]. At most most_channels are computed at a time.
     """
     B, _, T = u.shape
     n = fft_size(T + h.shape[1] - 1)  # on fewer points the end would wrap around to the beginning
     # A few channels at a time. Measured, this is fastest while their spectra fit into the cache.
-    most_numbers = 2**24 if u.is_cuda else 2**19
+    most_numbers = 2**24 if u.is_cuda else 2**19  # in a tile [B, channels, n]
     tile = max(1, most_numbers // (B * n))
     if most_channels is not None:
         tile = min(tile, most_channels)
@@ -385,10 +408,10 @@ def full_stu_conv(x, filters, M, most_entries):
 # An input may come in pieces. Then a layer remembers something of the pieces before, and goes on
 # from that (section 7): an STU the numbers S [B, n, d] of its recurrence, or its last inputs if its
 # filters have no recurrence; attention its last keys and values, and where each of them was.
-# `position`, a tensor without dimensions, is the number of tokens that were read.
-STUState = namedtuple("STUState", "S position")
-InputState = namedtuple("InputState", "inputs position")
-RingState = namedtuple("RingState", "keys values positions position")
+# `n_read`, a tensor without dimensions, is the number of tokens that were read.
+STUState = namedtuple("STUState", "S n_read")
+InputState = namedtuple("InputState", "inputs n_read")
+RingState = namedtuple("RingState", "keys values places n_read")
 
 
 def check_input(x, channels):
@@ -423,7 +446,8 @@ class STU(nn.Module):
     the published code, the layer would see only the sum φ_k(t) + (-1)^t φ_k(t), which is zero at
     every odd lag t.
 
-    precomputed_filters: other filters than the eigenvectors, phi [seq_len, K], or a whole bank.
+    precomputed_filters: other filters than the eigenvectors, phi [seq_len, K], whose alternating
+    twins are added unless use_hankel_L; or a whole bank.
     backend: "fft" convolves if the input comes in one piece and is not longer than seq_len, and
     otherwise takes the recurrence of section 7. "lds" always takes the recurrence.
     The other options are those of FlashSTUConfig.
@@ -496,7 +520,7 @@ class STU(nn.Module):
 
         Measured with Adam: beside an STU with random filters, attention learns late to copy and to
         look things up. The gradient of M_filters, and of M, is not zero, so from the first step of
-        training on the output is not zero either.
+        training on the output is not zero either. (With Muon it is otherwise, see LanguageModel.)
         """
         if self.use_approx:
             nn.init.normal_(self.M_inputs, std=0.02)
@@ -533,7 +557,7 @@ class STU(nn.Module):
             x = x.masked_fill(~mask[:, :, None], 0)
         in_pieces = use_cache or state is not None
         if in_pieces or T > self.seq_len or self.backend == "lds":
-            y, state = self.go_on(x, state)
+            y, state = self.run_recurrence(x, state)
         else:
             y = self.convolve(x)
         return (y, state) if use_cache else y
@@ -543,10 +567,10 @@ class STU(nn.Module):
         B, T, _ = x.shape
         if B == 0:  # FFTs refuse that
             return x.new_zeros(0, T, self.d_out)
-        filters, _ = self.bank.on(x.device, x.dtype)
+        filters = self.bank.filters_on(x.device, x.dtype)
         filters = filters[:T]  # lags that the input does not reach are left out
         if not self.use_approx:
-            # Without tiles this is the size of the matrices of 64 frequencies.
+            # Without tiles, these are the matrices of 64 frequencies.
             most_entries = 64 * self.d_in_tile * self.d_out_tile
             return full_stu_conv(x, filters, self.M, most_entries).to(x.dtype)
         # One matrix product for the whole batch, channels first, as the FFT wants them. (Measured:
@@ -562,41 +586,44 @@ class STU(nn.Module):
                 y = fft_conv(u, h, self.d_out_tile)
         return y.transpose(1, 2).to(u.dtype)
 
-    def go_on(self, x, state):
-        """The layer as a recurrence (section 7) that begins at a state -> y, the state after x."""
-        _, lds = self.bank.on(x.device, x.dtype)
+    def run_recurrence(self, x, state):
+        """The layer as a recurrence (section 7), from a state on -> y, the state after x."""
+        lds = self.bank.lds_on(x.device, x.dtype)
         if lds is None:
-            return self.go_on_from_inputs(x, state)
+            return self.convolve_again(x, state)
         if self.use_approx:
             u = x @ self.M_inputs
             M = self.M_filters
+            recurrence = recur
         else:
             u = x
             M = self.M
+            recurrence = recur_full_stu
         B, T, d = u.shape
         n = len(lds.b)  # number of states
         if state is None:
-            state = STUState(lds.b.new_zeros(B, n, d), zero_position(x))
+            state = STUState(lds.b.new_zeros(B, n, d), nothing_read(x))
         S = state.S
         check_state(S, [B, n, d])
-        recurrence = recur if T > 1 else recur_one
+        if T == 1:
+            recurrence = recur_one
         with torch.autocast(x.device.type, enabled=False):
             y, S = recurrence(u.to(S.dtype), S, lds, M.to(S.dtype))
         S = overwrite(state.S, S)
-        position = overwrite(state.position, state.position + T)
-        return y.to(u.dtype), STUState(S, position)
+        n_read = overwrite(state.n_read, state.n_read + T)
+        return y.to(u.dtype), STUState(S, n_read)
 
-    def go_on_from_inputs(self, x, state):
+    def convolve_again(self, x, state):
         """If no recurrence fits the filters: convolve again with the last seq_len inputs."""
         B, T, _ = x.shape
         if state is None:
-            state = InputState(x.new_zeros(B, 0, self.d_in), zero_position(x))
+            state = InputState(x.new_zeros(B, 0, self.d_in), nothing_read(x))
         n_before = state.inputs.shape[1]
         check_state(state.inputs, [B, n_before, self.d_in])
         inputs = torch.cat([state.inputs.to(x.dtype), x], dim=1)
         y = self.convolve(inputs)[:, -T:]
         inputs = inputs[:, -self.seq_len :].clone()  # a slice alone would keep all of it in memory
-        return y, InputState(inputs, state.position + T)
+        return y, InputState(inputs, state.n_read + T)
 
 
 # ---- 5. Sliding-window attention -----------------------------------------------------------------
@@ -619,13 +646,13 @@ def rotate(x, rotation):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-def attend(q, k, v, q_position, k_position, window, softcap):
-    """softmax(q kᵀ / √head_size) v, where a query sees its own position and the `window` before.
+def attend(q, k, v, q_place, k_place, window, softcap):
+    """softmax(q kᵀ / √head_size) v, where a query sees its own place and the `window` before it.
 
-    q [B, H, queries, head_size], k and v [B, H, keys, head_size], positions [B, queries or keys].
+    q [B, H, queries, head_size], k and v [B, H, keys, head_size], places [B, queries or keys].
     With softcap > 0 the logits are bounded smoothly: softcap · tanh(logits / softcap).
     """
-    lag = q_position[:, :, None] - k_position[:, None, :]
+    lag = q_place[:, :, None] - k_place[:, None, :]
     visible = (lag >= 0) & (lag <= window)
     visible = visible[:, None]  # the same for every head
     if softcap == 0:
@@ -637,14 +664,14 @@ def attend(q, k, v, q_position, k_position, window, softcap):
     return logits.softmax(dim=-1) @ v
 
 
-def windowed_attention(q, k, v, window, softcap=0.0, position=None):
+def windowed_attention(q, k, v, window, softcap=0.0, place=None):
     """`attend` in O(T · window) time: a tile of queries at a time, and the keys in its reach.
 
     q [B, H, T, head_size]; k and v [B, H, past + T, head_size], of which the last T belong to the
-    queries. position [B or 1, past + T] of the keys, by default 0, 1, 2, ...
+    queries. place [B or 1, past + T] of the keys, by default 0, 1, 2, ...
     """
-    if position is None:
-        position = torch.arange(k.shape[2], device=k.device)[None]
+    if place is None:
+        place = torch.arange(k.shape[2], device=k.device)[None]
     tile = 512 if q.is_cuda else 128  # measured to be fast; with any other the result is the same
     q_tiles = q.split(tile, dim=2)
     # Keys are cut into the same tiles, but before them there is the past, of any length:
@@ -656,21 +683,20 @@ def windowed_attention(q, k, v, window, softcap=0.0, position=None):
     sizes += [q_tile.shape[2] for q_tile in q_tiles]
     k_tiles = k.split(sizes, dim=2)
     v_tiles = v.split(sizes, dim=2)
-    position_tiles = position.split(sizes, dim=1)
+    place_tiles = place.split(sizes, dim=1)
     reach = math.ceil(window / tile)  # a query sees its own tile, and this many before it
     outputs = []
     for i, q_tile in enumerate(q_tiles, start=1):
         first = max(0, i - reach)
         k_near = torch.cat(k_tiles[first : i + 1], dim=2)
         v_near = torch.cat(v_tiles[first : i + 1], dim=2)
-        k_position = torch.cat(position_tiles[first : i + 1], dim=1)
-        y = attend(q_tile, k_near, v_near, position_tiles[i], k_position, window, softcap)
+        k_place = torch.cat(place_tiles[first : i + 1], dim=1)
+        y = attend(q_tile, k_near, v_near, place_tiles[i], k_place, window, softcap)
         outputs.append(y)
     return torch.cat(outputs, dim=2)
 
 
-# Only positions decide who sees whom:
-#     a token is at its position p;
+# The place of a token decides who sees whom. It is its position p, except that
 #     padding is at p - FAR_AWAY, so tokens and padding do not see each other, but padding sees
 #     padding (it must see something, because a softmax over nothing is NaN);
 #     an empty slot of a state is at -2 · FAR_AWAY, so nothing sees it.
@@ -702,14 +728,14 @@ class SlidingWindowAttention(nn.Module):
         B, T, _ = x.shape
         position = torch.arange(T, device=x.device)
         if state is not None:
-            position = state.position + position
+            position = state.n_read + position
         if rotation is None:
             rotation = rotary_angles(position, self.head_size)
-        position = position[None]  # [1, T], the same in every row
+        place = position[None]  # [1, T], the same in every row
         if attention_mask is not None:
             mask = check_mask(attention_mask, B, T)
             x = x.masked_fill(~mask[:, :, None], 0)
-            position = torch.where(mask, position, position - FAR_AWAY)  # [B, T]
+            place = torch.where(mask, position, position - FAR_AWAY)  # [B, T]
 
         qkv = self.c_attn(x).view(B, T, 3, self.n_heads, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, head_size]
@@ -717,32 +743,31 @@ class SlidingWindowAttention(nn.Module):
         k = rotate(self.k_norm(k), rotation).to(v.dtype)
         is_first_piece = state is None
         if not is_first_piece:
-            y, state = self.go_on(q, k, v, position, state)
+            y, state = self.attend_from_state(q, k, v, place, state)
         elif flash_attn_func is not None and attention_mask is None and on_cuda_16_bit(q):
             y = flash_attention(q, k, v, self.window, self.softcap)  # section 9
         else:
-            y = windowed_attention(q, k, v, self.window, self.softcap, position)
+            y = windowed_attention(q, k, v, self.window, self.softcap, place)
         if use_cache and is_first_piece:
             empty = start_ring(k, self.window)  # section 7
-            state = write_to_ring(empty, k, v, position)
+            state = write_to_ring(empty, k, v, place)
         y = self.c_proj(y.transpose(1, 2).flatten(2))
         return (y, state) if use_cache else y
 
-    def go_on(self, q, k, v, position, state):
+    def attend_from_state(self, q, k, v, place, state):
         """Attention to what the state holds and to the new tokens -> y, the state after them."""
         B, _, T, _ = q.shape
         check_state(state.keys, [B, self.n_heads, self.window + 1, self.head_size])
         if T > 1:
             keys = torch.cat([state.keys, k], dim=2)
             values = torch.cat([state.values, v], dim=2)
-            positions = torch.cat([state.positions, position.expand(B, T)], dim=1)
-            y = windowed_attention(q, keys, values, self.window, self.softcap, positions)
-            return y, write_to_ring(state, k, v, position)
+            places = torch.cat([state.places, place.expand(B, T)], dim=1)
+            y = windowed_attention(q, keys, values, self.window, self.softcap, places)
+            return y, write_to_ring(state, k, v, place)
         # A single token is written over the one that leaves the window, and then attends to the
         # whole ring. No tensor changes its shape or its place in memory, so a CUDA graph can do it.
-        state = write_to_ring(state, k, v, position)
-        keys, values, positions, _ = state
-        y = attend(q, keys, values, position, positions, self.window, self.softcap)
+        state = write_to_ring(state, k, v, place)
+        y = attend(q, state.keys, state.values, place, state.places, self.window, self.softcap)
         return y, state
 
 
@@ -782,7 +807,7 @@ class FlashSTUBlock(nn.Module):
             stu_width = c.stu_mlp_hidden_size or mlp_width
             up = nn.Linear(d, stu_width, c.bias)
             down = nn.Linear(stu_width, d, c.bias)
-            self.sandwich = nn.ModuleList([up, down])  # the STU is between them
+            self.sandwich = nn.ModuleList([up, down])
         if use_attention:
             self.mixer = SlidingWindowAttention(d, c.n_heads, c.window_size, c.softcap, c.bias)
         else:
@@ -808,7 +833,8 @@ class FlashSTUBlock(nn.Module):
         """x [B, T, d] -> x, or with use_cache (x, state)."""
         h = self.mixer_norm(x)
         if self.sandwich is not None:
-            h = F.silu(self.sandwich[0](h))
+            up, down = self.sandwich
+            h = F.silu(up(h))
         if self.use_attention:
             output = self.mixer(h, state, use_cache, attention_mask, rotation)
         else:
@@ -818,7 +844,7 @@ class FlashSTUBlock(nn.Module):
         else:
             h = output
         if self.sandwich is not None:
-            h = self.sandwich[1](h)
+            h = down(h)
         x = x + self.dropout(h)
         x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return (x, state) if use_cache else x
@@ -879,15 +905,13 @@ class LanguageModel(nn.Module):
             del options[name]
         self.layers = nn.ModuleList()
         for i in range(c.n_layers):
-            use_attention = c.use_attn and i % 2 == 1
-            if not c.use_stu:
-                use_attention = True
+            use_attention = not c.use_stu or (c.use_attn and i % 2 == 1)
             block = FlashSTUBlock(c.n_embd, c.seq_len, c.num_eigh, use_attention, **options)
             self.layers.append(block)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        # Measured with Muon, which train.py takes: random filters learn faster than filters that
-        # begin as zero.
+        # A layer alone begins as zero, but in a model, which train.py trains with Muon, random
+        # filters learn faster: measured, with every seed.
         for module in self.layers.modules():
             if isinstance(module, STU):
                 module.draw_random_filters()
@@ -922,7 +946,7 @@ class LanguageModel(nn.Module):
         if state is None:
             state = [None] * len(self.layers)
         else:
-            position = state[0].position + position
+            position = state[0].n_read + position
         # The angles are computed once, and handed to all layers.
         rotation = rotary_angles(position, self.config.n_embd // self.config.n_heads)
         x = self.dropout(self.tok_emb(ids))
@@ -990,115 +1014,84 @@ class LanguageModel(nn.Module):
 # Such a system exists because each filter is a weighted sum of decays. One could take these decays
 # for a diagonal A. But slow decays are nearly the same signal. To tell them apart, the weights C
 # become large, with both signs, and in float32 the weakest filters are lost. So we use a chain of
-# sections instead, one for each decay p. Section i holds one number S_i. What enters the section is
-# v_i, and what leaves it, v_{i+1}, enters the next one. The input u enters the first section. In
-# each step, with g = √(1-p²), the section holds S_i before and S'_i after:
-#     S'_i    = p S_i + g v_i
-#     v_{i+1} = g S_i - p v_i.
-# Why the answers of the sections to an impulse, ψ(t) = A^t b, are orthonormal signals:
-#     The matrix [p g; g -p] is orthogonal: what a section holds and what leaves it have the same
-#     sum of squares as what it held and what entered.
-#     So one step of the whole chain, from (S, u) to (S', v_{n+1}), is an orthogonal matrix.
-#     Its first n rows are [A b], and rows of such a matrix are orthonormal: I = b bᵀ + A I Aᵀ.
-#     Put this whole sum in place of the I on its right, and again in what results, t times:
-#     I = b bᵀ + A b bᵀ Aᵀ + ... + A^t b bᵀ (A^t)ᵀ + A^(t+1) (A^(t+1))ᵀ. The last term goes to 0 as
-#     t grows, and what is left is I = Σ_t ψ(t) ψ(t)ᵀ.
-# The weights C of orthonormal signals are about as large as the filters, not larger, and float32 is
-# right to 1e-6. This is the Takenaka-Malmquist basis.
-#
-# What oscillates is a pair of decays r e^(iθ) and r e^(-iθ), and its section holds two numbers, S_i
-# and S_j (Kautz' basis). A step is two rotations, which are orthogonal too:
-#     (inner, v_{i+1}) is (S_j, v_i) turned by an angle with the cosine r²,
-#     (S'_i, S'_j) is (S_i, inner) turned by an angle with the cosine c = 2r cos θ / (1 + r²).
-# With s = √(1-c²), the matrix from (S_i, S_j) to (S'_i, S'_j) is [c, -s r²; s, c r²]. Its trace is
-# 2r cos θ and its determinant r², so its eigenvalues are r e^(±iθ).
+# sections instead, one for each decay p:
+#     u = v_1 → [S_1] → v_2 → [S_2] → v_3 → ... → [S_n] → v_{n+1}
+# Section i holds a number S_i. In each step v_i enters it, v_{i+1} leaves it and enters the next
+# one, and the section holds another number S'_i. This is done by turning the pair (S_i, v_i) by an
+# angle with the cosine p, so with the sine g = √(1-p²):
+#     S'_i    = p S_i - g v_i
+#     v_{i+1} = g S_i + p v_i.
+# Turning does not change the sum of two squares. So one step of the whole chain, from (S, u) to
+# (S', v_{n+1}), does not change a sum of squares either: its matrix is orthogonal. The first n rows
+# of it are [A b], and the rows of an orthogonal matrix are orthonormal, so
+#     I = A Aᵀ + b bᵀ.
+# Between A and Aᵀ we may write this I, and in that I again, and so on:
+#     I = b bᵀ + A (b bᵀ + A (b bᵀ + ...) Aᵀ) Aᵀ = Σ_t ψ(t) ψ(t)ᵀ,    ψ(t) = A^t b.
+# So the answers of the sections to an impulse, ψ_1(t), ..., ψ_n(t), are orthonormal signals (the
+# Takenaka-Malmquist basis). The weights C of orthonormal signals are about as large as the filters,
+# not larger, and float32 is right to 1e-6.
 
-# powers [chunk + 1, n, n] = A^0, A^1, ..., A^chunk, for `recur`; b [n]; C [2K, n]
+# powers [CHUNK + 1, n, n] = A^0, A^1, ..., A^CHUNK; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
+CHUNK = 64  # the most tokens that `recur` reads at once
+MOST_STATES = 512
 
 
-def real_decays(L, n_decays):
+def real_decays(L):
     """Decays α = exp(-1/steps), from steps = L, a long memory, to 1/8, which is almost none."""
+    n_decays = max(56, round(5 * math.log(8 * L)))  # measured: enough for any number of filters
     steps = np.geomspace(L, 1 / 8, n_decays)  # each is the one before times the same number
     return list(np.exp(-1 / steps))
 
 
-def decays_of_a_sector(L, n_filters, max_radians):
-    """Decays exp(-1/steps) e^(iθ), 0 < θ <= max_radians. Those with the same `steps` are an arc.
-
-    All constants here were found by trial, for an error of 1e-6.
-    """
-    decays = []
-    # The first arc has the longest memory. A few filters for a wide sector do not reach back as far
-    # as L, so then it is shorter.
-    steps = min(L / 3, (0.6 * n_filters + 60) / max_radians)
-    while steps * max_radians > 1.5:  # what forgets sooner cannot be told from a real decay
-        n_angles = round(steps * max_radians / 3)
-        for i in range(n_angles):
-            angle = max_radians * (i + 1) / n_angles
-            decays.append(cmath.rect(math.exp(-1 / steps), angle))
-        steps = steps / 1.65  # of the next arc
-    return decays
+def turn(x, y, cosine):
+    """Turn the pair (x, y) by an angle."""
+    sine = math.sqrt((1 - cosine) * (1 + cosine))
+    return cosine * x - sine * y, sine * x + cosine * y
 
 
-def count_states(decays):
-    return sum(1 if p.imag == 0 else 2 for p in decays)
-
-
-def turn(x, y, c):
-    """Turn (x, y) by the angle with cosine c."""
-    s = math.sqrt((1 - c) * (1 + c))
-    return c * x - s * y, s * x + c * y
-
-
-def chain_of_sections(decays):
-    """A [n, n] and b [n] of the chain described above."""
-    n = count_states(decays)
-    # What a section holds, and what goes from one to the next, is a weighted sum of S_1, ..., S_n
-    # and u. It is written as the row of its weights, so S_i itself is row i of an identity matrix.
-    *S, u = np.eye(n + 1)
-    v = u  # u enters the first section
-    new = []  # the rows of S'_1, S'_2, ...
+def chain_step(S, u, decays):
+    """One step of the chain described above: it holds S, and u enters -> S'."""
+    new = []  # S'
+    v = u
     for p in decays:
         i = len(new)
         if p.imag == 0:
-            p = p.real
-            g = math.sqrt((1 - p) * (1 + p))
-            new.append(p * S[i] + g * v)
-            v = g * S[i] - p * v
-        else:
-            inner, v = turn(S[i + 1], v, abs(p) ** 2)
-            new_i, new_j = turn(S[i], inner, 2 * p.real / (1 + abs(p) ** 2))  # r cos θ = p.real
+            new_i, v = turn(S[i], v, p.real)
+            new.append(new_i)
+        else:  # a pair of decays that oscillate, see section 9
+            new_i, new_j, v = oscillating_step(S[i], S[i + 1], v, p)
             new += [new_i, new_j]
-    new = np.stack(new)
-    return new[:, :n], new[:, n]
+    return np.stack(new)
 
 
-def fit_recurrence(filters, chunk=64, fade=1e-5, tolerance=1e-6, most_after_L=0.5, max_angle=0.0):
+def fit_recurrence(filters, max_angle=0.0, fade=1e-5, tolerance=1e-6, most_after_L=0.5):
     """The system that answers an impulse with the filters [L, 2K], a SpectralLDS, or None.
 
     Its decays are real, in pairs α and -α; with max_angle, in degrees, others are added.
     fade: weight of the answer after lag L, which should be small.
-    It is None if the largest error is more than `tolerance` of the largest value of all filters, or
-    if the answer after lag L has a norm of more than `most_after_L` of the largest norm, as it does
-    for filters that are no sums of decays, or if more than 512 states would be needed.
-    chunk: how many powers of A are kept for recur.
+    There is none
+      - if an error is more than `tolerance` of the largest value of all filters;
+      - if the answer after lag L has a norm of more than `most_after_L` of the largest norm of a
+        filter. It has for filters that are no sums of decays;
+      - if more than MOST_STATES states would be needed.
     """
     Phi = filters.numpy()
     L = len(Phi)
-    n_pairs = max(56, round(5 * math.log(8 * L)))  # measured: enough for any K
-    decays = real_decays(L, n_pairs)
+    decays = real_decays(L)
     if max_angle > 0:
-        decays += decays_of_a_sector(L, Phi.shape[1], math.radians(max_angle))
+        decays += decays_of_a_sector(L, Phi.shape[1], math.radians(max_angle))  # section 9
     # For each p we add -p, for the twins. A complex p stands for itself and its conjugate, so we
     # add its mirror image -p.conjugate(), which again has a positive imaginary part.
     with_mirror_images = []
     for p in decays:
         with_mirror_images += [p, -p.conjugate()]
-    n = count_states(with_mirror_images)
-    if n > 512:
+    n = sum(1 if p.imag == 0 else 2 for p in with_mirror_images)  # a complex one needs two numbers
+    if n > MOST_STATES:
         return None
-    A, b = chain_of_sections(with_mirror_images)
+    # A step is linear. So A is what it makes of the unit vectors, and b what it makes of u = 1.
+    A = chain_step(np.eye(n), np.zeros(n), with_mirror_images)
+    b = chain_step(np.zeros(n), 1.0, with_mirror_images)
 
     psi = [b]
     for _ in range(L - 1):
@@ -1106,15 +1099,12 @@ def fit_recurrence(filters, chunk=64, fade=1e-5, tolerance=1e-6, most_after_L=0.
     psi = np.stack(psi)  # [L, n], ψ(t) = A^t b
     # The best C has the least Σ_{t<L} |C ψ(t) - Φ(t)|². But then the answer may grow after lag L,
     # where the filters say nothing, so we add fade² Σ_{t>=L} |C ψ(t)|². The minimum is where
-    #     C (before + fade² · after) = Σ_{t<L} Φ(t) ψ(t)ᵀ,
-    #     before = Σ_{t<L} ψ(t) ψ(t)ᵀ,    after = Σ_{t>=L} ψ(t) ψ(t)ᵀ.
-    # The sum of both is I. And ψ(t + L) = A^L ψ(t), so after = A^L I (A^L)ᵀ.
+    #     (Σ_{t<L} ψ(t) ψ(t)ᵀ + fade² · after) Cᵀ = Σ_{t<L} ψ(t) Φ(t)ᵀ,
+    #     after = Σ_{t>=L} ψ(t) ψ(t)ᵀ = A^L I (A^L)ᵀ, because ψ(t + L) = A^L ψ(t).
+    # All ψ(t) ψ(t)ᵀ together sum to I, so the first sum is I - after.
     A_L = np.linalg.matrix_power(A, L)
     after = A_L @ A_L.T
-    before = np.eye(n) - after
-    left = before + fade**2 * after  # symmetric, so this is also left · Cᵀ = right
-    right = psi.T @ Phi  # [n, 2K]
-    C = np.linalg.solve(left, right).T
+    C = np.linalg.solve(np.eye(n) - (1 - fade**2) * after, psi.T @ Phi).T
     error = np.abs(psi @ C.T - Phi).max()
     # Of filter k the answer after L has the sum of squares C_k · after · C_kᵀ = |C_k A^L|².
     norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()
@@ -1123,7 +1113,7 @@ def fit_recurrence(filters, chunk=64, fade=1e-5, tolerance=1e-6, most_after_L=0.
     if norm_after_L > most_after_L * np.linalg.norm(Phi, axis=0).max():
         return None
     powers = [np.eye(n)]
-    for _ in range(chunk):
+    for _ in range(CHUNK):
         powers.append(A @ powers[-1])
     powers = np.stack(powers)
     return SpectralLDS(torch.from_numpy(powers), torch.from_numpy(b), torch.from_numpy(C))
@@ -1144,55 +1134,67 @@ def recur_one(u, S, lds, M):
     return y[:, None], S
 
 
-def recur(u, S, lds, M):
-    """Many tokens, u [B, T, d] -> y [B, T, d_out], S after the last: a chunk of tokens at a time.
-
-    For a token t of a chunk that begins with the state S, y_t is the answer to the inputs of the
-    chunk, Σ_{i<=t} C A^(t-i) b u_i, and the answer to the state, C A^(t+1) S.
-    """
-    powers, b, C = lds
-    B, T, d = u.shape
-    size = min(T, len(powers) - 1)  # tokens in a chunk
-    psi = powers[:size] @ b  # [size, n]
-    states = []  # at the beginning of each chunk
-    for piece in u.split(size, dim=1):
+def cut_into_chunks(u, S, lds):
+    """The inputs [chunks, B, size, d], the states before them [chunks, B, n, d], the last state."""
+    size = min(u.shape[1], CHUNK)
+    psi = lds.powers[:size] @ lds.b  # [size, n]
+    chunks = []
+    states = []
+    for chunk in u.split(size, dim=1):
         states.append(S)
-        r = piece.shape[1]
-        last_first = psi[:r].flip(0)  # ψ(r-1), ..., ψ(0)
-        S = powers[r] @ S + last_first.T @ piece  # A^r S + Σ_i ψ(r-1-i) u_i
-    states = torch.stack(states)  # [chunks, B, n, d]
-    missing = len(states) * size - T
-    u = F.pad(u, (0, 0, 0, missing))  # zeros, to fill the last chunk
-    u = u.view(B, len(states), size, d).transpose(0, 1)  # [chunks, B, size, d]
+        r = chunk.shape[1]  # in the last one there may be fewer tokens
+        # S after it is A^r S + Σ_i ψ(r-1-i) u_i.
+        last_first = psi[:r].flip(0)
+        S = lds.powers[r] @ S + last_first.T @ chunk
+        chunks.append(F.pad(chunk, (0, 0, 0, size - r)))  # filled up with zeros
+    return torch.stack(chunks), torch.stack(states), S
 
-    filters = psi @ C.T  # [lag, 2K]
-    t = torch.arange(size, device=u.device)
-    lag = t[:, None] - t  # from an input at i to the output at t
-    input_response = filters[lag.clamp(min=0)]  # [t, i, 2K], at t to the input at i
+
+def toeplitz(h):
+    """Filters [size, c] -> matrices [size, size, c] with h[t-i] in row t, column i."""
+    t = torch.arange(len(h), device=h.device)
+    lag = t[:, None] - t
     is_yet_to_come = (lag < 0)[:, :, None]
-    input_response = input_response.masked_fill(is_yet_to_come, 0)
-    state_response = C @ powers[1 : size + 1]  # [t, 2K, n], at t to the state before the chunk
-    if M.ndim == 2:
-        # STU-T: first the filter of each channel d, then all chunks c at once
-        input_response_d = torch.einsum("tik,kd->tid", input_response, M)
-        state_response_d = torch.einsum("tkn,kd->tnd", state_response, M)
-        y = torch.einsum("tid,cbid->cbtd", input_response_d, u)
-        y = y + torch.einsum("tnd,cbnd->cbtd", state_response_d, states)
-    else:
-
-        def full_stu(chunk, S_before):
-            filtered = torch.einsum("tik,bid->btkd", input_response, chunk)
-            filtered = filtered + torch.einsum("tkn,bnd->btkd", state_response, S_before)
-            return filtered.flatten(2) @ M.flatten(0, 1)
-
-        # One chunk at a time, because the outputs of all filters are large.
-        y = [recompute(full_stu, chunk, S_before) for chunk, S_before in zip(u, states)]
-        y = torch.stack(y)
-    y = y.transpose(0, 1).flatten(1, 2)  # [B, chunks · size, d_out]
-    return y[:, :T], S
+    return h[lag.clamp(min=0)].masked_fill(is_yet_to_come, 0)
 
 
-def zero_position(x):
+def recur(u, S, lds, M):
+    """STU-T on many tokens, a chunk at a time: u [B, T, d] -> y [B, T, d], S after the last.
+
+    Token t of a chunk that begins with the state S has the output
+        y_t = Σ_{i<=t} C A^(t-i) b u_i + C A^(t+1) S,
+    the answer to the inputs of the chunk, and the answer to the state before it.
+    """
+    chunks, states, S = cut_into_chunks(u, S, lds)
+    size = chunks.shape[2]
+    h = lds.powers[:size] @ lds.b @ lds.C.T @ M  # [size, d], the filter of each channel
+    state_response = lds.C @ lds.powers[1 : size + 1]  # [t, 2K, n]
+    state_response = torch.einsum("tkn,kd->tnd", state_response, M)
+    y = torch.einsum("tid,cbid->cbtd", toeplitz(h), chunks)  # c is the chunk
+    y = y + torch.einsum("tnd,cbnd->cbtd", state_response, states)
+    y = y.transpose(0, 1).flatten(1, 2)  # [B, chunks · size, d]
+    return y[:, : u.shape[1]], S
+
+
+def recur_full_stu(u, S, lds, M):
+    """The same for the full STU: u [B, T, d_in], M [2K, d_in, d_out] -> y [B, T, d_out], S."""
+    chunks, states, S = cut_into_chunks(u, S, lds)
+    size = chunks.shape[2]
+    input_response = toeplitz(lds.powers[:size] @ lds.b @ lds.C.T)  # [t, i, 2K]
+    state_response = lds.C @ lds.powers[1 : size + 1]  # [t, 2K, n]
+
+    def outputs_of_chunk(chunk, S_before):
+        filtered = torch.einsum("tik,bid->btkd", input_response, chunk)
+        filtered = filtered + torch.einsum("tkn,bnd->btkd", state_response, S_before)
+        return filtered.flatten(2) @ M.flatten(0, 1)
+
+    # One chunk at a time, because the outputs of all filters are large.
+    y = [recompute(outputs_of_chunk, *pair) for pair in zip(chunks, states)]
+    y = torch.cat(y, dim=1)
+    return y[:, : u.shape[1]], S
+
+
+def nothing_read(x):
     return torch.zeros((), dtype=torch.long, device=x.device)
 
 
@@ -1216,31 +1218,31 @@ def start_ring(k, window):
     """The empty state of attention for keys like k [B, H, T, head_size]: window + 1 slots.
 
     Token t goes to slot t mod (window + 1), where it replaces the one that just left the window.
-    A slot knows the position of its token, so the ring need not be put in order.
+    A slot knows the place of its token, so the ring need not be put in order.
     """
     B, H, _, head_size = k.shape
     keys = k.new_zeros(B, H, window + 1, head_size)
     values = torch.zeros_like(keys)
-    positions = torch.full((B, window + 1), -2 * FAR_AWAY, device=k.device)
-    return RingState(keys, values, positions, zero_position(k))
+    places = torch.full((B, window + 1), -2 * FAR_AWAY, device=k.device)
+    return RingState(keys, values, places, nothing_read(k))
 
 
-def write_to_ring(state, k, v, position):
-    """The state after tokens with keys and values [B, H, T, head_size] at positions [B or 1, T]."""
-    keys, values, positions, n_read = state
+def write_to_ring(state, k, v, place):
+    """The state after tokens with keys and values [B, H, T, head_size] at places [B or 1, T]."""
+    keys, values, places, n_read = state
     if torch.is_grad_enabled():  # gradients need the old ones
         keys = keys.clone()
         values = values.clone()
-        positions = positions.clone()
+        places = places.clone()
     B, _, T, _ = k.shape
     n_slots = keys.shape[2]
     n_new = min(T, n_slots)  # of a piece that is longer than the ring only the end is kept
-    token = n_read + torch.arange(T - n_new, T, device=k.device)
-    slot = token % n_slots
+    index = n_read + torch.arange(T - n_new, T, device=k.device)  # of the tokens in the whole text
+    slot = index % n_slots
     keys.index_copy_(2, slot, k[:, :, -n_new:])
     values.index_copy_(2, slot, v[:, :, -n_new:])
-    positions.index_copy_(1, slot, position[:, -n_new:].expand(B, n_new))
-    return RingState(keys, values, positions, overwrite(n_read, n_read + T))
+    places.index_copy_(1, slot, place[:, -n_new:].expand(B, n_new))
+    return RingState(keys, values, places, overwrite(n_read, n_read + T))
 
 
 def select_rows(state, rows):
@@ -1250,10 +1252,10 @@ def select_rows(state, rows):
     """
     copies = []
     for layer_state in state:
-        index = torch.as_tensor(rows, device=layer_state.position.device)
+        index = torch.as_tensor(rows, device=layer_state.n_read.device)
         rows_of = {}
         for name, t in layer_state._asdict().items():
-            rows_of[name] = t.clone() if name == "position" else t.index_select(0, index)
+            rows_of[name] = t.clone() if name == "n_read" else t.index_select(0, index)
         copies.append(layer_state._replace(**rows_of))
     return copies
 
@@ -1427,6 +1429,39 @@ def filters_of_a_sector(G, K, max_angle):
     R = torch.linalg.qr(W).R
     _, sigma, Vh = torch.linalg.svd(R)
     return basis @ Vh.T, sigma
+
+
+def decays_of_a_sector(L, n_filters, max_radians):
+    """Decays exp(-1/steps) e^(iθ), 0 < θ <= max_radians, for a recurrence with such filters.
+
+    Those with the same `steps` are an arc. All constants here were found by trial, for an error of
+    1e-6.
+    """
+    decays = []
+    # The first arc has the longest memory. A few filters for a wide sector do not reach back as far
+    # as L, so then it is shorter.
+    steps = min(L / 3, (0.6 * n_filters + 60) / max_radians)
+    while steps * max_radians > 1.5:  # what forgets sooner cannot be told from a real decay
+        n_angles = round(steps * max_radians / 3)
+        for i in range(n_angles):
+            angle = max_radians * (i + 1) / n_angles
+            decays.append(cmath.rect(math.exp(-1 / steps), angle))
+        steps = steps / 1.65  # of the next arc
+    return decays
+
+
+def oscillating_step(S_i, S_j, v, p):
+    """One step of a section with the pair of decays r e^(iθ) and r e^(-iθ), of which p is one.
+
+    It holds two numbers, S_i and S_j, and v enters it -> S'_i, S'_j, and what leaves it. (Kautz'
+    basis.) Two turns are orthogonal, as one is. With c = 2r cos θ / (1 + r²) and s = √(1-c²), the
+    matrix from (S_i, S_j) to (S'_i, S'_j) is [c, -s r²; s, c r²]. Its trace is 2r cos θ and its
+    determinant r², so its eigenvalues are r e^(±iθ).
+    """
+    r = abs(p)
+    inner, v = turn(S_j, v, r**2)
+    S_i, S_j = turn(S_i, inner, 2 * p.real / (1 + r**2))  # p.real is r cos θ
+    return S_i, S_j, v
 
 
 def angles_and_weights(L, max_angle):

@@ -469,9 +469,9 @@ def test_full_stu_never_holds_all_filter_outputs():
 
 def test_casting_to_bfloat16_leaves_the_filters_exact():
     layer = STU(8, 8, 100)
-    exact, _ = layer.bank.on("cpu", torch.float32)
+    exact = layer.bank.filters_on("cpu", torch.float32)
     layer.to(torch.bfloat16)
-    filters, _ = layer.bank.on("cpu", torch.bfloat16)
+    filters = layer.bank.filters_on("cpu", torch.bfloat16)
     assert torch.equal(filters, exact)
     x = torch.randn(2, 100, 8).bfloat16()
     whole = layer(x)
@@ -487,11 +487,12 @@ def test_a_bank_does_not_depend_on_the_default_dtype():
     torch.set_default_dtype(torch.bfloat16)  # as transformers does while it makes a model
     try:
         made = STU(4, 4, 600).bank
+        recurrence = made.lds
     finally:
         torch.set_default_dtype(torch.float32)
     assert made is not expected
     assert torch.equal(made.filters, expected.filters)
-    assert torch.equal(made.lds.C, expected.lds.C)
+    assert torch.equal(recurrence.C, expected.lds.C)
 
 
 def test_layers_share_one_bank_and_so_do_their_copies():
@@ -712,7 +713,7 @@ def test_attention_depends_on_distance_not_on_position():
     later = attention(x[:, 10:])
     assert relative_error(later[:, 8:], y[:, 18:]) < 1e-5
     empty = stu.start_ring(torch.zeros(1, 4, 1, 8).double(), window=8)
-    far = empty._replace(position=torch.tensor(10**8))  # a stream after so many tokens
+    far = empty._replace(n_read=torch.tensor(10**8))  # a stream after so many tokens
     later, _ = attention(x, far, use_cache=True)
     assert relative_error(later, y) < 1e-5
 

@@ -6,7 +6,8 @@
 The filters of max_angle = 0 span decays. What rings, with poles r e^(±iθ), needs filters for a
 sector |θ| <= max_angle. `filters` counts how many, so that the best linear map on their outputs
 leaves 1e-6 of the variance of any system of the sector. (MiniSTU.fit finds this map on endless
-data.) `recurrence` counts the states of the recurrence that answers an impulse with the filters.
+data.) `recurrence` counts the states of the recurrence that answers an impulse with the filters,
+and how far back they look: the number of lags in which each has 90% of its energy.
 What the angle brings to a model is asked by angles_trained.py. The tables go to stdout, and the
 time left to stderr.
 """
@@ -105,7 +106,9 @@ def recurrence_row(L, angle, K):
     phi = get_spectral_filters(L, K, dtype=torch.float64, max_angle=angle)
     seconds = time.process_time() - start
     bank = FilterBank(both_signs(phi), max_angle=angle)
-    row = f"| {L} | {angle}° | {K} | {seconds:.2f} |"
+    energy = phi.square().cumsum(dim=0)
+    far = (energy < 0.9 * energy[-1]).sum(dim=0).max() + 1
+    row = f"| {L} | {angle}° | {K} | {seconds:.2f} | {far} |"
     if bank.lds is None:  # the layer remembers its last L inputs instead
         return f"{row} none |  |"
     step = bank.lds.powers[1]  # from a state to the next
@@ -129,7 +132,7 @@ def recurrence():
             rows.append((L, angle, 24))
     work = [L * (angle + 1) for L, angle, _ in rows]  # the time a row takes, about
     start = time.perf_counter()
-    print("| L | angle | K | filters, s | states | error |")
+    print("| L | angle | K | filters, s | lags | states | error |")
     for i, (L, angle, K) in enumerate(rows):
         print(recurrence_row(L, angle, K), flush=True)
         done = sum(work[: i + 1])
