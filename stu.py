@@ -175,6 +175,12 @@ class FlashSTUConfig:
 # above that. The singular values of G are their square roots, so of these about 36 are above it.
 
 
+def both_signs(signals):
+    """Signals [L, K], and after them their alternating twins: [L, 2K]."""
+    sign = (-1) ** torch.arange(len(signals), device=signals.device)
+    return torch.cat([signals, sign[:, None] * signals], dim=1)
+
+
 def get_spectral_filters(
     seq_len, K, use_hankel_L=False, device=None, dtype=torch.float32, max_angle=0.0
 ):
@@ -228,12 +234,6 @@ def get_spectral_filters(
         first = phi[:2].sum(dim=0)
     phi = phi * first.sign()
     return phi.to(device=device, dtype=dtype)
-
-
-def both_signs(signals):
-    """Signals [L, K], and after them their alternating twins: [L, 2K]."""
-    sign = (-1) ** torch.arange(len(signals), device=signals.device)
-    return torch.cat([signals, sign[:, None] * signals], dim=1)
 
 
 def stu_formula(x, bank, M):
@@ -404,14 +404,6 @@ def full_stu_conv(x, filters, M, most_entries):
 
 
 # ---- 4. The STU layer ----------------------------------------------------------------------------
-
-# An input may come in pieces. Then a layer remembers something of the pieces before, and goes on
-# from that (section 7): an STU the numbers S [B, n, d] of its recurrence, or its last inputs if its
-# filters have no recurrence; attention its last keys and values, and where each of them was.
-# `n_read`, a tensor without dimensions, is the number of tokens that were read.
-STUState = namedtuple("STUState", "S n_read")
-InputState = namedtuple("InputState", "inputs n_read")
-RingState = namedtuple("RingState", "keys values places n_read")
 
 
 def check_input(x, channels):
@@ -609,7 +601,7 @@ class STU(nn.Module):
             recurrence = recur_one
         with torch.autocast(x.device.type, enabled=False):
             y, S = recurrence(u.to(S.dtype), S, lds, M.to(S.dtype))
-        S = overwrite(state.S, S)
+        S = overwrite(state.S, S)  # in its place in memory, if no gradient is asked for
         n_read = overwrite(state.n_read, state.n_read + T)
         return y.to(u.dtype), STUState(S, n_read)
 
@@ -1031,6 +1023,12 @@ class LanguageModel(nn.Module):
 # Takenaka-Malmquist basis). The weights C of orthonormal signals are about as large as the filters,
 # not larger, and float32 is right to 1e-6.
 
+# What a layer returns as its state. `n_read`, a tensor without dimensions, is the number of tokens
+# that were read.
+STUState = namedtuple("STUState", "S n_read")  # S [B, n, d]
+InputState = namedtuple("InputState", "inputs n_read")  # of an STU whose filters have no recurrence
+RingState = namedtuple("RingState", "keys values places n_read")  # of attention, see start_ring
+
 # powers [CHUNK + 1, n, n] = A^0, A^1, ..., A^CHUNK; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 CHUNK = 64  # the most tokens that `recur` reads at once
@@ -1382,8 +1380,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 # ---- 9. Variants ---------------------------------------------------------------------------------
 
 
-def filters_of_a_sector(G, K, max_angle):
-    """From Z = G Gᵀ for the real decays r^t to the filters of a sector, |θ| <= max_angle.
+def filters_of_a_sector(G, K, max_radians):
+    """From Z = G Gᵀ for the real decays r^t to the filters of a sector, |θ| <= max_radians.
 
     These are the top K eigenvectors of a matrix Z' that is made in the same way for r^t cos θt and
     r^t sin θt. Since cos θt cos θs + sin θt sin θs = cos θ(t-s), we have
@@ -1394,7 +1392,7 @@ def filters_of_a_sector(G, K, max_angle):
     # If E has a column for the cosine and one for the sine of each of many angles, this mean is
     # the matrix E Eᵀ.
     L = len(G)
-    angles, weights = angles_and_weights(L, max_angle)
+    angles, weights = angles_and_weights(L, max_radians)
     turns = np.outer(np.arange(L), angles)
     E = np.concatenate([np.cos(turns), np.sin(turns)], axis=1)
     E = torch.from_numpy(E * np.sqrt(np.tile(weights, 2)))  # [L, 2 n_angles]
@@ -1464,13 +1462,13 @@ def oscillating_step(S_i, S_j, v, p):
     return S_i, S_j, v
 
 
-def angles_and_weights(L, max_angle):
-    """Angles such that Σ_i weights[i] f(angles[i]) is the mean of f from 0 to max_angle.
+def angles_and_weights(L, max_radians):
+    """Angles such that Σ_i weights[i] f(angles[i]) is the mean of f from 0 to max_radians.
 
     This is Gauss-Legendre quadrature. For cos θt, t < L, it is exact from a few more than
-    L · max_angle / 4 angles on.
+    L · max_radians / 4 angles on.
     """
-    n = math.ceil(L * max_angle / 4 + math.sqrt(L * max_angle)) + 40
+    n = math.ceil(L * max_radians / 4 + math.sqrt(L * max_radians)) + 40
     nodes, _ = legendre.leggauss(n)  # from -1 to 1
     # NumPy's own weights have errors of 1e-14, which is too much for the weak filters. Those of
     # Christoffel's formula, 2 / Σ_j (2j + 1) P_j(x)² at the node x, are right to 1e-16. Their sum
@@ -1478,11 +1476,11 @@ def angles_and_weights(L, max_angle):
     polynomials = legendre.legvander(nodes, n - 1)  # P_j(x), [n nodes, n degrees]
     degree = np.arange(n)
     weights = 1 / (polynomials**2 @ (2 * degree + 1))
-    return max_angle * (1 + nodes) / 2, weights
+    return max_radians * (1 + nodes) / 2, weights
 
 
 def get_tensorized_spectral_filters(n, k, use_hankel_L=False, device=None, dtype=torch.float32):
-    """Kronecker products φ_i ⊗ φ_j of k short filters, [n, k²].
+    """Kronecker products φ_i ⊗ φ_j of k short filters, of length n: [n, k²].
 
     The short ones have length ⌈√(n-2)⌉, as published, so k is at most that.
     """
@@ -1543,11 +1541,11 @@ HF_CONFIG = {  # what transformers looks for in a config.json, to find the class
 }
 
 
-# Filters that a layer was given are saved with its weights; the standard ones are made anew.
-
-
 def save_own_filters(stu, state_dict, prefix, _):
-    """PyTorch calls this at the end of STU.state_dict()."""
+    """PyTorch calls this at the end of STU.state_dict().
+
+    Filters that a layer was given are saved with its weights. The standard ones are made anew.
+    """
     if stu.has_own_filters:
         state_dict[prefix + "filters"] = stu.bank.filters.clone()  # layers may share a bank
 
@@ -1738,7 +1736,9 @@ if transformers_is_here():
         # What transformers asks of a cache.
         is_compileable = False
         is_croppable = False  # it cannot take back a token
-        is_linear = (False,)  # so `generate` leaves out the ids that were read, as with a KV cache
+        # One entry for all layers. "Linear" are caches to which `generate` gives all ids again. This
+        # one gets only those that it has not read, as a cache of keys and values does.
+        is_linear = (False,)
 
         def __init__(self):
             self.state = None
@@ -1854,8 +1854,8 @@ if transformers_is_here():
             num_items_in_batch=None,
             **options,
         ):
-            # It is not in the list above, because Trainer looks in the data for a column of each
-            # argument there that has "label" in its name.
+            # shift_labels is not named above, because Trainer would take it for a column of the data:
+            # it does so with each named argument that has "label" in its name.
             shift_labels = options.pop("shift_labels", None)
             options |= {"past_key_values": past_key_values, "cache": cache, "return_dict": True}
             output = dict(super().forward(input_ids, attention_mask=attention_mask, **options))
