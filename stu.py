@@ -160,8 +160,9 @@ class FlashSTUConfig:
 #
 # Which few signals does one need, so that weighted sums of them come close to every decay? Write
 # the decay of α as a vector a = (1, α, α², ...). As in a principal component analysis, the best
-# signals are the top eigenvectors of the sum of all a aᵀ. With the paper's weight (1-α)², under
-# which slow decays do not outweigh the others, this sum has a closed form, the Hankel matrix
+# signals are the top eigenvectors of the integral of a aᵀ over all α. With the paper's weight
+# (1-α)², under which slow decays do not outweigh the others, it has a closed form, the Hankel
+# matrix
 #     Z_ij = ∫ (1-α)² α^(i-1) α^(j-1) dα = 2 / ((i+j)³ - (i+j)),    α from 0 to 1, i, j = 1..L.
 # The second Hankel matrix of the paper, "Hankel-L", has α from -1 to 1 and the weight (1-α²)². Its
 # eigenvectors already contain decays of both signs, so no twins are added, and Φ [L, K] is φ.
@@ -510,9 +511,9 @@ class STU(nn.Module):
     def reset_parameters(self):
         """At first the layer answers with zero, and only what it learns is added.
 
-        Measured with Adam: beside an STU with random filters, attention learns late to copy and to
-        look things up. The gradient of M_filters, and of M, is not zero, so from the first step of
-        training on the output is not zero either. (With Muon it is otherwise, see LanguageModel.)
+        Measured: beside an STU with random filters attention learns late to copy and to look things
+        up. (A model of text begins otherwise, see LanguageModel.) The gradient of M_filters, and of
+        M, is not zero, so from the first step of training on the output is not zero either.
         """
         if self.use_approx:
             nn.init.normal_(self.M_inputs, std=0.02)
@@ -902,8 +903,8 @@ class LanguageModel(nn.Module):
             self.layers.append(block)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        # A layer alone begins as zero, but in a model, which train.py trains with Muon, random
-        # filters learn faster: measured, with every seed.
+        # A layer alone begins as zero. A model of text learns faster with random filters: measured,
+        # with every seed, and with either optimizer of train.py.
         for module in self.layers.modules():
             if isinstance(module, STU):
                 module.draw_random_filters()
@@ -938,7 +939,7 @@ class LanguageModel(nn.Module):
         if state is None:
             state = [None] * len(self.layers)
         else:
-            position = state[0].n_read + position
+            position = state[0].n_read + position  # (all layers have read as many tokens)
         # The angles are computed once, and handed to all layers.
         rotation = rotary_angles(position, self.config.n_embd // self.config.n_heads)
         x = self.dropout(self.tok_emb(ids))
@@ -1310,26 +1311,32 @@ class FlashSTU(LanguageModel):
         # The checks above are made at once. A function with a yield begins only when the first
         # token is asked for.
         @torch.no_grad()
-        def tokens(ids):
-            stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        def tokens(new_ids):
+            stopped = torch.zeros(len(new_ids), dtype=torch.bool, device=new_ids.device)
             for _ in range(max_new_tokens):
-                # At first ids is the prompt, and is read in pieces to save memory. Later it is one
-                # token.
-                for piece in ids.split(self.config.seq_len, dim=1):
-                    before = state if len(state) > 0 else None
-                    x, after = self.hidden(piece, before, use_cache=True)
-                    state[:] = after  # the caller's list
-                logits = self.logits(x[:, -1]).float()
+                x = self.read(new_ids, state)  # at first the prompt, later one token
+                logits = self.logits(x).float()
                 token = sample(logits, temperature, top_k, top_p, generator)
                 if stop_token is not None:
                     token = token.masked_fill(stopped, stop_token)
                     stopped = stopped | (token == stop_token)
                 yield token
-                if stop_token is not None and len(ids) > 0 and stopped.all():
+                if stop_token is not None and len(token) > 0 and stopped.all():
                     return
-                ids = token[:, None]
+                new_ids = token[:, None]
 
         return tokens(ids)
+
+    def read(self, ids, state):
+        """Ids [B, T] -> output of the last layer for the last of them, [B, d].
+
+        state: a list that holds the state before them, or nothing. Then it holds the one after.
+        """
+        for piece in ids.split(self.config.seq_len, dim=1):  # to save memory
+            before = state if len(state) > 0 else None
+            x, after = self.hidden(piece, before, use_cache=True)
+            state[:] = after
+        return x[:, -1]
 
     def save_pretrained(self, folder):
         """Write model.safetensors, config.json and a copy of this file into the folder."""

@@ -1959,7 +1959,7 @@ def test_a_wider_sector_of_poles_needs_more_filters_and_a_text_is_learned(tmp_pa
 
 
 def test_the_suites_of_others_get_our_layer():
-    build = experiment("mechbench")["with_our_layer"](build_theirs=None)
+    build = experiment("mechbench")["with_our_layer"](build_theirs=None, random=False)
     sizes = types.SimpleNamespace(d_model=8, max_seq_len=32, num_eigh=4, use_hankel_L=False)
     x = torch.randn(2, 32, 8)
     assert build("stu", sizes)(x).shape == x.shape

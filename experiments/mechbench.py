@@ -12,6 +12,7 @@ The layers that are compared, in a model of STU blocks only ("pure") and alterna
     ours       the STU of stu.py, each branch with filter weights of its own
     theirs     the suite's STU, whose two branches share one matrix of filter weights
     attention  the suite's attention, in every block
+    random     (only if asked for by --layers) ours, beginning with random filters, not with zero
 
 Every run adds a line to --out, and a run that is already there is not done again. At the end, and
 with --only_table at once, a table is printed: the share of right answers, its mean over the seeds
@@ -46,7 +47,7 @@ TASKS = [
     "running_max",
     "cumulative_sum",
 ]
-LAYERS = ["ours", "theirs", "attention"]
+LAYERS = ["ours", "theirs", "attention", "random"]
 FORMS = ["pure", "alternating"]  # of a model with STU layers
 BLOCKS = {  # the layers of each form, by the suite's names
     "pure": ["stu"] * 4,
@@ -63,7 +64,7 @@ def read_arguments():
     )
     parser.add_argument("checkout", help="the folder of mechanistic-bench")
     parser.add_argument("--tasks", default=",".join(TASKS), help="names, separated by commas")
-    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--layers", default="ours,theirs,attention")
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this number")
     parser.add_argument("--steps", type=int, default=300)
@@ -94,19 +95,22 @@ def check_names(parser, option, text, known):
             parser.error(f"{option}: there is no {name!r}, only {', '.join(known)}")
 
 
-def with_our_layer(build_theirs):
+def with_our_layer(build_theirs, random):
     """The suite's function that builds the layers, with our STU in place of its own."""
 
     def build(block_type, config):
         if block_type != "stu":
             return build_theirs(block_type, config)
-        return STU(
+        layer = STU(
             config.d_model,
             config.d_model,
             config.max_seq_len,
             config.num_eigh,
             use_hankel_L=config.use_hankel_L,
         )
+        if random:
+            layer.draw_random_filters()
+        return layer
 
     return build
 
@@ -196,7 +200,9 @@ def main():
     build_theirs = suite._build_mixer
     start = time.perf_counter()
     for done, (seed, task, form, layer) in enumerate(runs, start=1):
-        suite._build_mixer = with_our_layer(build_theirs) if layer == "ours" else build_theirs
+        suite._build_mixer = build_theirs
+        if layer in ("ours", "random"):
+            suite._build_mixer = with_our_layer(build_theirs, layer == "random")
         last = train(task, BLOCKS[form], seed, arguments)
         accuracy = last["tok_acc"]
         results[task, form, layer][seed] = accuracy
