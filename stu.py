@@ -122,8 +122,11 @@ class FlashSTUConfig:
     softcap: float = 50.0  # bound on attention logits; 0 turns it off
     stu_enable_mlp_sandwich: bool = False  # put each STU between two linear layers
     stu_mlp_hidden_size: int | None = None  # width of the STU between them; None: that of the MLP
-    d_in_tile: int | None = None  # to save memory: a full STU holds 64 matrices of d_in_tile x
-    d_out_tile: int | None = None  # d_out_tile at a time, STU-T d_out_tile channels; None: of all
+    # To save memory. STU-T convolves at most d_out_tile channels at a time. A full STU has a matrix
+    # [d_in, d_out] for each frequency, and computes with 64 of them at a time; with tiles, with as
+    # many as have 64 · d_in_tile · d_out_tile entries, but at least one. None: d_in and d_out.
+    d_in_tile: int | None = None
+    d_out_tile: int | None = None
     use_gradient_checkpointing: bool = False  # compute layers again in the backward pass
     torch_dtype: str = "bfloat16"  # of the weights, as published. To train, choose "float32"
     max_angle: float = 0.0  # the fastest oscillation that the filters span, in degrees a step
@@ -203,7 +206,7 @@ def get_spectral_filters(
     spacing = 0.1
     log_fastest = 3.8  # this is rate 45, and α = exp(-45) is nothing after one step
     # The sum may end where either a decay is as good as constant over L lags (rate · L = exp(-12))
-    # or its weight (1-α)² dα is next to nothing (1e-26 at log(rate) = -21).
+    # or its weight (1-α)² dα is next to nothing (less than 1e-27 at log(rate) = -21).
     log_slowest = max(-12 - math.log(L), -21)
     rate = np.exp(np.arange(log_fastest, log_slowest, -spacing))
     d_alpha = spacing * rate * np.exp(-rate)  # |dα| = α rate d(log rate)
@@ -280,18 +283,19 @@ class FilterBank:
     fit_options: how `lds` is looked for, see fit_recurrence.
     """
 
-    def __init__(self, filters, **fit_options):
+    def __init__(self, filters, standard_args=None, **fit_options):
         check_filters(filters)
         self.filters = filters.detach().double().cpu()
+        self.standard_args = standard_args  # of standard_bank, if that made this bank
         self.fit_options = fit_options
-        self.made_by = (partial(FilterBank, **fit_options), (self.filters,))
         self.filters_copies = {}  # {(device, dtype): copy}
         self.lds_copies = {}
 
     def __reduce__(self):
-        # What pickle and deepcopy keep is not the bank, but the call that makes it again: a
-        # function and its arguments.
-        return self.made_by
+        """What pickle and deepcopy keep: a function and its arguments, to make the bank again."""
+        if self.standard_args is not None:
+            return standard_bank, self.standard_args
+        return partial(FilterBank, **self.fit_options), (self.filters,)
 
     # torch.compile may take the result as a constant: it is the same at every call.
     @torch.compiler.assume_constant_result
@@ -311,7 +315,7 @@ class FilterBank:
 
     @torch.compiler.assume_constant_result
     def lds_on(self, device, dtype):
-        """It, likewise, for inputs on this device and of this dtype."""
+        """The recurrence for inputs on this device and of this dtype, or None."""
         dtype = torch.promote_types(dtype, torch.float32)
         if (device, dtype) not in self.lds_copies:
             lds = self.lds
@@ -334,9 +338,8 @@ def standard_bank(seq_len, K, use_hankel_L=False, use_tensorized=False, max_angl
         )
     if not use_hankel_L:  # those filters have both signs already
         phi = both_signs(phi)
-    bank = FilterBank(phi, max_angle=max_angle)  # the recurrence needs the angle, too
-    bank.made_by = (standard_bank, (seq_len, K, use_hankel_L, use_tensorized, max_angle))
-    return bank
+    args = (seq_len, K, use_hankel_L, use_tensorized, max_angle)
+    return FilterBank(phi, args, max_angle=max_angle)  # the recurrence needs the angle, too
 
 
 # ---- 3. The convolution --------------------------------------------------------------------------
@@ -378,28 +381,28 @@ def recompute(function, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
-def full_stu_conv(x, filters, M, most_entries):
+def full_stu_conv(x, filters, M, band):
     """The full STU, y = Σ_k (Φ_k convolved with x) M_k.
 
-    x [B, T, d_in], filters [at most T, 2K], M [2K, d_in, d_out] -> y [B, T, d_out].
+    x [B, T, d_in], filters [T or less, 2K], M [2K, d_in, d_out] -> y [B, T, d_out].
     In the frequency domain a convolution is a product. So at each frequency ω the whole layer is
     one matrix Σ_k Φ_k(ω) M_k, and the outputs of all filters, [B, T, 2K, d_in], are never formed.
-    At most `most_entries` entries of these matrices exist at a time.
+    The matrices of `band` frequencies exist at a time.
     """
     T = x.shape[1]
     _, d_in, d_out = M.shape
     n = fft_size(T + len(filters) - 1)
-    band = max(1, most_entries // (d_in * d_out))  # frequencies at a time
     x_f = rfft(x.to(filters.dtype), n=n, dim=1).transpose(0, 1)  # [frequencies, B, d_in]
     filters_f = rfft(filters, n=n, dim=0)  # [frequencies, 2K]
+    flat_M = M.flatten(1).to(filters_f.dtype)  # [2K, d_in · d_out]
 
-    def multiply(x_band, filters_band, M):  # M is an input because its gradient is asked for
-        matrices = filters_band @ M.flatten(1).to(filters_band.dtype)  # [band, d_in · d_out]
-        return x_band @ matrices.view(-1, d_in, d_out)  # [band, B, d_out]
+    def multiply(x_band, filters_band):
+        matrices = (filters_band @ flat_M).view(-1, d_in, d_out)  # [band, d_in, d_out]
+        return x_band @ matrices  # [band, B, d_out]
 
     outputs = []
     for x_band, filters_band in zip(x_f.split(band), filters_f.split(band)):
-        outputs.append(recompute(multiply, x_band, filters_band, M))
+        outputs.append(recompute(multiply, x_band, filters_band))
     y_f = torch.cat(outputs).transpose(0, 1)  # [B, frequencies, d_out]
     return irfft(y_f, n=n, dim=1)[:, :T]
 
@@ -443,7 +446,7 @@ class STU(nn.Module):
     twins are added unless use_hankel_L; or a whole bank.
     backend: "fft" convolves if the input comes in one piece and is not longer than seq_len, and
     otherwise takes the recurrence of section 7. "lds" always takes the recurrence.
-    The other options are those of FlashSTUConfig.
+    The options with other names are those of FlashSTUConfig.
     """
 
     def __init__(
@@ -509,11 +512,12 @@ class STU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """At first the layer answers with zero, and only what it learns is added.
+        """A single layer begins as zero, so at first it disturbs nothing that stands beside it.
 
-        Measured: beside an STU with random filters attention learns late to copy and to look things
-        up. (A model of text begins otherwise, see LanguageModel.) The gradient of M_filters, and of
-        M, is not zero, so from the first step of training on the output is not zero either.
+        Measured on tasks of copying and looking up: beside an STU with random filters attention
+        learns them later, or not at all. On text it is the other way round, so LanguageModel calls
+        draw_random_filters. (M_filters and M have a gradient from the first step on, M_inputs from
+        the second.)
         """
         if self.use_approx:
             nn.init.normal_(self.M_inputs, std=0.02)
@@ -540,7 +544,8 @@ class STU(nn.Module):
         An input may come in pieces of any size: begin with state None, then give the state that
         the last call returned. Use a state once: without gradients, a call writes the new state
         into the memory of the old one. To keep one, copy it with select_rows.
-        An input may be longer than seq_len. What is further back than that counts less and less.
+        An input may be longer than seq_len. What is further back than that counts less and less, or
+        not at all.
         attention_mask [B, T] is 0 at padding, which then counts as an input of zeros.
         """
         check_input(x, self.d_in)
@@ -563,9 +568,9 @@ class STU(nn.Module):
         filters = self.bank.filters_on(x.device, x.dtype)
         filters = filters[:T]  # lags that the input does not reach are left out
         if not self.use_approx:
-            # Without tiles, these are the matrices of 64 frequencies.
             most_entries = 64 * self.d_in_tile * self.d_out_tile
-            return full_stu_conv(x, filters, self.M, most_entries).to(x.dtype)
+            band = max(1, most_entries // (self.d_in * self.d_out))
+            return full_stu_conv(x, filters, self.M, band).to(x.dtype)
         # One matrix product for the whole batch, channels first, as the FFT wants them. (Measured:
         # to transpose x @ M_inputs takes longer.)
         u = self.M_inputs.T @ x.flatten(0, 1).T  # [d_out, B T]
@@ -595,7 +600,7 @@ class STU(nn.Module):
         B, T, d = u.shape
         n = len(lds.b)  # number of states
         if state is None:
-            state = STUState(lds.b.new_zeros(B, n, d), nothing_read(x))
+            state = STUState(lds.b.new_zeros(B, n, d), zero_count(x))
         S = state.S
         check_state(S, [B, n, d])
         if T == 1:
@@ -610,7 +615,7 @@ class STU(nn.Module):
         """If no recurrence fits the filters: convolve again with the last seq_len inputs."""
         B, T, _ = x.shape
         if state is None:
-            state = InputState(x.new_zeros(B, 0, self.d_in), nothing_read(x))
+            state = InputState(x.new_zeros(B, 0, self.d_in), zero_count(x))
         n_before = state.inputs.shape[1]
         check_state(state.inputs, [B, n_before, self.d_in])
         inputs = torch.cat([state.inputs.to(x.dtype), x], dim=1)
@@ -637,6 +642,13 @@ def rotate(x, rotation):
     cos, sin = rotation
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+# The place of a token decides who sees whom. It is its position p, except that
+#     padding is at p - FAR_AWAY, so tokens and padding do not see each other, but padding sees
+#     padding (it must see something, because a softmax over nothing is NaN);
+#     an empty slot of a state is at -2 · FAR_AWAY, so nothing sees it.
+FAR_AWAY = 2**40  # more than any position
 
 
 def attend(q, k, v, q_place, k_place, window, softcap):
@@ -667,17 +679,18 @@ def windowed_attention(q, k, v, window, softcap=0.0, place=None):
         place = torch.arange(k.shape[2], device=k.device)[None]
     tile = 512 if q.is_cuda else 128  # measured to be fast; with any other the result is the same
     q_tiles = q.split(tile, dim=2)
-    # Keys are cut into the same tiles, but before them there is the past, of any length:
-    #     keys     | past | 1 | 2 | 3 | ...
-    #     queries         | 1 | 2 | 3 | ...      numbered from 1; the past has the number 0
-    # (They are all cut at once. If each tile of queries had its own slice of the keys, the gradient
-    # of every slice would be as long as all keys.)
+    # Keys are cut like the queries. Tile i of the keys belongs to tile i of the queries, i >= 1.
+    # Tile 0 is the past: any number of keys, in any order (their places say which are seen).
+    #     keys     | 0: past | 1 | 2 | 3 | ...
+    #     queries            | 1 | 2 | 3 | ...
+    # (All tiles are cut at once. If each tile of queries had its own slice of the keys, the
+    # gradient of every slice would be as long as all keys.)
     sizes = [k.shape[2] - q.shape[2]]
     sizes += [q_tile.shape[2] for q_tile in q_tiles]
     k_tiles = k.split(sizes, dim=2)
     v_tiles = v.split(sizes, dim=2)
     place_tiles = place.split(sizes, dim=1)
-    reach = math.ceil(window / tile)  # a query sees its own tile, and this many before it
+    reach = math.ceil(window / tile)  # a query sees its own tile, and at most this many before it
     outputs = []
     for i, q_tile in enumerate(q_tiles, start=1):
         first = max(0, i - reach)
@@ -689,17 +702,11 @@ def windowed_attention(q, k, v, window, softcap=0.0, place=None):
     return torch.cat(outputs, dim=2)
 
 
-# The place of a token decides who sees whom. It is its position p, except that
-#     padding is at p - FAR_AWAY, so tokens and padding do not see each other, but padding sees
-#     padding (it must see something, because a softmax over nothing is NaN);
-#     an empty slot of a state is at -2 · FAR_AWAY, so nothing sees it.
-FAR_AWAY = 2**40  # more than any position
-
-
 class SlidingWindowAttention(nn.Module):
     """Causal multi-head attention to oneself and the window before.
 
-    state, use_cache and attention_mask are as in STU.forward.
+    state and use_cache are as in STU.forward. attention_mask [B, T] is 0 at padding, which tokens
+    do not see.
     """
 
     def __init__(self, d_model, n_heads, window_size=1024, softcap=50.0, bias=False):
@@ -727,7 +734,7 @@ class SlidingWindowAttention(nn.Module):
         place = position[None]  # [1, T], the same in every row
         if attention_mask is not None:
             mask = check_mask(attention_mask, B, T)
-            x = x.masked_fill(~mask[:, :, None], 0)
+            x = x.masked_fill(~mask[:, :, None], 0)  # (whatever it holds, NaN too)
             place = torch.where(mask, position, position - FAR_AWAY)  # [B, T]
 
         qkv = self.c_attn(x).view(B, T, 3, self.n_heads, self.head_size)
@@ -903,14 +910,14 @@ class LanguageModel(nn.Module):
             self.layers.append(block)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        # A layer alone begins as zero. A model of text learns faster with random filters: measured,
-        # with every seed, and with either optimizer of train.py.
+        # A model of text learns faster if its STUs begin with random filters, not as zero. This was
+        # measured with every seed, and with either optimizer of train.py.
         for module in self.layers.modules():
             if isinstance(module, STU):
                 module.draw_random_filters()
         # The residual stream is the sum of 2 n_layers branches, a mixer and an MLP in each block.
         # As in GPT-2, the last matrix of each is scaled by 1/√(number of branches), so that the sum
-        # has the same size at any depth.
+        # has the same size at any depth. (In a sandwich the STU is scaled: what follows is linear.)
         scaled_down = (
             "mixer.M",
             "mixer.M_filters",
@@ -988,7 +995,8 @@ class LanguageModel(nn.Module):
         def summed_loss(x, targets):
             return F.cross_entropy(self.logits(x).float(), targets, reduction="sum")
 
-        # At most 2^26 logits exist at a time (256 MB), also in the backward pass.
+        # The logits of all rows would need much memory. So at most 2^26 are computed at a time, in
+        # the backward pass again.
         rows = max(1, 2**26 // self.config.vocab_size)
         total = 0.0
         for x_part, targets_part in zip(x.split(rows), targets.split(rows)):
@@ -1000,7 +1008,7 @@ class LanguageModel(nn.Module):
 #
 # Here the second half of the file begins. To read an input in pieces a layer has to remember
 # something of the pieces before: attention its last keys and values, an STU the state S of
-#     S_t = A S_{t-1} + b u_t,    y_t = C S_t,
+#     S_t = A S_{t-1} + b u_t,    the outputs of the filters = C S_t,
 # a linear dynamical system whose answer to an impulse, C A^t b, is the filters Φ[t]. (This is for
 # one channel, where u_t is a number and S_t has n of them. The code has d channels: S [B, n, d].)
 #
@@ -1009,20 +1017,25 @@ class LanguageModel(nn.Module):
 # become large, with both signs, and in float32 the weakest filters are lost. So we use a chain of
 # sections instead, one for each decay p:
 #     u = v_1 → [S_1] → v_2 → [S_2] → v_3 → ... → [S_n] → v_{n+1}
-# Section i holds a number S_i. In each step v_i enters it, v_{i+1} leaves it and enters the next
-# one, and the section holds another number S'_i. This is done by turning the pair (S_i, v_i) by an
-# angle with the cosine p, so with the sine g = √(1-p²):
+# Section i holds a number S_i. In each step it takes in v_i, gives v_{i+1} to the next section, and
+# then holds another number S'_i:
 #     S'_i    = p S_i - g v_i
-#     v_{i+1} = g S_i + p v_i.
-# Turning does not change the sum of two squares. So one step of the whole chain, from (S, u) to
-# (S', v_{n+1}), does not change a sum of squares either: its matrix is orthogonal. The first n rows
-# of it are [A b], and the rows of an orthogonal matrix are orthonormal, so
-#     I = A Aᵀ + b bᵀ.
-# Between A and Aᵀ we may write this I, and in that I again, and so on:
-#     I = b bᵀ + A (b bᵀ + A (b bᵀ + ...) Aᵀ) Aᵀ = Σ_t ψ(t) ψ(t)ᵀ,    ψ(t) = A^t b.
-# So the answers of the sections to an impulse, ψ_1(t), ..., ψ_n(t), are orthonormal signals (the
-# Takenaka-Malmquist basis). The weights C of orthonormal signals are about as large as the filters,
-# not larger, and float32 is right to 1e-6.
+#     v_{i+1} = g S_i + p v_i,    g = √(1-p²).
+# Two things are true of this chain.
+# (a) It has the decays that we want. S'_i depends on S_1, ..., S_i only. So A is triangular, and
+#     its eigenvalues are the numbers on its diagonal, the p of each section.
+# (b) Its answers to an impulse are orthonormal signals. A section turns the pair (S_i, v_i) by an
+#     angle, the one with cosine p, and this does not change S_i² + v_i². So a step of the whole
+#     chain, from (S, u) to (S', v_{n+1}), does not change the sum of all squares: its matrix is
+#     orthogonal. All but its last row is [A b]. These rows, too, are orthonormal, which means
+#         I = A Aᵀ + b bᵀ.
+#     Between A and Aᵀ there is an I. We put this sum in its place,
+#         I = A² (A²)ᵀ + A b (A b)ᵀ + b bᵀ,
+#     and so on. What is left of the first term goes to zero, so
+#         I = Σ_t ψ(t) ψ(t)ᵀ,    ψ(t) = A^t b.
+#     Entry i, j says that Σ_t ψ_i(t) ψ_j(t) is 1 if i = j, and else 0.
+# These signals are the Takenaka-Malmquist basis. The weights C of orthonormal signals are about as
+# large as the filters, not larger, and float32 is right to 1e-6.
 
 # What a layer returns as its state. `n_read`, a tensor without dimensions, is the number of tokens
 # that were read.
@@ -1033,7 +1046,7 @@ RingState = namedtuple("RingState", "keys values places n_read")  # of attention
 # powers [CHUNK + 1, n, n] = A^0, A^1, ..., A^CHUNK; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 CHUNK = 64  # the most tokens that `recur` reads at once
-MOST_STATES = 512
+MOST_STATES = 512  # beyond that the last inputs are the smaller state
 
 
 def real_decays(L):
@@ -1068,11 +1081,11 @@ def fit_recurrence(filters, max_angle=0.0, fade=1e-5, tolerance=1e-6, most_after
     """The system that answers an impulse with the filters [L, 2K], a SpectralLDS, or None.
 
     Its decays are real, in pairs α and -α; with max_angle, in degrees, others are added.
-    fade: weight of the answer after lag L, which should be small.
-    There is none
+    fade: how strongly the answer after lag L is pulled to zero.
+    The result is None
       - if an error is more than `tolerance` of the largest value of all filters;
-      - if the answer after lag L has a norm of more than `most_after_L` of the largest norm of a
-        filter. It has for filters that are no sums of decays;
+      - if after lag L some answer still has a norm of more than `most_after_L` of the largest norm
+        of a filter, as it does for filters that are no sums of decays;
       - if more than MOST_STATES states would be needed.
     """
     Phi = filters.numpy()
@@ -1096,14 +1109,17 @@ def fit_recurrence(filters, max_angle=0.0, fade=1e-5, tolerance=1e-6, most_after
     for _ in range(L - 1):
         psi.append(A @ psi[-1])
     psi = np.stack(psi)  # [L, n], ψ(t) = A^t b
-    # The best C has the least Σ_{t<L} |C ψ(t) - Φ(t)|². But then the answer may grow after lag L,
-    # where the filters say nothing, so we add fade² Σ_{t>=L} |C ψ(t)|². The minimum is where
-    #     (Σ_{t<L} ψ(t) ψ(t)ᵀ + fade² · after) Cᵀ = Σ_{t<L} ψ(t) Φ(t)ᵀ,
-    #     after = Σ_{t>=L} ψ(t) ψ(t)ᵀ = A^L I (A^L)ᵀ, because ψ(t + L) = A^L ψ(t).
-    # All ψ(t) ψ(t)ᵀ together sum to I, so the first sum is I - after.
+    # C shall make this small:
+    #     Σ_{t<L} |C ψ(t) - Φ(t)|² + fade² Σ_{t>=L} |C ψ(t)|².
+    # The first sum is the error. The second is the answer after lag L, where the filters say
+    # nothing. It could grow otherwise. The derivative is zero where
+    #     (before + fade² · after) Cᵀ = Σ_{t<L} ψ(t) Φ(t)ᵀ,
+    #     before = Σ_{t<L} ψ(t) ψ(t)ᵀ,    after = Σ_{t>=L} ψ(t) ψ(t)ᵀ.
+    # Since ψ(t + L) = A^L ψ(t), and the sum over all t is I, after = A^L (A^L)ᵀ.
     A_L = np.linalg.matrix_power(A, L)
     after = A_L @ A_L.T
-    C = np.linalg.solve(np.eye(n) - (1 - fade**2) * after, psi.T @ Phi).T
+    before = np.eye(n) - after
+    C = np.linalg.solve(before + fade**2 * after, psi.T @ Phi).T
     error = np.abs(psi @ C.T - Phi).max()
     # Of filter k the answer after L has the sum of squares C_k · after · C_kᵀ = |C_k A^L|².
     norm_after_L = np.linalg.norm(C @ A_L, axis=1).max()
@@ -1143,14 +1159,14 @@ def cut_into_chunks(u, S, lds):
         states.append(S)
         r = chunk.shape[1]  # in the last one there may be fewer tokens
         # S after it is A^r S + Σ_i ψ(r-1-i) u_i.
-        last_first = psi[:r].flip(0)
-        S = lds.powers[r] @ S + last_first.T @ chunk
-        chunks.append(F.pad(chunk, (0, 0, 0, size - r)))  # filled up with zeros
+        psi_reversed = psi[:r].flip(0)
+        S = lds.powers[r] @ S + psi_reversed.T @ chunk
+        chunks.append(F.pad(chunk, (0, 0, 0, size - r)))  # with zeros, up to `size` tokens
     return torch.stack(chunks), torch.stack(states), S
 
 
 def toeplitz(h):
-    """Filters [size, c] -> matrices [size, size, c] with h[t-i] in row t, column i."""
+    """Filters [size, ...] -> matrices [size, size, ...] with h[t-i] in row t, column i."""
     t = torch.arange(len(h), device=h.device)
     lag = t[:, None] - t
     is_yet_to_come = (lag < 0)[:, :, None]
@@ -1160,9 +1176,10 @@ def toeplitz(h):
 def recur(u, S, lds, M):
     """STU-T on many tokens, a chunk at a time: u [B, T, d] -> y [B, T, d], S after the last.
 
-    Token t of a chunk that begins with the state S has the output
-        y_t = Σ_{i<=t} C A^(t-i) b u_i + C A^(t+1) S,
-    the answer to the inputs of the chunk, and the answer to the state before it.
+    For token t of a chunk that begins with the state S, the outputs of the filters are
+        Σ_{i<=t} C A^(t-i) b u_i + C A^(t+1) S,
+    the answer to the inputs of the chunk, and the answer to the state before it. y_t is their sum,
+    with the weights M.
     """
     chunks, states, S = cut_into_chunks(u, S, lds)
     size = chunks.shape[2]
@@ -1193,7 +1210,7 @@ def recur_full_stu(u, S, lds, M):
     return y[:, : u.shape[1]], S
 
 
-def nothing_read(x):
+def zero_count(x):
     return torch.zeros((), dtype=torch.long, device=x.device)
 
 
@@ -1204,7 +1221,7 @@ def check_state(tensor, shape):
 
 
 def overwrite(old, new):
-    """`new`, written into the memory of `old`, unless gradients are asked for, which need the old.
+    """With gradients, which need the old: new. Without: old, into whose memory new is copied.
 
     So the state of a stream of tokens stays where it is in memory, as a CUDA graph wants it.
     """
@@ -1223,7 +1240,7 @@ def start_ring(k, window):
     keys = k.new_zeros(B, H, window + 1, head_size)
     values = torch.zeros_like(keys)
     places = torch.full((B, window + 1), -2 * FAR_AWAY, device=k.device)
-    return RingState(keys, values, places, nothing_read(k))
+    return RingState(keys, values, places, zero_count(k))
 
 
 def write_to_ring(state, k, v, place):
@@ -1328,9 +1345,10 @@ class FlashSTU(LanguageModel):
         return tokens(ids)
 
     def read(self, ids, state):
-        """Ids [B, T] -> output of the last layer for the last of them, [B, d].
+        """Ids [B, T] -> output of the last layer for the last token, [B, d].
 
-        state: a list that holds the state before them, or nothing. Then it holds the one after.
+        state: a list, which at first is empty. This function leaves in it the state after the ids,
+        and the next call goes on from there.
         """
         for piece in ids.split(self.config.seq_len, dim=1):  # to save memory
             before = state if len(state) > 0 else None
@@ -1350,7 +1368,7 @@ class FlashSTU(LanguageModel):
         """
         config, tensors = read_folder(Path(folder))
         with torch.device("meta"):  # this makes no weights, only their names and shapes
-            model = cls(config)
+            model = cls(config)  # (and the filters, which come from NumPy)
         try:
             model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
@@ -1388,24 +1406,25 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def filters_of_a_sector(G, K, max_radians):
-    """From Z = G Gᵀ for the real decays r^t to the filters of a sector, |θ| <= max_radians.
+    """The filters for decays r e^(iθ), |θ| <= max_radians, from the matrix G of the real decays.
 
-    These are the top K eigenvectors of a matrix Z' that is made in the same way for r^t cos θt and
-    r^t sin θt. Since cos θt cos θs + sin θt sin θs = cos θ(t-s), we have
+    They are the top eigenvectors of the integral Z' of a aᵀ over the signals r^t cos θt and
+    r^t sin θt, for all r and θ. Since cos θt cos θs + sin θt sin θs = cos θ(t-s),
         Z'_ts = Z_ts · (the mean of cos θ(t-s) over the angles θ).
     -> eigenvectors of Z' [L, K or more], leading ones first, and the square roots of their
     eigenvalues
     """
-    # If E has a column for the cosine and one for the sine of each of many angles, this mean is
-    # the matrix E Eᵀ.
+    # Z is G Gᵀ. The mean is E Eᵀ, where E has a column for the cosine and one for the sine of each
+    # of many angles.
     L = len(G)
     angles, weights = angles_and_weights(L, max_radians)
     turns = np.outer(np.arange(L), angles)
     E = np.concatenate([np.cos(turns), np.sin(turns)], axis=1)
     E = torch.from_numpy(E * np.sqrt(np.tile(weights, 2)))  # [L, 2 n_angles]
 
-    # Z' is then H Hᵀ, where H has a column for each pair of a column e of E and a column g of G:
-    # their entrywise product. These are too many to write down, but products with H are cheap.
+    # The entrywise product of G Gᵀ and E Eᵀ is H Hᵀ, where H has a column for each pair of a column
+    # e of E and a column g of G: H[t, (e, g)] = E[t, e] G[t, g]. H is too large to write down, but
+    # a product with it is two small ones.
     def multiply_by_H_transposed(v):
         """Σ_t E[t, e] G[t, g] v[t], for all pairs: [columns of E, columns of G]."""
         return E.T @ (v[:, None] * G)
@@ -1458,10 +1477,13 @@ def decays_of_a_sector(L, n_filters, max_radians):
 def oscillating_step(S_i, S_j, v, p):
     """One step of a section with the pair of decays r e^(iθ) and r e^(-iθ), of which p is one.
 
-    It holds two numbers, S_i and S_j, and v enters it -> S'_i, S'_j, and what leaves it. (Kautz'
-    basis.) Two turns are orthogonal, as one is. With c = 2r cos θ / (1 + r²) and s = √(1-c²), the
-    matrix from (S_i, S_j) to (S'_i, S'_j) is [c, -s r²; s, c r²]. Its trace is 2r cos θ and its
-    determinant r², so its eigenvalues are r e^(±iθ).
+    It holds two numbers, S_i and S_j, and v enters it -> S'_i, S'_j, and what leaves it. There are
+    two turns, with c = 2r cos θ / (1 + r²) and s = √(1-c²):
+        inner = r² S_j - √(1-r⁴) v,    what leaves = √(1-r⁴) S_j + r² v
+        S'_i = c S_i - s inner,        S'_j = s S_i + c inner.
+    Turns do not change the sum of squares, so what section 7 says is true of these, too. From
+    (S_i, S_j) to (S'_i, S'_j) the matrix is [c, -s r²; s, c r²]. Its trace is 2r cos θ and its
+    determinant r², so its eigenvalues are r e^(±iθ). (This is Kautz' basis.)
     """
     r = abs(p)
     inner, v = turn(S_j, v, r**2)
@@ -1743,8 +1765,8 @@ if transformers_is_here():
         # What transformers asks of a cache.
         is_compileable = False
         is_croppable = False  # it cannot take back a token
-        # One entry for all layers. "Linear" are caches to which `generate` gives all ids again. This
-        # one gets only those that it has not read, as a cache of keys and values does.
+        # `generate` reads is_linear. If it is True for all layers, it gives us all ids at every
+        # step. We want only the new ones.
         is_linear = (False,)
 
         def __init__(self):
@@ -1861,9 +1883,10 @@ if transformers_is_here():
             num_items_in_batch=None,
             **options,
         ):
-            # shift_labels is not named above, because Trainer would take it for a column of the data:
-            # it does so with each named argument that has "label" in its name.
+            # shift_labels is not named above, because Trainer would take it for a column of the
+            # data: it does so with each named argument that has "label" in its name.
             shift_labels = options.pop("shift_labels", None)
+            # (return_dict is for the decorator of the method that is called, which takes it out.)
             options |= {"past_key_values": past_key_values, "cache": cache, "return_dict": True}
             output = dict(super().forward(input_ids, attention_mask=attention_mask, **options))
             x = output.pop("last_hidden_state")
