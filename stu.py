@@ -515,9 +515,9 @@ class STU(nn.Module):
         """A single layer begins as zero, so at first it disturbs nothing that stands beside it.
 
         Measured on tasks of copying and looking up: beside an STU with random filters attention
-        learns them later, or not at all. On text it is the other way round, so LanguageModel calls
-        draw_random_filters. (M_filters and M have a gradient from the first step on, M_inputs from
-        the second.)
+        learns them later, or not at all. On text, with Muon, it is the other way round, so
+        LanguageModel calls draw_random_filters. (M_filters and M have a gradient from the first
+        step on, M_inputs from the second.)
         """
         if self.use_approx:
             nn.init.normal_(self.M_inputs, std=0.02)
@@ -910,8 +910,8 @@ class LanguageModel(nn.Module):
             self.layers.append(block)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-6)
         nn.init.normal_(self.tok_emb.weight, std=0.02)
-        # A model of text learns faster if its STUs begin with random filters, not as zero. This was
-        # measured with every seed, and with either optimizer of train.py.
+        # With Muon, a model of text learns faster if its STUs begin with random filters, not as
+        # zero (measured, at every seed).
         for module in self.layers.modules():
             if isinstance(module, STU):
                 module.draw_random_filters()
