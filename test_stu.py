@@ -830,7 +830,7 @@ def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     Path("readme.py").write_text(use)
     names = runpy.run_path("readme.py")
     assert names["y"].shape == (2, 1948, 64)
-    assert names["tokens"].shape == (2, 150)
+    assert names["tokens"].shape == (2, 178)
     small_model(vocab_size=256).save_pretrained("runs/default/model")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand then?\n"))
     Path("chat.py").write_text(chat)

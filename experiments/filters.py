@@ -45,7 +45,8 @@ def main():
         print(f"the decay of {alpha}: largest error {error:.1e}")
         right.semilogx(t + 1, decay, color="0.8", linewidth=6)
         right.semilogx(t + 1, approximation, color=color, label=f"α = {alpha}")
-    right.set(title="What sums of them give: any decay (grey)", xlabel="lag + 1")
+    title = f"What sums of all {args.num_eigh} give: any decay (grey)"
+    right.set(title=title, xlabel="lag + 1")
     right.legend(fontsize="small", loc="center right")
     figure.savefig(args.out, dpi=110)
     print(f"the picture: {args.out}")
