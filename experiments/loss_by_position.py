@@ -141,6 +141,7 @@ def main():
 
     figure = Figure((8, 4.5), layout="constrained")
     axis = figure.subplots()
+    carried_on = None  # the means of the first way, with which the others are compared
     total = len(WAYS) * len(batches)
     done = 0
     start = time.perf_counter()
@@ -158,9 +159,12 @@ def main():
             means.append(bits[first:last].mean().item())
         text = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(names, means))
         print(f"{way}, bits per byte: {text}", flush=True)
-        axis.plot(names, means, marker=".", label=way)
-    axis.set(title=f"What a memory is worth to a model trained on windows of {seq_len} tokens")
-    axis.set(xlabel="position in the text", ylabel="bits per byte")
+        if carried_on is None:
+            carried_on = means
+        more = np.subtract(means, carried_on)
+        axis.plot(names, more, marker=".", label=way)
+    axis.set(title=f"What forgetting costs a model that was trained on windows of {seq_len} tokens")
+    axis.set(xlabel="position in the text", ylabel="bits per byte more than with all memory")
     axis.legend()
     figure.savefig(args.out)
     print(f"the picture: {args.out}")
