@@ -1046,7 +1046,7 @@ RingState = namedtuple("RingState", "keys values places n_read")  # of attention
 # powers [CHUNK + 1, n, n] = A^0, A^1, ..., A^CHUNK; b [n]; C [2K, n]
 SpectralLDS = namedtuple("SpectralLDS", "powers b C")
 CHUNK = 64  # the most tokens that `recur` reads at once
-MOST_STATES = 512  # beyond that the last inputs are the smaller state
+MOST_STATES = 512  # if a recurrence needed more, a layer would keep its last inputs instead
 
 
 def real_decays(L):
