@@ -36,6 +36,10 @@ from torch.utils._pytree import tree_leaves
 
 hf_home = tempfile.TemporaryDirectory()
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": hf_home.name}
+# The tensors here are small, so more threads gain little. And on a machine that does other work as
+# well they wait for each other: then the suite takes several times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 import lds as lds_module
 import prepare_data
